@@ -1,0 +1,46 @@
+# Each target sets itself up in .venv; the first run installs PyTorch and takes a few minutes, later ones start at once.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo app test lint format clean
+
+help:
+	@echo "make demo    inspect drawn parts, write demo/montage.png and demo/results.csv"
+	@echo "make app     start the app in the browser"
+	@echo "make test    run the tests"
+	@echo "make lint    check style and formatting"
+	@echo "make format  apply the formatting"
+	@echo "make clean   remove .venv and caches"
+
+install: $(STAMP)
+
+# An environment whose interpreter no longer runs is made anew; otherwise pip completes what is there.
+# $(RUN) rather than the installed scripts: those hold the absolute path of a folder that may have been moved.
+$(STAMP): pyproject.toml requirements.txt
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV) ..."
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app,test]"
+	@touch $@
+
+demo: $(STAMP)
+	@$(RUN) -m anomalysd_pipeline demo
+
+app: $(STAMP)
+	@$(RUN) app.py
+
+test: $(STAMP)
+	@$(RUN) -m pytest -q
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+
+format: $(STAMP)
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist *.egg-info

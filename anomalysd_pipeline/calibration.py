@@ -1,0 +1,128 @@
+"""The threshold of a part, from its normal pictures alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy import stats
+
+from .data import augment, to_tensor
+from .detection import score_maps
+from .prototypes import PrototypeBank, collect_prototypes
+from .scoring import image_score
+from .settings import InspectionSettings
+
+if TYPE_CHECKING:
+    from .pipeline import AnomalySDPipeline
+
+MIN_SCORES = 8
+"""Augmented copies fill up a handful of pictures to this many scores: fewer say little about a spread."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A threshold and what it rests on.
+
+    threshold: image and pixel scores above it are called defective.
+    scores: the scores of normal pictures it was computed from.
+    false_alarm_rate: the share of good parts that is expected above it.
+    settings: the inspection settings it holds for.
+    pictures: how many pictures were given.
+    held_out: whether each was scored against a bank made without it (two pictures or more).
+    """
+
+    threshold: float
+    scores: list[float]
+    false_alarm_rate: float
+    settings: dict
+    pictures: int
+    held_out: bool
+
+    def to_dict(self) -> dict:
+        """JSON-serializable, as stored in the pipeline's config."""
+        return asdict(self)
+
+
+def prediction_threshold(scores: Sequence[float], false_alarm_rate: float) -> float:
+    """The value that one further normal score exceeds with probability `false_alarm_rate`.
+
+    The one-sided prediction bound of a normal distribution of unknown mean and spread, on the logarithm of the scores
+    (they are positive and skewed): exp(m + t_{1-p, n-1} s sqrt(1 + 1/n)). Few scores give a wide margin by
+    themselves. It is never below the highest score seen.
+
+    Args:
+        scores: n >= 2 positive scores of normal pictures.
+        false_alarm_rate: p, in (0, 0.5).
+
+    Raises:
+        ValueError: for fewer than 2 scores, scores that are not positive and finite, or a rate out of range.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or (values <= 0).any():
+        raise ValueError(f"`scores` must be 2 or more positive finite numbers, got {list(scores)}.")
+    if not 0 < false_alarm_rate < 0.5:
+        raise ValueError(f"`false_alarm_rate` must be above 0 and below 0.5, got {false_alarm_rate!r}.")
+    logs = np.log(values)
+    count = len(logs)
+    margin = stats.t.ppf(1 - false_alarm_rate, count - 1) * logs.std(ddof=1) * math.sqrt(1 + 1 / count)
+    return float(max(values.max(), math.exp(logs.mean() + margin)))
+
+
+def calibrate_threshold(
+    pipe: AnomalySDPipeline,
+    category: str,
+    pictures: Sequence[Image.Image],
+    settings: InspectionSettings,
+    false_alarm_rate: float,
+    seed: int,
+) -> Calibration:
+    """Scores normal pictures as if they were new and sets the threshold above them; the pipeline is left unchanged.
+
+    With two pictures or more, each is scored against a bank of the others. Up to `MIN_SCORES`, lightly augmented
+    copies (light, contrast, a small turn and scale) are scored as well; a single picture has only those, against its
+    own bank.
+
+    Args:
+        pipe: a pipeline in which `category` is registered.
+        pictures: K >= 1 normal pictures.
+        settings: those that inspections will use.
+        false_alarm_rate: see `prediction_threshold`.
+        seed: of the augmentation.
+
+    Raises:
+        ValueError: see `prediction_threshold`.
+    """
+    prediction_threshold([1.0, 2.0], false_alarm_rate)  # a bad rate is refused before minutes of work
+    side = pipe.config.resolution
+    tensors = torch.stack([to_tensor(picture, side) for picture in pictures])  # [K, 3, R, R]
+    copies = max(1, math.ceil(MIN_SCORES / len(tensors))) if len(tensors) < MIN_SCORES else 1
+    held_out = len(tensors) > 1
+    rotations = pipe.config.categories[category].get("rotations", 4)
+    generator = torch.Generator().manual_seed(seed)
+    scores: list[float] = []
+    for index, tensor in enumerate(tensors):
+        bank = pipe.bank
+        if held_out:
+            others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
+            bank = PrototypeBank(max_size=pipe.bank.config.max_size).to(pipe.bank.dtype).to(pipe._execution_device)
+            bank.add(category, collect_prototypes(pipe._ready("extractor"), others, rotations))
+        augmented = [augment(tensor, generator, degrees=5.0, scale=0.05) for _ in range(copies - 1)]
+        batch = torch.stack([tensor, *augmented] if held_out else [*augmented, augment(tensor, generator)])
+        maps, _, _ = score_maps(pipe, batch, category, settings, bank)
+        scores += image_score(maps).tolist()
+    pipe.maybe_free_model_hooks()
+    floor = np.finfo(np.float32).tiny  # a map that is zero everywhere has no logarithm
+    return Calibration(
+        threshold=prediction_threshold([max(score, floor) for score in scores], false_alarm_rate),
+        scores=scores,
+        false_alarm_rate=false_alarm_rate,
+        settings=settings.to_dict(),
+        pictures=len(tensors),
+        held_out=held_out,
+    )

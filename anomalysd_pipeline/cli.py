@@ -1,0 +1,270 @@
+"""The command line: `anomalysd demo | detect | synth`.
+
+Whatever needs torch is imported when a command runs, so that `--help` and mistyped options are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+DEMO_FAMILIES = "hex_nut,wood,biscuit"
+DEMO_SHOTS = 4
+DEMO_PICTURES = 4  # of good parts, and as many of defective ones
+DEMO_LINE = "{:<18}{:>12}{:>13}{:>14}{:>10}{:>11}"
+DEMO_COLUMNS = ("family", "index", "defect", "label", "score", "threshold", "verdict", "seconds")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0 on success, 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
+
+    Raises:
+        SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("anomalysd: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="anomalysd", description="Find defects on industrial parts from zero to a handful of normal pictures."
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="learn and inspect drawn parts, with pictures and a table of the outcome")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
+    demo.add_argument("--families", type=_names, default=DEMO_FAMILIES, metavar="A,B", help="default: %(default)s")
+    _add_model_options(demo)
+    demo.set_defaults(run=_demo)
+
+    detect = commands.add_parser("detect", help="inspect your own pictures")
+    detect.add_argument("--normal", nargs="+", default=[], metavar="PATH", help="pictures or folders of good parts")
+    detect.add_argument("--test", nargs="+", required=True, metavar="PATH", help="pictures or folders to inspect")
+    detect.add_argument("--category", required=True, metavar="NAME", help="what the part is called, such as 'hex nut'")
+    detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    detect.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    detect.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
+    detect.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
+    detect.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
+    _add_model_options(detect)
+    detect.set_defaults(run=_detect)
+
+    synth = commands.add_parser("synth", help="draw synthetic parts in the layout of MVTec-AD")
+    synth.add_argument("out", type=Path, metavar="OUT", help="folder that gets one folder per family")
+    synth.add_argument("--families", type=_names, metavar="A,B", help="default: all")
+    synth.add_argument("--train", type=int, default=4, metavar="N", help="normal pictures to learn from (default: 4)")
+    synth.add_argument("--good", type=int, default=8, metavar="N", help="normal test pictures (default: 8)")
+    synth.add_argument("--defective", type=int, default=8, metavar="N", help="defective test pictures (default: 8)")
+    synth.add_argument("--size", type=int, default=256, help="side in pixels (default: 256)")
+    _add_seed(synth)
+    synth.set_defaults(run=_synth)
+    return parser
+
+
+def _add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
+    command.add_argument("--preset", choices=("paper", "fast"), help="default: the checkpoint's own")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    _add_seed(command)
+
+
+def _add_seed(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--seed", type=_seed, default=0, metavar="S", help="same seed, same result (default: 0)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, but '{text}' was given")
+    return int(text)
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("must be names with commas between them, but none was given")
+    return names
+
+
+def _load_pipeline(base: str | None, device: str):
+    import torch
+
+    from . import AnomalySDPipeline
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`--device` is 'cuda', but PyTorch finds no CUDA GPU here; use 'cpu' or 'auto'.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = AnomalySDPipeline.from_pretrained(base).to(device)
+    pipe.set_progress_bar_config(disable=True)  # one bar over all pictures says more than one per picture
+    return pipe
+
+
+def _progress(total: int):
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="picture", disable=None, dynamic_ncols=True)
+
+
+def _synth(args: argparse.Namespace) -> int:
+    from .synthetic import FAMILIES, write_dataset
+
+    families = args.families or FAMILIES
+    with _progress(len(families)) as bar:
+        bar.unit = "family"
+        write_dataset(
+            args.out, families, args.train, args.good, args.defective, args.seed, args.size, lambda _: bar.update()
+        )
+    print(f"{len(families)} families in {args.out}")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from PIL import Image
+
+    from . import synthetic
+    from .inspection import caption, inspect, register, table_values, write_table
+    from .visualize import montage
+
+    normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
+    counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
+    tests = {family: synthetic.test_samples(family, **counts, seed=args.seed) for family in args.families}
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipe = _load_pipeline(args.base, args.device)
+
+    results, rows, pictures, labels = {}, [], [], []
+    with _progress(len(normals) + sum(map(len, tests.values()))) as bar:
+        for family in args.families:
+            bar.set_description(f"learning {family}")
+            register(pipe, family, normals[family], args.seed, preset=args.preset)
+            bar.update()
+            bar.set_description(f"inspecting {family}")
+            results[family] = []
+            for index, sample in enumerate(tests[family]):
+                result = inspect(pipe, Image.fromarray(sample.image), family, args.seed, preset=args.preset)
+                results[family].append(result)
+                defect = sample.defect or "good"
+                facts = {"family": family, "index": index, "defect": defect, "label": int(sample.defect is not None)}
+                rows.append(facts | table_values(result))
+                pictures.append([result.image, Image.fromarray(sample.mask), result.inpainted, result.overlay()])
+                labels.append(caption(f"{family}\n{defect}", result))
+                bar.update()
+    write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
+    titles = ["input", "true defect", "repainted", "heatmap"]
+    montage(pictures, titles, labels, cell=144).save(args.out / "montage.png")
+    print(_demo_table(tests, results))
+    print(f"\nPictures: {args.out / 'montage.png'}   Scores: {args.out / 'results.csv'}")
+    return 0
+
+
+def _demo_table(tests: dict, results: dict) -> str:
+    """One line per family: how well scores and maps rank, what the threshold gets wrong, and the time."""
+    from .metrics import image_metrics, pixel_metrics
+
+    lines = [DEMO_LINE.format("part", "image AUROC", "pixel AUROC", "false alarms", "misses", "s/picture")]
+    for family, samples in tests.items():
+        found = results[family]
+        truths = [sample.defect is not None for sample in samples]
+        image = image_metrics(truths, [result.score for result in found])["auroc"]
+        pixel = pixel_metrics([sample.mask for sample in samples], [result.anomaly_map for result in found])["auroc"]
+        verdicts = [(truth, result.is_defective) for truth, result in zip(truths, found, strict=True)]
+        alarms = f"{verdicts.count((False, True))} of {truths.count(False)}"
+        misses = f"{verdicts.count((True, False))} of {truths.count(True)}"
+        seconds = sum(result.seconds for result in found) / len(found)
+        lines.append(DEMO_LINE.format(family, f"{image:.3f}", f"{pixel:.3f}", alarms, misses, f"{seconds:.1f}"))
+    return "\n".join(lines)
+
+
+def _detect(args: argparse.Namespace) -> int:
+    from .data import load_image
+    from .inspection import ResultFolder, gather, inspect, register
+    from .prompts import check_category
+
+    # What a person may have mistyped is checked before the model is loaded.
+    folder = ResultFolder(args.out, args.overwrite, args.maps)
+    check_category(args.category)
+    normals = _read_normals(args.normal)
+    names, errors = gather(args.test, skip=args.out)
+    for source, sentence in errors.items():
+        folder.fail(source, _as_option(sentence, "--test"))
+        _report(folder.rows[-1]["error"])
+    if not names:
+        raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
+
+    pipe = _load_pipeline(args.base, args.device)
+    options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
+    pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
+    with _progress(len(names) + bool(normals)) as bar:
+        if normals:
+            bar.set_description(f"learning {args.category}")
+            register(pipe, args.category, normals, args.seed, **options)
+            bar.update()
+        bar.set_description("inspecting")
+        try:
+            for path, name in names.items():
+                try:
+                    image = load_image(path)
+                except ValueError as error:
+                    folder.fail(path, _as_option(error, "--test"))
+                    with bar.external_write_mode(file=sys.stderr):
+                        _report(folder.rows[-1]["error"])
+                else:
+                    folder.add(path, name, inspect(pipe, image, args.category, args.seed, **options))
+                bar.update()
+        finally:
+            if folder.rows:  # an interrupted run keeps what it has found
+                folder.finish()
+    if not folder.inspected:
+        raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
+    print(_summary(folder))
+    return 0
+
+
+def _read_normals(sources: list[str]) -> list:
+    """The pictures of `--normal` that can be read, as RGB; the others are reported."""
+    from .data import list_images, load_images
+
+    if not sources:
+        return []
+    try:
+        paths = list_images(sources)
+    except ValueError as error:
+        raise ValueError(_as_option(error, "--normal")) from error
+    loaded = load_images(paths, lambda _, sentence: _report(_as_option(sentence, "--normal")))
+    if not loaded:
+        raise ValueError("`--normal` holds no picture that can be read; give at least one, or leave the option out.")
+    return [image for _, image in loaded]
+
+
+def _as_option(sentence: object, option: str) -> str:
+    """The library's sentence with the name that a person at the command line knows."""
+    return str(sentence).replace("`source`", f"`{option}`")
+
+
+def _report(sentence: str) -> None:
+    print(f"anomalysd: {sentence}", file=sys.stderr)
+
+
+def _summary(folder) -> str:
+    verdicts = [row.get("verdict") for row in folder.rows]
+    parts = [f"{folder.inspected} inspected"]
+    if any(verdicts):
+        parts.append(f"{verdicts.count('defective')} defective, {verdicts.count('normal')} normal")
+    else:
+        parts.append("no verdicts, because without --normal there is no threshold")
+    if len(folder.rows) > folder.inspected:
+        parts.append(f"{len(folder.rows) - folder.inspected} could not be read")
+    return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -1,0 +1,128 @@
+"""From pictures to score maps: the stages that inspection and calibration share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .images import resize
+from .inpainting import draw_noise, encode, repaint
+from .masks import multi_scale_masks, prototype_mask
+from .prompts import average_embedding
+from .prototypes import PrototypeBank
+from .scoring import fuse, harmonic_mean, scale_map, smooth, smoothing_sigma
+from .settings import InspectionSettings
+from .workload import Workload, in_batches
+
+if TYPE_CHECKING:
+    from .pipeline import AnomalySDPipeline
+
+UNNAMED_CATEGORY = "part"
+"""Name used in the generic prompts where no category is given."""
+
+
+def score_maps(
+    pipe: AnomalySDPipeline,
+    pictures: Tensor,
+    category: str | None,
+    settings: InspectionSettings,
+    bank: PrototypeBank | None,
+    batch_size: int | None = None,
+    generator=None,
+    callback: Callable | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The stages between pictures and score maps, shared by inspection and calibration.
+
+    Args:
+        pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
+        bank: holds `category`, or None for zero-shot.
+        Others: see `__call__`.
+
+    Returns:
+        Smoothed maps float32 `[N, R, R]`, repainted pictures `[N, 3, R, R]` in [-1, 1], prototype masks bool
+        `[N, 1, R, R]` or None.
+    """
+    device, side = pipe._execution_device, pipe.config.resolution
+    pictures = pictures.to(device)
+
+    # 1. The averaged prompt embedding
+    prompts = pipe.prompt_book.prompts(category or UNNAMED_CATEGORY)
+    text = (pipe.tokenizer, pipe._ready("text_encoder"))
+    prompt_embeds = average_embedding(prompts, *text)  # [1, L, d]
+    negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
+
+    # 2. How far each position is from the normal pictures, and the mask that follows from it
+    distances, prototype_masks = None, None
+    if bank is not None:
+        psi = torch.cat([pipe._ready("extractor")(part) for part in pictures.split(batch_size or 4)])  # [N, C, h, w]
+        distances = bank.to(device).distances(category, psi)  # [N, h, w]
+        prototype_masks = prototype_mask(distances, (side, side))  # [N, 1, R, R]
+
+    # 3. All passes: every picture with every mask
+    passes = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
+    work = Workload(len(pictures), passes, prototype_masks)
+
+    # 4. What is computed once per picture: latents, noise, features
+    latents = torch.cat([encode(pipe.vae, part) for part in pictures.split(batch_size or 4)])  # [N, 4, h, w]
+    noise = draw_noise(latents.shape, generator, device, pipe.unet.dtype)  # [N, 4, h, w]
+    references = [pipe._ready("perceptual").features(picture[None]) for picture in pictures]
+
+    # 5. Repaint, measure and add up, in batches
+    totals = torch.zeros(len(pictures), len(passes) + 1, side, side, device=device)  # [N, K + 1, R, R]
+    # Shown to people: the coarse scales leave no seams, and the prototype mask knows where to look.
+    shown = torch.zeros_like(pictures)  # [N, 3, R, R]
+    shown_scale = len(passes) // 2
+    steps = int(settings.num_inference_steps * settings.noise_strength)
+    done = 0
+    with pipe.progress_bar(total=len(work) * steps) as progress:
+
+        def run(jobs: range) -> None:
+            nonlocal done
+            indices, masks, rows = work.select(jobs, device)  # [B], [B, 1, R, R], [B]
+
+            def on_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
+                progress.update(len(jobs))
+                if callback is not None:
+                    changed = callback(pipe, done + step, int(timestep), {"latents": current})
+                    current = (changed or {}).get("latents", current)
+                return current
+
+            repainted = repaint(
+                pipe.unet,
+                pipe.vae,
+                pipe.scheduler,
+                pictures[indices],
+                latents[indices],
+                masks,
+                noise[indices],
+                prompt_embeds.expand(len(jobs), -1, -1),
+                None if negative_embeds is None else negative_embeds.expand(len(jobs), -1, -1),
+                noise_strength=settings.noise_strength,
+                num_inference_steps=settings.num_inference_steps,
+                guidance_scale=settings.guidance_scale,
+                on_step=on_step,
+            )  # [B, 3, R, R]
+            done += steps
+            features = pipe.perceptual.features(repainted)
+            for picture in indices.unique().tolist():
+                own = indices == picture
+                chosen = [level[own] for level in features]
+                difference = pipe.perceptual.distance_map(references[picture], chosen, (side, side))  # [b, R, R]
+                for row in rows[own].unique().tolist():
+                    of_row = rows[own] == row
+                    totals[picture, row] += scale_map(masks[own][of_row], difference[of_row])  # Eqs. (18), (20)
+                for mask, result, row in zip(masks[own], repainted[own], rows[own].tolist()):
+                    if row in (shown_scale, len(passes)):
+                        shown[picture] = torch.where(mask > 0.5, result, shown[picture])
+
+        in_batches(run, len(work), batch_size or (16 if device.type == "cuda" else 4))
+
+    # 6. Fuse the scales and the prototype map, and smooth
+    multi_scale = harmonic_mean(totals[:, :-1].transpose(0, 1))  # [N, R, R], Eq. (19)
+    guided = None if prototype_masks is None else totals[:, -1]
+    far = None if distances is None else resize(distances, (side, side))
+    fused = fuse(multi_scale, guided, far, settings.prototype_weight, settings.feature_weight)  # Eq. (21)
+    return smooth(fused, smoothing_sigma(side)), shown, prototype_masks

@@ -1,0 +1,363 @@
+"""What normal looks like, remembered: ImageNet features of the normal pictures and the distance to the nearest of them.
+
+Equation numbers are those of AnomalySD (arXiv 2408.01960).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+NORMALIZATIONS = ("none", "layer")
+_DISTANCE_ENTRIES = 2**24
+_PROJECTED_DIM = 32
+_IMAGES_PER_PASS = 4
+
+
+def _create_features(model_name: str, out_indices: tuple[int, ...], model_kwargs: dict, **weights) -> nn.Module:
+    import timm
+
+    if not timm.is_model(model_name):
+        raise ValueError(f"`model_name` must be a model that timm knows, got {model_name!r}.")
+    model = timm.create_model(model_name, features_only=True, out_indices=out_indices, **weights, **model_kwargs)
+    if hasattr(model, "_stage_out_idx"):
+        # timm's EfficientNets run every stage whatever `out_indices` asks for; the later ones are most of the cost.
+        model.blocks = model.blocks[: max(model._stage_out_idx)]
+    return model
+
+
+class PrototypeExtractor(ModelMixin, ConfigMixin):
+    """Frozen timm backbone that turns a picture into one feature vector per position, psi of Eq. (12).
+
+    For EfficientNets the paper's second and third feature levels are timm's `out_indices` 1 and 2, at strides 4 and 8:
+    psi has stride 4, and 40 + 72 = 112 channels for B6. Plain vision transformers give every level at the patch stride;
+    they want an `image_size`.
+
+    A new object has random weights and is in eval mode, so that `forward` leaves BatchNorm's statistics alone; use
+    [`from_timm`] or `from_pretrained` for trained weights.
+
+    Args:
+        model_name: timm model name, with or without a pretrained tag.
+        out_indices: timm feature levels, the one with the finest grid first.
+        image_size: Side in px to which pictures are resized first; None keeps theirs.
+        normalize: "none" (the paper), or "layer": every level's channel vectors are scaled to unit length.
+        model_kwargs: Further arguments of `timm.create_model`.
+        mean: Per-channel mean of pictures in [0, 1]; None: the model's own.
+        std: Per-channel standard deviation of pictures in [0, 1]; None: the model's own.
+
+    Raises:
+        ValueError: If timm does not know `model_name` or `normalize` is another word.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        model_name: str = "tf_efficientnet_b6",
+        out_indices: tuple[int, ...] = (1, 2),
+        image_size: int | None = None,
+        normalize: str = "none",
+        model_kwargs: dict | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+    ):
+        super().__init__()
+        if normalize not in NORMALIZATIONS:
+            raise ValueError(f"`normalize` must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}.")
+        self.model = _create_features(model_name, tuple(out_indices), dict(model_kwargs or {}), pretrained=False)
+        mean = list(mean or self.model.pretrained_cfg["mean"])
+        std = list(std or self.model.pretrained_cfg["std"])
+        # In the config, so that a reload does not depend on the pretrained configurations of the installed timm.
+        self.register_to_config(mean=mean, std=std)
+        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.eval()
+
+    @classmethod
+    def from_timm(
+        cls,
+        model_name: str = "tf_efficientnet_b6",
+        pretrained: bool = True,
+        checkpoint_path: str | Path | None = None,
+        out_indices: tuple[int, ...] = (1, 2),
+        image_size: int | None = None,
+        normalize: str = "none",
+        model_kwargs: dict | None = None,
+    ) -> "PrototypeExtractor":
+        """Create an extractor with ImageNet weights.
+
+        Args:
+            pretrained: Let timm download the weights; ignored with `checkpoint_path`.
+            checkpoint_path: Local weights of the whole classifier, .safetensors or .pth (read with weights_only=True).
+
+        See the class for the others.
+
+        Raises:
+            ValueError: If `checkpoint_path` does not exist or does not hold weights of `model_name`.
+        """
+        extractor = cls(model_name, out_indices, image_size, normalize, model_kwargs)
+        weights = {"pretrained": pretrained}
+        if checkpoint_path is not None:
+            from timm.models import load_state_dict
+
+            if not Path(checkpoint_path).is_file():
+                raise ValueError(f"`checkpoint_path` must be an existing weights file, got {str(checkpoint_path)!r}.")
+            state = load_state_dict(str(checkpoint_path), device="cpu", weights_only=True)
+            weights = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "custom_load": False}}
+        if weights["pretrained"]:
+            mismatch = f"`checkpoint_path` must hold weights of {model_name}, got {str(checkpoint_path)!r}"
+            try:
+                loaded = _create_features(model_name, tuple(out_indices), dict(model_kwargs or {}), **weights)
+            except (RuntimeError, KeyError) as error:
+                if checkpoint_path is None:
+                    raise
+                raise ValueError(f"{mismatch}: {error}") from error
+            # timm loads feature extractors non-strictly: a file of another model could pass without filling anything.
+            if checkpoint_path is not None and not _shares_a_weight(loaded, state):
+                raise ValueError(f"{mismatch}.")
+            extractor.model.load_state_dict(loaded.state_dict())
+        return extractor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """psi(x) of Eq. (12): the levels, upsampled to the first one's grid and concatenated.
+
+        Args:
+            x: [N, 3, H, W] in [-1, 1].
+
+        Returns:
+            [N, C, h, w] in the module's dtype, C the sum of the levels' channels.
+
+        Raises:
+            ValueError: If `x` has another shape.
+        """
+        if x.ndim != 4 or x.shape[1] != 3:
+            raise ValueError(f"`x` must be [N, 3, H, W], got {list(x.shape)}.")
+        x = x.to(self.pixel_mean.dtype)
+        if self.config.image_size is not None and x.shape[-2:] != (self.config.image_size,) * 2:
+            x = F.interpolate(x, size=(self.config.image_size,) * 2, mode="bilinear", antialias=True)
+        levels = []
+        for level, channels in zip(
+            self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std), self.model.feature_info.channels()
+        ):
+            if level.shape[1] != channels:
+                level = level.permute(0, 3, 1, 2)  # hierarchical transformers give [N, h, w, C]
+            if self.config.normalize == "layer":
+                level = F.normalize(level.float(), dim=1).to(level.dtype)
+            if levels and level.shape[-2:] != levels[0].shape[-2:]:
+                level = F.interpolate(level, size=levels[0].shape[-2:], mode="bilinear", align_corners=False)
+            levels.append(level)
+        return torch.cat(levels, dim=1)
+
+
+def _shares_a_weight(model: nn.Module, state: dict[str, Tensor]) -> bool:
+    return any(
+        weight.shape == other.shape and torch.equal(weight, other.to(weight.dtype))
+        for weight in model.parameters()
+        if weight.ndim > 1
+        for other in state.values()
+    )
+
+
+class PrototypeBank(ModelMixin, ConfigMixin):
+    """One bank of normal feature vectors P_c per category, Eq. (13), savable as safetensors.
+
+    Banks are buffers [size, dim] named `bank_0`, `bank_1`, … in the alphabetical order of their categories (the order
+    in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`.
+
+    Args:
+        sizes: Number of prototypes per category.
+        dim: Length of a prototype; 0 while there are no categories.
+        max_size: A category with more vectors than this is thinned to a coreset.
+    """
+
+    @register_to_config
+    def __init__(self, sizes: dict[str, int] | None = None, dim: int = 0, max_size: int = 10000):
+        super().__init__()
+        # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
+        self.register_buffer("placeholder", torch.zeros(1))
+        self.register_to_config(sizes=dict(sorted((sizes or {}).items())))
+        for index, size in enumerate(self.config.sizes.values()):
+            self.register_buffer(f"bank_{index}", torch.zeros(size, dim))
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the categories, in alphabetical order."""
+        return list(self.config.sizes)
+
+    def __contains__(self, category: str) -> bool:
+        return category in self.config.sizes
+
+    def __getitem__(self, category: str) -> Tensor:
+        """Prototypes of `category`, [size, dim]. Raises ValueError if it has none."""
+        if category not in self:
+            known = ", ".join(json.dumps(c, ensure_ascii=False) for c in self.categories) or "none"
+            raise ValueError(f"`category` must be one that has a prototype bank ({known}), got {category!r}.")
+        return getattr(self, f"bank_{self.categories.index(category)}")
+
+    def add(self, category: str, features: Tensor, seed: int = 0) -> None:
+        """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
+
+        Args:
+            category: Any non-empty name.
+            features: [M, dim], M >= 1, finite; `dim` as in the other categories.
+            seed: Of the coreset, see [`greedy_coreset`].
+
+        Raises:
+            ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
+        """
+        if not category:
+            raise ValueError("`category` must be a non-empty name, got ''.")
+        if features.ndim != 2 or 0 in features.shape:
+            raise ValueError(f"`features` must be [M, dim] with at least one vector, got {list(features.shape)}.")
+        banks = {other: self[other] for other in self.categories if other != category}
+        if banks and features.shape[1] != self.config.dim:
+            raise ValueError(
+                f"`features` must have {self.config.dim} channels like the other categories, got {features.shape[1]}."
+            )
+        if not torch.isfinite(features).all():
+            raise ValueError("`features` must be finite, got NaN or infinity.")
+        if len(features) > self.config.max_size:
+            features = features[greedy_coreset(features, self.config.max_size, seed)]
+        stored = torch.empty(features.shape, dtype=self.placeholder.dtype, device=self.placeholder.device)
+        stored.copy_(features.detach())
+        if not torch.isfinite(stored).all():
+            raise ValueError(f"`features` must fit in the bank's {stored.dtype}, got up to {features.abs().max():g}.")
+        self._replace(banks | {category: stored})
+
+    def remove(self, category: str) -> None:
+        """Forget a category. Raises ValueError if it has no bank."""
+        self[category]
+        self._replace({other: self[other] for other in self.categories if other != category})
+
+    def _replace(self, banks: dict[str, Tensor]) -> None:
+        for index in range(len(self.categories)):
+            delattr(self, f"bank_{index}")
+        banks = dict(sorted(banks.items()))
+        for index, bank in enumerate(banks.values()):
+            self.register_buffer(f"bank_{index}", bank)
+        dim = next((bank.shape[1] for bank in banks.values()), 0)
+        self.register_to_config(sizes={category: len(bank) for category, bank in banks.items()}, dim=dim)
+
+    @torch.no_grad()
+    def distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
+        """Squared Euclidean distance E of every position to its nearest prototype, Eq. (14).
+
+        Matrix products find the nearest prototype; the distance to it is then computed by differences, so that small
+        distances are not lost to cancellation.
+
+        Args:
+            category: A category with a bank.
+            psi: [N, C, h, w], C = dim.
+            chunk: Positions compared at once, which takes `chunk * size` float32 values of memory besides float32 copies
+                of `psi` and of the bank; None: as many as fit in 2^24 values (64 MiB).
+
+        Returns:
+            float32 [N, h, w], >= 0.
+
+        Raises:
+            ValueError: If `category` has no bank or `psi` has another shape.
+        """
+        bank = self[category].float()  # [M, C]
+        if psi.ndim != 4 or psi.shape[1] != bank.shape[1]:
+            raise ValueError(f"`psi` must be [N, {bank.shape[1]}, h, w] as in the bank, got {list(psi.shape)}.")
+        n, _, h, w = psi.shape
+        center = bank.mean(dim=0)
+        bank = bank - center
+        squares = bank.square().sum(dim=1)  # [M]
+        queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2) - center  # [N h w, C]
+        chunk = chunk or max(1, _DISTANCE_ENTRIES // len(bank))
+        nearest = []
+        for part in queries.split(chunk):
+            index = torch.addmm(squares, part, bank.T, alpha=-2).argmin(dim=1)
+            nearest.append((part - bank[index]).square().sum(dim=1))
+        return torch.cat(nearest).view(n, h, w)
+
+
+@torch.no_grad()
+def greedy_coreset(features: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Indices of a k-center coreset: start anywhere, then again and again take the vector farthest from those taken.
+
+    Its largest gap is at most twice the smallest possible (Gonzalez 1985). Vectors of more than 32 channels are compared
+    by a random projection to 32. Takes O(M * size) time and O(M) memory.
+
+    Args:
+        features: [M, C].
+        size: Vectors to keep, >= 1.
+        seed: Of the first vector and of the projection.
+
+    Returns:
+        int64 [K] of distinct indices, K = min(size, M), less where vectors are duplicates of those taken.
+
+    Raises:
+        ValueError: If `size` is less than 1.
+    """
+    if size < 1:
+        raise ValueError(f"`size` must be at least 1, got {size}.")
+    generator = torch.Generator().manual_seed(seed)
+    features = features.float()
+    current = torch.randint(len(features), (1,), generator=generator).to(features.device)
+    if features.shape[1] > _PROJECTED_DIM:
+        features = features @ torch.randn(features.shape[1], _PROJECTED_DIM, generator=generator).to(features.device)
+    size = min(size, len(features))
+    chosen = torch.empty(size, dtype=torch.int64, device=features.device)
+    gaps = torch.empty(size, device=features.device)
+    gap = torch.full((len(features),), torch.inf, device=features.device)
+    for step in range(size):
+        chosen[step] = current[0]
+        gaps[step] = gap[current[0]]
+        # Differences rather than products: a duplicate of a taken vector must come out at exactly zero.
+        distance = torch.cdist(features, features[current], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
+        gap = torch.minimum(gap, distance)
+        current = gap.argmax().unsqueeze(0)
+    return chosen[gaps > 0]
+
+
+@torch.no_grad()
+def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4) -> Tensor:
+    """All feature vectors of rotated normal pictures, P_c of Eq. (13).
+
+    Args:
+        extractor: A [`PrototypeExtractor`], or any module from [N, 3, H, W] to [N, C, h, w].
+        images: [K, 3, H, W] in [-1, 1], on the extractor's device.
+        rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
+            exact, others are bilinear with the border mirrored.
+
+    Returns:
+        [M, C], M = K * rotations * h * w.
+
+    Raises:
+        ValueError: If `images` has another shape, `rotations` is less than 1, or features are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"`images` must be [K, 3, H, W] with at least one picture, got {list(images.shape)}.")
+    if rotations < 1:
+        raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
+    collected = []
+    for step in range(rotations):
+        for part in images.split(_IMAGES_PER_PASS):
+            psi = extractor(_rotate(part, 360 * step / rotations))
+            collected.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
+    features = torch.cat(collected)
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
+        )
+    return features
+
+
+def _rotate(images: Tensor, degrees: float) -> Tensor:
+    if degrees % 90 == 0:
+        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
+    return _resample_rotated(images, degrees)
+
+
+def _resample_rotated(images: Tensor, degrees: float) -> Tensor:
+    height, width = images.shape[-2:]
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    cos, sin = angle.cos().item(), angle.sin().item()
+    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+    grid = F.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

@@ -1,0 +1,87 @@
+"""The knobs of one inspection: presets, what a checkpoint or category overrides, and their rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+
+PRESETS = {
+    "paper": {"num_inference_steps": 50, "mask_scales": (1, 2, 4, 8), "mask_grouping": "none"},
+    "fast": {"num_inference_steps": 20, "mask_scales": (1, 2, 4, 8), "mask_grouping": "grouped"},
+}
+"""What a preset sets where the checkpoint's own config does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class InspectionSettings:
+    """Everything besides the picture and the noise that a score depends on.
+
+    noise_strength: lambda, in (0, 1]: the share of the noise schedule that is added and removed again.
+    num_inference_steps: length of the whole schedule; about `noise_strength` of it is run.
+    mask_scales: the k of the multi-scale masks.
+    mask_grouping: "none" (a pass per cell) or "grouped" (cells that do not touch share a pass).
+    prototype_weight: alpha of Eq. (21), in [0, 1].
+    feature_weight: weight of the prototype distance map in the score, 0 in the paper.
+    guidance_scale: classifier-free guidance, 1 for none.
+    """
+
+    noise_strength: float
+    num_inference_steps: int
+    mask_scales: tuple[int, ...]
+    mask_grouping: str
+    prototype_weight: float
+    feature_weight: float
+    guidance_scale: float
+
+    @classmethod
+    def resolve(cls, preset: str, layers: Sequence[Mapping]) -> InspectionSettings:
+        """The preset's values overridden by each layer in turn; `None` in a layer means "not given".
+
+        Raises:
+            ValueError: for an unknown preset or a value out of its range.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+        values = dict(PRESETS[preset])
+        for layer in layers:
+            values.update({f.name: layer[f.name] for f in fields(cls) if layer.get(f.name) is not None})
+        scales = values["mask_scales"]
+        if isinstance(scales, (str, bytes)) or not isinstance(scales, Sequence):
+            raise ValueError(f"`mask_scales` must be a list of whole numbers such as (1, 2, 4, 8), got {scales!r}.")
+        settings = cls(**{**values, "mask_scales": tuple(scales)})
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raises ValueError, naming the argument, for a value out of its range."""
+        _require_number("noise_strength", self.noise_strength, 0, 1, above=True)
+        if not isinstance(self.num_inference_steps, int) or self.num_inference_steps < 1:
+            raise ValueError(
+                f"`num_inference_steps` must be a whole number of at least 1, got {self.num_inference_steps!r}."
+            )
+        if int(self.num_inference_steps * self.noise_strength) < 1:
+            raise ValueError(
+                f"`num_inference_steps` ({self.num_inference_steps}) times `noise_strength` ({self.noise_strength}) "
+                f"leaves no step to run; give at least {math.ceil(1 / self.noise_strength)} steps or a higher strength."
+            )
+        if not all(isinstance(scale, int) and scale >= 1 for scale in self.mask_scales) or not self.mask_scales:
+            raise ValueError(
+                f"`mask_scales` must hold whole numbers of at least 1 such as (1, 2, 4, 8), got {self.mask_scales}."
+            )
+        if self.mask_grouping not in ("none", "grouped"):
+            raise ValueError(f"`mask_grouping` must be 'none' or 'grouped', got {self.mask_grouping!r}.")
+        _require_number("prototype_weight", self.prototype_weight, 0, 1)
+        _require_number("feature_weight", self.feature_weight, 0, math.inf)
+        _require_number("guidance_scale", self.guidance_scale, 1, math.inf)
+
+    def to_dict(self) -> dict:
+        """JSON-serializable values, for a category's calibration record."""
+        return {**asdict(self), "mask_scales": list(self.mask_scales)}
+
+
+def _require_number(name: str, value, low: float, high: float, above: bool = False) -> None:
+    fits = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
+    if not fits or (above and value == low):
+        span = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
+        raise ValueError(f"`{name}` must be a number {span}, got {value!r}.")

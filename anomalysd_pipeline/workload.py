@@ -1,0 +1,78 @@
+"""The passes of an inspection as one list of jobs, and running a list in batches that shrink when memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from diffusers.utils import logging
+from torch import Tensor
+
+from .masks import ScalePasses
+
+logger = logging.get_logger(__name__)
+
+
+class Workload:
+    """Every picture with every one of its masks, numbered 0 ... len - 1, all passes of a picture in a row.
+
+    A pass belongs to a row: the index of its scale, or K (the number of scales) for the prototype-guided mask.
+    Pictures whose prototype mask is empty have no pass for it.
+
+    Args:
+        pictures: their number N.
+        scales: the masks shared by all pictures.
+        prototype_masks: bool `[N, 1, H, W]`, one of its own for each picture, or None.
+    """
+
+    def __init__(self, pictures: int, scales: Sequence[ScalePasses], prototype_masks: Tensor | None):
+        self._masks = torch.cat([scale.masks for scale in scales])  # [P, 1, H, W]
+        rows = [row for row, scale in enumerate(scales) for _ in range(len(scale.masks))]
+        self._prototype_masks, self._prototype_row = prototype_masks, len(scales)
+        self._jobs = []  # (picture, row, index of a shared mask or None)
+        for picture in range(pictures):
+            self._jobs += [(picture, row, index) for index, row in enumerate(rows)]
+            if prototype_masks is not None and prototype_masks[picture].any():
+                self._jobs.append((picture, self._prototype_row, None))
+
+    def __len__(self) -> int:
+        return len(self._jobs)
+
+    def select(self, jobs: range, device) -> tuple[Tensor, Tensor, Tensor]:
+        """Picture indices int64 `[B]`, masks float32 `[B, 1, H, W]` and rows int64 `[B]` of some jobs, on `device`."""
+        chosen = [self._jobs[job] for job in jobs]
+        masks = [
+            self._prototype_masks[picture].to(device, torch.float32)
+            if index is None
+            else self._masks[index].to(device)
+            for picture, _, index in chosen
+        ]
+        pictures, rows = (torch.tensor([job[part] for job in chosen], device=device) for part in (0, 1))
+        return pictures, torch.stack(masks), rows
+
+
+def in_batches(run: Callable[[range], None], total: int, batch_size: int) -> int:
+    """Calls `run` with consecutive ranges that cover 0 ... total - 1, halving the batch each time memory runs out.
+
+    A range that failed is run again in halves, so `run` must change nothing before it succeeds. Out of memory at a
+    batch of one is raised.
+
+    Returns:
+        The batch size in use at the end.
+    """
+    start = 0
+    while start < total:
+        try:
+            run(range(start, min(start + batch_size, total)))
+        except (RuntimeError, MemoryError) as error:
+            if batch_size == 1 or not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
+                raise
+            batch_size //= 2
+            logger.warning(f"Out of memory: going on with `batch_size` {batch_size}.")
+        else:
+            start += batch_size
+            continue
+        # Outside the handler, where the traceback no longer holds the tensors that filled the memory.
+        clear_device_cache(garbage_collection=True)
+    return batch_size

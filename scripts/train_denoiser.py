@@ -1,0 +1,135 @@
+"""Stage 2: the text encoder and the denoiser together, from nothing, on the normal pictures of the pool.
+
+    accelerate launch -m scripts.train_denoiser --steps 8000
+
+Needs `<work>/vae`. Writes `<work>/tokenizer`, `<work>/text_encoder` and `<work>/unet`. The loss is the paper's Eq.
+(8). Masks
+are the ones inference will ask for: cells of the multi-scale grid, alone and grouped, rectangles over the foreground,
+and free shapes like prototype-guided masks. The last fifth of the steps sees whole pictures instead of crops.
+"""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+
+from anomalysd_pipeline.masks import latent_mask, training_mask
+from anomalysd_pipeline.prompts import PromptBook
+from scripts.loop import stage_arguments, train
+from scripts.pictures import SURFACE, Pool
+from scripts.recipe import CROP, RESOLUTION, make_scheduler, make_text_encoder, make_unet, seeded
+from scripts.tokenizer import make_tokenizer
+
+STRENGTH_MOST_USED = (
+    0.6  # share of the schedule that inference visits; the rest is trained a little, for other strengths
+)
+
+
+class Denoiser(torch.nn.Module):
+    """Text encoder and UNet as one module, so that one optimizer, one average and one checkpoint hold both."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, sample, timesteps, input_ids):
+        return self.unet(sample, timesteps, self.text_encoder(input_ids)[0]).sample
+
+
+def draw_mask(foreground: torch.Tensor, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
+    """One mask [1, s, s] in {0, 1}: grid cells (45 %), foreground rectangles (35 %), free shapes (15 %) or everything
+    (5 %)."""
+    side = foreground.shape[-1]
+    kind = rng.random()
+    if kind < 0.45:
+        cell = RESOLUTION // int(rng.choice([2, 4, 8], p=[0.2, 0.35, 0.45]))
+        y, x = rng.integers(0, 2 * cell, size=2)
+        rows, columns = (np.arange(side) + y) // cell, (np.arange(side) + x) // cell
+        if rng.random() < 0.75:  # grouped: every second cell in both directions shares the pass
+            mask = (rows % 2 == 0)[:, None] & (columns % 2 == 0)[None]
+        else:
+            mask = (rows == rng.choice(rows))[:, None] & (columns == rng.choice(columns))[None]
+        return torch.from_numpy(mask.astype(np.float32))[None]
+    if kind < 0.8:
+        return training_mask(foreground, generator)
+    if kind < 0.95:
+        coarse = torch.randn(1, 1, *rng.integers(3, 10, size=2).tolist(), generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")[0]
+        return (smooth > torch.quantile(smooth, float(rng.uniform(0.5, 0.9)))).float()
+    return torch.ones(1, side, side)
+
+
+def main() -> None:
+    parser = stage_arguments(__doc__, steps=8000, batch_size=8, learning_rate=5e-4)
+    parser.add_argument(
+        "--whole_share", type=float, default=0.2, help="share of the steps, the last ones, on whole pictures"
+    )
+    arguments = parser.parse_args()
+    pool = Pool(arguments.work / "pool", arguments.pool, arguments.seed, RESOLUTION, arguments.pool_workers)
+    held_back = Pool(arguments.work / "pool-eval", 250, 10_000 + arguments.seed, RESOLUTION, arguments.pool_workers)
+    vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
+    scheduler = make_scheduler()
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(arguments.work / "tokenizer")
+    book = PromptBook.default()
+    model = Denoiser(seeded(make_text_encoder, arguments.seed, tokenizer), seeded(make_unet, arguments.seed))
+    model.train()
+
+    def prompt_for(family: str, rng: np.random.Generator) -> str:
+        if rng.random() < 0.1:
+            return ""
+        if rng.random() < 0.2:  # parts nobody described get the generic prompts at inference
+            family = str(rng.choice(["part", "surface", "metal plate", "cookie", "bottle", "board"]))
+        prompts = book.prompts("textured surface" if family == SURFACE else family)
+        return str(rng.choice(prompts))
+
+    def noisy_batch(images, foregrounds, names, rng, timesteps=None):
+        device = next(model.parameters()).device
+        vae.to(device)
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        masks = torch.stack([draw_mask(f[0] > 0.5, rng, generator) for f in foregrounds]).to(device)
+        images = images.to(device)
+        with torch.no_grad():
+            both = torch.cat([images, images * (masks < 0.5)])
+            latents, masked = (vae.encode(both).latent_dist.mean.float() * vae.config.scaling_factor).chunk(2)
+        if timesteps is None:
+            top = (
+                np.where(rng.random(len(images)) < 0.9, STRENGTH_MOST_USED, 1.0) * scheduler.config.num_train_timesteps
+            )
+            timesteps = torch.from_numpy((rng.random(len(images)) * top).astype(np.int64))
+        timesteps = timesteps.to(device)
+        noise = torch.randn(latents.shape, generator=generator).to(device)
+        noisy = scheduler.add_noise(latents, noise, timesteps)
+        small = latent_mask(masks, *latents.shape[-2:])
+        prompts = [prompt_for(name, rng) for name in names]
+        ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        return torch.cat([noisy, small, masked], dim=1), timesteps, ids, noise, small
+
+    def loss_of(denoiser, rng, step):
+        whole = step >= arguments.steps * (1 - arguments.whole_share)
+        count = max(1, arguments.batch_size // 2) if whole else arguments.batch_size
+        pictures = pool.batch(rng, count, crop=None if whole else CROP, zoom_out=0.25)
+        sample, timesteps, ids, noise, small = noisy_batch(*pictures, rng)
+        error = (denoiser(sample, timesteps, ids).float() - noise).square()  # [n, 4, h, w]
+        inside = (error * small).sum() / (4 * small.sum()).clamp(min=1)
+        return error.mean(), {"inside": inside.item()}
+
+    def evaluate(denoiser):
+        errors = []
+        for start in range(0, 32, 8):
+            rng = np.random.default_rng([7, start])
+            images = torch.from_numpy(held_back.images[start : start + 8]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            foregrounds = torch.from_numpy(held_back.foregrounds[start : start + 8])[:, None].float()
+            names = [str(name) for name in held_back.families[start : start + 8]]
+            sample, timesteps, ids, noise, small = noisy_batch(
+                images, foregrounds, names, rng, torch.linspace(50, 550, len(images)).long()
+            )
+            errors.append(((denoiser(sample, timesteps, ids) - noise).square() * small).sum() / (4 * small.sum()))
+        return {"inside": torch.stack(errors).mean().item()}
+
+    model = train("denoiser-training", model, loss_of, evaluate, arguments)
+    model.text_encoder.to(torch.float32).save_pretrained(arguments.work / "text_encoder")
+    model.unet.to(torch.float32).save_pretrained(arguments.work / "unet")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""Stage 3: the feature extractor of the prototypes, or the perceptual network of the score, from nothing.
+
+    accelerate launch -m scripts.train_features --network extractor --steps 2500
+    accelerate launch -m scripts.train_features --network perceptual --steps 2500
+
+Writes `<work>/extractor` or `<work>/perceptual`. Both learn from episodes: a few normal pictures of one product, and
+queries of the same product with and without a defect drawn onto them.
+
+* extractor: the nearest-neighbour distance E of Eq. (14), query against the normal pictures, has to tell the defect's
+  pixels from all others, on one scale for every product. It must describe a surface to find its neighbour, and see a
+  defect to miss it.
+* perceptual: the distance map D of Eq. (17) between a query and its normal original, spoiled the way a repainted
+  picture is (softened, shifted by a pixel, noise, light), has to tell the defect's pixels from the spoiled ones.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+
+from anomalysd_pipeline.prototypes import PrototypeExtractor
+from anomalysd_pipeline.scoring import PerceptualDistance
+from anomalysd_pipeline.synthetic import apply_defect, draw_normal, draw_surface, sample_style
+from scripts.loop import stage_arguments, train
+from scripts.pictures import TRAINED
+from scripts.recipe import CROP, seeded
+
+SUPPORT = 2
+EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer"}  # strides 8 and 16
+
+
+def draw_episode(rng: np.random.Generator):
+    """Normal pictures [SUPPORT, s, s, 3], an original and a query [s, s, 3] (uint8) and the query's defect mask [s,
+    s] bool."""
+    size = 2 * CROP
+    if rng.random() < 0.5:
+        family = TRAINED[int(rng.integers(len(TRAINED)))]
+        style = sample_style(family, rng)
+        pictures = [draw_normal(family, rng, size, style=style) for _ in range(SUPPORT + 1)]
+        images, foregrounds = [p.image for p in pictures], [p.foreground for p in pictures]
+        if rng.random() < 0.4:  # whole parts at half size, else crops at full size
+            images = [i.reshape(CROP, 2, CROP, 2, 3).mean((1, 3)).round().astype(np.uint8) for i in images]
+            foregrounds = [f[::2, ::2] for f in foregrounds]
+        else:
+            y, x = rng.integers(size - CROP + 1, size=2)
+            images = [i[y : y + CROP, x : x + CROP] for i in images]
+            foregrounds = [f[y : y + CROP, x : x + CROP] for f in foregrounds]
+    else:
+        surface = draw_surface(rng, size)
+        images, foregrounds = [], []
+        for _ in range(SUPPORT + 1):
+            y, x = rng.integers(size - CROP + 1, size=2)
+            gain, bias = rng.normal(1, 0.05), rng.normal(0, 4)
+            image = (
+                surface.image[y : y + CROP, x : x + CROP] * gain
+                + bias
+                + rng.normal(0, rng.uniform(0, 3), (CROP, CROP, 3))
+            )
+            images.append(image.clip(0, 255).round().astype(np.uint8))
+            foregrounds.append(surface.foreground[y : y + CROP, x : x + CROP])
+    original, foreground = images[-1], foregrounds[-1]
+    query, mask = original, np.zeros((CROP, CROP), bool)
+    if rng.random() < 0.75:
+        if foreground.mean() < 0.05:
+            foreground = np.ones_like(foreground)
+        query, mask, _ = apply_defect(original, foreground, rng)
+    return np.stack(images[:-1]), original, query, mask
+
+
+def to_batch(pictures) -> torch.Tensor:
+    """uint8 [..., s, s, 3] to float32 [..., 3, s, s] in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures).astype(np.float32) / 127.5 - 1.0).movedim(-1, -3).contiguous()
+
+
+def spoil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What repainting does to a normal picture: softer, moved by up to a pixel, a little lighter or darker, other
+    noise."""
+    result = image.astype(np.float32)
+    if rng.random() < 0.8:
+        result = ndimage.gaussian_filter(result, (*[rng.uniform(0.2, 1.4)] * 2, 0))
+    if rng.random() < 0.6:
+        field = [ndimage.zoom(rng.normal(0, 0.8, (5, 5)), CROP / 5, order=1) for _ in range(2)]
+        grid = np.mgrid[:CROP, :CROP].astype(np.float32)
+        where = [g + f for g, f in zip(grid, field)]
+        result = np.stack(
+            [ndimage.map_coordinates(result[..., c], where, order=1, mode="nearest") for c in range(3)], -1
+        )
+    light = ndimage.zoom(rng.normal(0, rng.uniform(0, 6), (3, 3)), CROP / 3, order=1)
+    result = result * rng.normal(1, 0.03) + light[..., None] + rng.normal(0, rng.uniform(0, 4), result.shape)
+    return result.clip(0, 255).round().astype(np.uint8)
+
+
+class Scored(torch.nn.Module):
+    """A network with the two numbers that turn its distances into logits, one scale for all products."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.offset = torch.nn.Parameter(torch.tensor(0.0))
+
+    def logits(self, distances):
+        return self.scale.exp() * (torch.log(distances + 1e-4) - self.offset)
+
+
+def extractor_distances(extractor, support, queries):
+    """E [n, h, w] of queries [n, 3, s, s] against their own support [n, k, 3, s, s]."""
+    count, shots = support.shape[:2]
+    psi = extractor(torch.cat([support.flatten(0, 1), queries]))  # [n * k + n, c, h, w]
+    bank = psi[: count * shots].unflatten(0, (count, shots)).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [n, k * h * w, c]
+    query = psi[count * shots :].flatten(2).transpose(1, 2)  # [n, h * w, c]
+    squares = query.square().sum(-1, keepdim=True) + bank.square().sum(-1)[:, None] - 2 * query @ bank.transpose(1, 2)
+    return squares.amin(-1).clamp(min=0).unflatten(1, psi.shape[-2:])
+
+
+def balanced_loss(logits, target):
+    """Binary cross-entropy, defect and normal pixels weighing alike within the batch."""
+    positive = target.mean().clamp(0.005, 0.5)
+    weight = target * (0.5 / positive) + (1 - target) * (0.5 / (1 - positive))
+    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).mean()
+
+
+def main() -> None:
+    parser = stage_arguments(__doc__, steps=2500, batch_size=6, learning_rate=1e-3)
+    parser.add_argument("--network", choices=("extractor", "perceptual"), required=True)
+    arguments = parser.parse_args()
+    if arguments.network == "extractor":
+        network = seeded(lambda: PrototypeExtractor(**EXTRACTOR), arguments.seed)
+    else:
+        network = seeded(PerceptualDistance, arguments.seed)
+    model = Scored(network.requires_grad_(True))
+    model.train()
+
+    def distances_and_target(network, episodes, rng):
+        device = next(network.parameters()).device
+        support, originals, queries, masks = zip(*episodes)
+        target = torch.from_numpy(np.stack(masks)).float()[:, None].to(device)
+        queries = to_batch(queries).to(device)
+        if arguments.network == "extractor":
+            distances = extractor_distances(network, to_batch(support).to(device), queries)
+            return distances, F.adaptive_max_pool2d(target, distances.shape[-2:])[:, 0]
+        repainted = to_batch([spoil(image, rng) for image in originals]).to(device)
+        side = CROP // 2
+        distances = network.distance_map(network.features(queries), network.features(repainted), (side, side))
+        return distances, F.adaptive_max_pool2d(target, side)[:, 0]
+
+    def loss_of(model, rng, step):
+        if arguments.network == "perceptual":
+            with torch.no_grad():  # the layer weights w of Eq. (16) enter squared: they stay non-negative
+                for name, parameter in model.network.named_parameters():
+                    if name.startswith("lin"):
+                        parameter.clamp_(min=0)
+        episodes = [draw_episode(rng) for _ in range(arguments.batch_size)]
+        distances, target = distances_and_target(model.network, episodes, rng)
+        return balanced_loss(model.logits(distances.float()), target), {}
+
+    def evaluate(model):
+        from sklearn.metrics import roc_auc_score
+
+        scores, targets = [], []
+        for index in range(8):
+            rng = np.random.default_rng([99, index])
+            distances, target = distances_and_target(model.network, [draw_episode(rng) for _ in range(8)], rng)
+            scores.append(distances.float().cpu())
+            targets.append(target.cpu() > 0.5)
+        scores, targets = torch.cat(scores), torch.cat(targets)
+        image_scores, image_targets = scores.flatten(1).amax(1), targets.flatten(1).any(1)
+        return {
+            "pixel_auroc": float(roc_auc_score(targets.flatten(), scores.flatten())),
+            "image_auroc": float(roc_auc_score(image_targets, image_scores)),
+        }
+
+    model = train(f"{arguments.network}-training", model, loss_of, evaluate, arguments)
+    model.network.to(torch.float32).save_pretrained(arguments.work / arguments.network)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+import os
+
+# Before torch starts its threads: many small tests run faster on one, and leave the machine usable.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from anomalysd_pipeline.synthetic import normal_images
+
+
+def make_tiny_pipeline(**kwargs):
+    from anomalysd_pipeline import AnomalySDPipeline
+
+    from .tiny import RESOLUTION, tiny_components
+
+    components = {**tiny_components(), **kwargs}
+    settings = {"resolution": RESOLUTION, "default_preset": "fast", "preset_overrides": {"fast": {"num_inference_steps": 5}}}
+    pipe = AnomalySDPipeline(**{**settings, **components})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tiny_pipeline():
+    """A pipeline of real classes with small random weights, 64 px, nothing registered."""
+    return make_tiny_pipeline()
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory):
+    """The same pipeline, saved."""
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    make_tiny_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def nuts():
+    """Three normal pictures of one drawn hex nut, 64 px."""
+    return normal_images("hex_nut", 3, seed=5, size=64)

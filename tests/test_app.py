@@ -1,0 +1,153 @@
+"""The app, driven as a browser would: a real server, a tiny pipeline, gradio's own client."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from anomalysd_pipeline import AnomalySDPipeline, synthetic
+
+gradio = pytest.importorskip("gradio")
+gradio_client = pytest.importorskip("gradio_client")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def app(tiny_pipeline_folder):
+    os.environ["ANOMALYSD_MODEL"] = str(tiny_pipeline_folder)
+    spec = importlib.util.spec_from_file_location("app", ROOT / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    # dataclasses look their module up by name.
+    sys.modules["app"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del os.environ["ANOMALYSD_MODEL"], sys.modules["app"]
+
+
+@pytest.fixture(scope="module")
+def address(app):
+    _, url, _ = app.demo.launch(
+        server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True, max_file_size="20mb"
+    )
+    yield url
+    app.demo.close()
+
+
+@pytest.fixture
+def client(address, tmp_path):
+    """A visitor of their own."""
+    return gradio_client.Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two normal rings, a defective one, and a text file that calls itself a picture."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for index, image in enumerate(synthetic.normal_images("ring", 2, seed=1, size=96)):
+        image.save(folder / f"normal_{index}.png")
+    (sample,) = synthetic.test_samples("ring", 0, 1, seed=1, size=96)
+    Image.fromarray(sample.image[:, :80]).save(folder / "defective.png")
+    (folder / "notes.png").write_text("not a picture")
+    return folder
+
+
+def upload(path):
+    return gradio_client.handle_file(str(path))
+
+
+def learn(client, pictures, count=2, name="ring", preset="fast"):
+    return client.predict(
+        name, [upload(pictures / f"normal_{i}.png") for i in range(count)], preset, api_name="/learn"
+    )
+
+
+def inspect(client, part, path, preset="fast"):
+    return client.predict(part, upload(path), preset, api_name="/inspect")
+
+
+def pixels(shown):
+    path = shown["path"] if isinstance(shown, dict) else shown
+    assert path.endswith(".png")
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+class TestVisit:
+    def test_learn_then_inspect(self, client, pictures):
+        part, message = learn(client, pictures)
+        assert "ring" in str(part) and "Learned **ring** from 2 pictures" in message
+        verdict, score, heat, repainted = inspect(client, "ring", pictures / "defective.png")
+        assert "× the threshold" in verdict and score > 0
+        assert pixels(heat).shape == pixels(repainted).shape == (96, 80, 3)
+        assert not np.array_equal(pixels(heat), pixels(repainted))
+
+    def test_a_changed_preset_keeps_the_verdict(self, client, pictures):
+        learn(client, pictures)
+        verdict, *_ = inspect(client, "ring", pictures / "defective.png", preset="paper")
+        assert "× the threshold" in verdict
+
+    def test_visitors_do_not_share_parts(self, app, address, client, pictures):
+        learn(client, pictures)
+        other = gradio_client.Client(address, verbose=False)
+        verdict, *_ = inspect(other, "ring", pictures / "defective.png")
+        assert "not calibrated" in verdict
+        assert app.load_base().categories == []
+
+    def test_an_unknown_part_gets_a_heatmap_without_verdict(self, client, pictures):
+        verdict, score, heat, _ = inspect(client, "part", pictures / "defective.png")
+        assert "not calibrated" in verdict and score > 0
+        assert pixels(heat).shape == (96, 80, 3)
+
+
+class TestErrors:
+    def test_a_text_file_is_named(self, client, pictures):
+        with pytest.raises(Exception, match=r"'notes\.png' is damaged or not a picture") as error:
+            inspect(client, "part", pictures / "notes.png")
+        assert str(Path("tmp", "gradio")) not in str(error.value)
+
+    def test_a_bad_normal_picture_is_named_and_nothing_learned(self, client, pictures):
+        uploads = [upload(pictures / name) for name in ("normal_0.png", "notes.png")]
+        with pytest.raises(Exception, match=r"'notes\.png' is damaged or not a picture"):
+            client.predict("ring", uploads, "fast", api_name="/learn")
+        assert "not calibrated" in inspect(client, "ring", pictures / "defective.png")[0]
+
+    @pytest.mark.parametrize(
+        ("count", "name", "part"), [(0, "ring", "1 to 8"), (9, "ring", "1 to 8"), (1, " ", "category")]
+    )
+    def test_what_learning_refuses(self, client, pictures, count, name, part):
+        uploads = [upload(pictures / "normal_0.png")] * count
+        with pytest.raises(Exception, match=part):
+            client.predict(name, uploads, "fast", api_name="/learn")
+
+    def test_a_missing_picture(self, client):
+        with pytest.raises(Exception, match="`picture` is missing"):
+            client.predict("part", None, "fast", api_name="/inspect")
+
+    def test_files_of_the_server_cannot_be_read(self, client, pictures):
+        inside = {"path": str(pictures / "defective.png"), "meta": {"_type": "gradio.FileData"}}
+        with pytest.raises(Exception) as error:
+            client.predict("part", inside, "fast", api_name="/inspect")
+        assert "threshold" not in str(error.value)
+
+
+def test_sessions_share_weights_but_no_parts(tiny_pipeline_folder, app):
+    base = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder)
+    base.add_category("ring", synthetic.normal_images("ring", 1, seed=0, size=64))
+    mine = app.session_pipeline(base)
+    assert mine.unet is base.unet and mine.bank is not base.bank
+    assert mine.categories == ["ring"]
+    mine.add_category("wood", synthetic.normal_images("wood", 1, seed=0, size=64))
+    assert base.categories == ["ring"] and "wood" not in base.bank
+    assert mine.config.resolution == base.config.resolution
+
+
+def test_import_loads_no_model():
+    code = "import sys, app; assert not {'torch', 'diffusers'} & set(sys.modules), 'heavy import'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,399 @@
+"""Pictures in: every kind that should load, every kind that should not, folders, draws and augmentation."""
+
+import math
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalysd_pipeline.data import (
+    TestImage,
+    augment,
+    draw_shots,
+    list_images,
+    load_image,
+    load_images,
+    load_mask,
+    read_mvtec,
+    to_tensor,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_warnings():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+def picture(width=20, height=12):
+    """An RGB picture without any symmetry: gradients, and a red block at the top left."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 1] = np.linspace(0, 255, width).astype(np.uint8)
+    pixels[..., 2] = np.linspace(0, 255, height).astype(np.uint8)[:, None]
+    pixels[:3, :5] = (255, 0, 0)
+    return Image.fromarray(pixels)
+
+
+def pixels_of(source):
+    image = load_image(source)
+    assert isinstance(image, Image.Image) and image.mode == "RGB"
+    return np.asarray(image)
+
+
+class TestLoadImageFiles:
+    @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "gif", "jpg", "PNG"])
+    def test_formats(self, tmp_path, suffix):
+        path = tmp_path / f"part.{suffix}"
+        picture().quantize(16).convert("RGB").save(path, **({"lossless": True} if suffix == "webp" else {}))
+        expected = np.asarray(picture().quantize(16).convert("RGB")).astype(int)
+        assert np.abs(pixels_of(path) - expected).mean() < (12 if suffix == "jpg" else 0.5)
+        assert np.array_equal(pixels_of(str(path)), pixels_of(path))
+
+    def test_format_is_read_from_the_content(self, tmp_path):
+        picture().save(tmp_path / "part.png", format="BMP")
+        assert np.array_equal(pixels_of(tmp_path / "part.png"), np.asarray(picture()))
+
+    @pytest.mark.parametrize("orientation, turns", [(3, 2), (6, 3), (8, 1)])
+    def test_exif_rotation(self, tmp_path, orientation, turns):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        picture().save(tmp_path / "phone.png", exif=exif)
+        assert np.array_equal(pixels_of(tmp_path / "phone.png"), np.rot90(np.asarray(picture()), turns))
+
+    def test_broken_exif_is_ignored(self, tmp_path):
+        picture().save(tmp_path / "part.jpg", exif=b"Exif\0\0no exif at all")
+        assert pixels_of(tmp_path / "part.jpg").shape == (12, 20, 3)
+
+    @pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff"])
+    def test_animation_gives_its_first_frame(self, tmp_path, suffix):
+        red, *others = (Image.new("RGB", (16, 16), color) for color in ("red", "blue", "green"))
+        red.save(tmp_path / f"a.{suffix}", save_all=True, append_images=others)
+        assert np.abs(pixels_of(tmp_path / f"a.{suffix}") - np.array([255, 0, 0])).max() <= 3
+
+    def test_palette_with_transparency(self, tmp_path):
+        image = Image.new("P", (10, 10), 0)
+        image.putpalette([255, 0, 0, 0, 0, 255])
+        image.paste(1, (5, 0, 10, 10))
+        image.save(tmp_path / "p.png", transparency=0)
+        loaded = pixels_of(tmp_path / "p.png")
+        assert (loaded[:, :5] == 255).all() and (loaded[:, 5:] == (0, 0, 255)).all()
+
+    @pytest.mark.parametrize("suffix", ["png", "tiff"])
+    def test_16_bit_gray(self, tmp_path, suffix):
+        values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+        Image.fromarray(values).save(tmp_path / f"deep.{suffix}")
+        assert np.array_equal(pixels_of(tmp_path / f"deep.{suffix}")[..., 0], np.rint(values / 65535 * 255))
+        Image.fromarray(values // 1000).save(tmp_path / f"dark.{suffix}")
+        assert np.array_equal(pixels_of(tmp_path / f"dark.{suffix}")[..., 1], values // 1000)
+
+    def test_one_bit(self, tmp_path):
+        Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "bits.png")
+        assert np.array_equal(pixels_of(tmp_path / "bits.png")[..., 2], np.eye(9) * 255)
+
+
+class TestLoadImageObjects:
+    def test_transparency_lies_on_white(self):
+        image = picture().convert("RGBA")
+        image.putalpha(Image.new("L", image.size, 51))
+        expected = np.asarray(picture()) * 0.2 + 255 * 0.8
+        assert np.abs(pixels_of(image) - expected).max() <= 1
+        gray = Image.merge("LA", [Image.new("L", (8, 8), 100), Image.new("L", (8, 8), 0)])
+        assert (pixels_of(gray) == 255).all()
+
+    def test_cmyk(self):
+        ink = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+        assert (pixels_of(ink) == (255, 0, 0)).all()
+
+    @pytest.mark.parametrize("top", [1.0, 255.0])
+    def test_float_mode(self, top):
+        values = np.linspace(0, top, 64, dtype=np.float32).reshape(8, 8)
+        assert np.array_equal(pixels_of(Image.fromarray(values))[..., 0], np.rint(values / top * 255))
+
+    def test_input_is_left_alone(self):
+        image = picture().convert("P")
+        before = image.tobytes()
+        result = load_image(image)
+        result.paste((1, 2, 3), (0, 0, 20, 12))
+        assert image.mode == "P" and image.tobytes() == before
+
+    def test_arrays(self):
+        pixels = np.asarray(picture())
+        assert np.array_equal(pixels_of(pixels), pixels)
+        assert np.array_equal(pixels_of(pixels.astype(np.uint16) * 257), pixels)
+        assert np.array_equal(pixels_of(pixels / 255), pixels)
+        assert np.array_equal(pixels_of((pixels / 255).astype(np.float32)), pixels)
+        assert np.array_equal(pixels_of(pixels[..., 1])[..., 0], pixels[..., 1])
+        assert np.array_equal(pixels_of(pixels[..., 1:2])[..., 2], pixels[..., 1])
+        alpha = np.full_like(pixels[..., :1], 255)
+        alpha[:, :5] = 0
+        loaded = pixels_of(np.concatenate([pixels, alpha], -1))
+        assert (loaded[:, :5] == 255).all() and np.array_equal(loaded[:, 5:], pixels[:, 5:])
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.uint8])
+    def test_tensors(self, dtype):
+        pixels = torch.tensor(np.asarray(picture())).permute(2, 0, 1)
+        tensor = pixels if dtype == torch.uint8 else (pixels / 255).to(dtype).requires_grad_()
+        for given in (tensor, tensor[None]):
+            assert np.abs(pixels_of(given).astype(int) - np.asarray(picture())).max() <= (dtype == torch.bfloat16)
+
+    @pytest.mark.parametrize(
+        "source, sentence",
+        [
+            (np.full((8, 8), np.nan), "NaN"),
+            (np.full((8, 8, 3), np.inf, np.float32), "infinite"),
+            (np.full((8, 8), -1.0), r"scale them to \[0, 1\]"),
+            (np.full((8, 8), 200.0), r"scale them to \[0, 1\]"),
+            (np.zeros((3, 20, 20)), r"\[H, W, 3\]"),
+            (np.zeros((20, 20, 2)), r"\[H, W, 3\]"),
+            (np.zeros(20), r"\[H, W\]"),
+            (np.zeros((2, 20, 20, 3)), r"\[H, W, 3\]"),
+            (np.zeros((20, 20), np.int64), "int64"),
+            (np.zeros((4, 20), np.uint8), "20 x 4"),
+            (np.zeros((0, 0, 3)), "0 x 0"),
+            (np.broadcast_to(np.uint8(0), (30000, 30000)), "megapixels"),
+            (torch.zeros(20, 20, 3), r"\[3, H, W\]"),
+            (torch.zeros(2, 3, 20, 20), r"\[3, H, W\]"),
+            (torch.full((3, 20, 20), torch.nan), "NaN"),
+            (torch.full((3, 20, 20), -1.0), r"\[0, 1\]"),
+            (Image.new("RGB", (1, 1)), "1 x 1"),
+            (Image.new("L", (100, 7)), "100 x 7"),
+            (Image.new("1", (10001, 10000)), "megapixels"),
+            (Image.fromarray(np.full((8, 8), np.nan, np.float32)), "NaN"),
+            (Image.fromarray(np.full((8, 8), 300, np.float32)), r"\[0, 255\]"),
+            (Image.fromarray(np.full((8, 8), 70000, np.int32)), r"\[0, 65535\]"),
+            (None, "NoneType"),
+            (7, "int"),
+        ],
+    )
+    def test_bad_objects(self, source, sentence):
+        with pytest.raises(ValueError, match="^`source`.*" + sentence):
+            load_image(source)
+
+
+class TestLoadImageBadFiles:
+    def refuses(self, path, sentence):
+        with pytest.raises(ValueError, match=sentence) as caught:
+            load_image(path)
+        assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_missing(self, tmp_path):
+        self.refuses(tmp_path / "nowhere.png", "does not exist")
+        self.refuses(tmp_path / ("x" * 500), "does not exist")
+
+    def test_folder(self, tmp_path):
+        self.refuses(tmp_path, "is a folder")
+
+    def test_text_named_png(self, tmp_path):
+        (tmp_path / "text.png").write_text("no picture")
+        self.refuses(tmp_path / "text.png", "not a picture")
+
+    def test_empty_file(self, tmp_path):
+        (tmp_path / "empty.jpg").touch()
+        self.refuses(tmp_path / "empty.jpg", "not a picture")
+
+    def test_other_formats_are_not_opened(self, tmp_path):
+        picture().save(tmp_path / "page.eps")
+        self.refuses(tmp_path / "page.eps", "not a picture in a format we read")
+
+    @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff", "gif"])
+    @pytest.mark.parametrize("share", [0.5, 0.9])
+    def test_truncated(self, tmp_path, suffix, share):
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        path = tmp_path / f"cut.{suffix}"
+        Image.fromarray(noise).save(path)
+        path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+        self.refuses(path, "damaged")
+
+    def test_one_pixel(self, tmp_path):
+        Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+        self.refuses(tmp_path / "dot.png", "1 x 1 pixels")
+
+    @pytest.mark.parametrize("size", [(30000, 30000), (10001, 10000)])
+    def test_too_many_pixels(self, tmp_path, size):
+        # Only the header is true: what is refused by its header need not be there.
+        header = tmp_path / "small.png"
+        Image.new("1", (16, 16)).save(header)
+        content = bytearray(header.read_bytes())
+        content[16:24] = size[0].to_bytes(4, "big") + size[1].to_bytes(4, "big")
+        path = tmp_path / "huge.png"
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        path.write_bytes(content)
+        self.refuses(path, "more than 100 megapixels")
+
+
+class TestLists:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        for name in ("b.png", "a/z.JPG", "a-1.tif", "a/.hidden.png", ".cache/c.png", "notes.txt", "B.webp"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        return tmp_path
+
+    def test_folder_sorted_by_relative_path_as_text(self, folder):
+        names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+        assert names == ["B.webp", "a-1.tif", "a/z.JPG", "b.png"]
+
+    def test_a_hidden_parent_does_not_hide_the_folder(self, folder):
+        assert list_images(folder / ".cache") == [folder / ".cache" / "c.png"]
+
+    def test_files_and_lists(self, folder):
+        assert list_images(str(folder / "notes.txt")) == [folder / "notes.txt"]
+        twice = list_images([folder / "b.png", folder / "a", folder / "b.png"])
+        assert twice == [folder / "b.png", folder / "a/z.JPG"]
+
+    def test_nothing_to_list(self, folder):
+        (folder / "empty").mkdir()
+        for source in (folder / "empty", []):
+            with pytest.raises(ValueError, match="`source`.*no pictures"):
+                list_images(source)
+        with pytest.raises(ValueError, match="`source`.*nowhere.*does not exist"):
+            list_images(folder / "nowhere")
+
+    def test_load_images_reports_or_raises(self, folder):
+        picture().save(folder / "good.png")
+        reported = []
+        loaded = load_images([folder / "b.png", folder / "good.png"], lambda *facts: reported.append(facts))
+        assert [path for path, _ in loaded] == [folder / "good.png"]
+        assert np.array_equal(loaded[0][1], picture())
+        assert [path for path, _ in reported] == [folder / "b.png"] and str(folder / "b.png") in reported[0][1]
+        with pytest.raises(ValueError, match="b.png"):
+            load_images([folder / "b.png", folder / "good.png"])
+
+
+class TestMVTec:
+    @pytest.fixture
+    def root(self, tmp_path):
+        for name in ("train/good/001.png", "train/good/000.png", "test/good/000.png", "test/scratch/000.png",
+                     "test/scratch/001.png", "ground_truth/scratch/000_mask.png"):  # fmt: skip
+            (tmp_path / "nut" / name).parent.mkdir(parents=True, exist_ok=True)
+            picture().save(tmp_path / "nut" / name)
+        return tmp_path
+
+    def test_layout(self, root):
+        category, folder = read_mvtec(root, "nut"), root / "nut"
+        assert category.name == "nut"
+        assert category.train == [folder / "train/good/000.png", folder / "train/good/001.png"]
+        assert category.test == [
+            TestImage(folder / "test/good/000.png", False, "good", None),
+            TestImage(folder / "test/scratch/000.png", True, "scratch", folder / "ground_truth/scratch/000_mask.png"),
+            TestImage(folder / "test/scratch/001.png", True, "scratch", None),
+        ]
+
+    def test_missing_folders(self, root):
+        with pytest.raises(ValueError, match="`root`.*'bolt'"):
+            read_mvtec(root, "bolt")
+        (root / "bolt/train").mkdir(parents=True)
+        with pytest.raises(ValueError, match="`root`.*'bolt/train/good'"):
+            read_mvtec(root, "bolt")
+
+    def test_unlabeled_test_picture(self, root):
+        picture().save(root / "nut/test/stray.png")
+        with pytest.raises(ValueError, match="stray.png"):
+            read_mvtec(root, "nut")
+
+    def test_load_mask(self, tmp_path):
+        gray = np.zeros((20, 30), np.uint8)
+        gray[5:15, 6:18] = 255
+        gray[0] = 127
+        gray[1] = 128
+        Image.fromarray(gray).save(tmp_path / "m.png")
+        mask = load_mask(tmp_path / "m.png")
+        assert mask.dtype == bool and np.array_equal(mask, gray >= 128)
+        twice = np.kron(gray >= 128, np.ones((2, 2), bool))
+        assert (load_mask(tmp_path / "m.png", (40, 60)) == twice).mean() > 0.97
+        assert load_mask(tmp_path / "m.png", 16).shape == (16, 16)
+        Image.fromarray((gray == 255).astype(np.uint8)).save(tmp_path / "labels.png")
+        assert np.array_equal(load_mask(tmp_path / "labels.png", (20, 30)), gray == 255)
+        with pytest.raises(ValueError, match="`path`.*nowhere"):
+            load_mask(tmp_path / "nowhere.png")
+
+
+class TestDrawShots:
+    names = [f"{index:03d}.png" for index in range(10)]
+
+    def test_depends_on_names_and_seed_alone(self):
+        drawn = draw_shots(self.names, 4, seed=1)
+        assert drawn == draw_shots(self.names[::-1], 4, seed=1)
+        assert len(set(drawn)) == 4 and {str(path) for path in drawn} <= set(self.names)
+        assert draw_shots(self.names, 2, seed=1) == drawn[:2]
+        assert len({tuple(draw_shots(self.names, 4, seed)) for seed in range(5)}) > 1
+        assert draw_shots(self.names, 0, seed=1) == []
+
+    @pytest.mark.parametrize("shots", [11, -1])
+    def test_bad_shots(self, shots):
+        with pytest.raises(ValueError, match="`shots`"):
+            draw_shots(self.names, shots, seed=0)
+
+
+class TestTensors:
+    def test_range_and_layout(self):
+        tensor = to_tensor(picture(), (12, 20))
+        assert tensor.dtype == torch.float32 and tensor.shape == (3, 12, 20)
+        expected = np.asarray(picture()).transpose(2, 0, 1) / 255 * 2 - 1
+        np.testing.assert_allclose(tensor, expected, atol=1e-6)
+
+    def test_shrinking_antialiases(self):
+        stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (64, 32))).convert("RGB")
+        tensor = to_tensor(stripes, 8)
+        assert tensor.shape == (3, 8, 8) and tensor[:, :, 1:-1].abs().max() < 0.05
+
+    def test_needs_rgb(self):
+        with pytest.raises(ValueError, match="`image`.*mode L"):
+            to_tensor(Image.new("L", (9, 9)), 8)
+
+
+class TestAugment:
+    still = {"brightness": 0.0, "contrast": 0.0, "scale": 0.0, "degrees": 0.0}
+
+    def draws(self, seed):
+        return (torch.rand(4, generator=torch.Generator().manual_seed(seed)) * 2 - 1).tolist()
+
+    def run(self, image, seed, **limits):
+        return augment(image, torch.Generator().manual_seed(seed), **{**self.still, **limits})
+
+    def test_without_limits_nothing_changes(self):
+        image = to_tensor(picture(), (12, 20))
+        torch.testing.assert_close(self.run(image, 0), image, atol=1e-5, rtol=0)
+
+    def test_brightness_and_contrast(self):
+        image = to_tensor(picture(), (12, 20)) * 0.5
+        shift, gain, *_ = self.draws(1)
+        torch.testing.assert_close(self.run(image, 1, brightness=0.1), image + 0.2 * shift, atol=1e-5, rtol=0)
+        expected = image.mean() + (1 + 0.3 * gain) * (image - image.mean())
+        torch.testing.assert_close(self.run(image, 1, contrast=0.3), expected, atol=1e-5, rtol=0)
+
+    @pytest.mark.parametrize("shape", [(64, 64), (48, 96)])
+    def test_scale_and_rotation_move_a_blob_as_computed(self, shape):
+        height, width = shape
+        y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
+        dy, dx = 8.0, 11.0
+        blob = torch.exp(-((y - height / 2 - dy) ** 2 + (x - width / 2 - dx) ** 2) / 8)
+        image = (2 * blob - 1).expand(3, -1, -1)
+        *_, zoom, turn = self.draws(4)
+        weight = (self.run(image, 4, scale=0.3, degrees=40.0)[0] + 1) / 2
+        weight *= (y - height / 2) ** 2 + (x - width / 2) ** 2 < 20**2  # reflections of the blob lie beyond
+        center = [(weight * axis).sum().item() / weight.sum().item() for axis in (y - height / 2, x - width / 2)]
+        radius, angle = math.hypot(dx, dy) * (1 + 0.3 * zoom), math.radians(40 * turn)
+        turned = math.atan2(*center) - math.atan2(dy, dx)
+        assert math.hypot(*center) == pytest.approx(radius, abs=0.1)
+        assert abs(turned) == pytest.approx(abs(angle), abs=0.02)
+
+    def test_corners_are_filled_with_the_picture_reflected(self):
+        image = torch.full((3, 32, 32), 0.7)
+        torch.testing.assert_close(self.run(image, 2, degrees=45.0, scale=0.5), image, atol=1e-5, rtol=0)
+
+    def test_seeded_and_in_range(self):
+        image = to_tensor(picture(), 16)
+        first, again, other = (augment(image, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+        assert torch.equal(first, again) and not torch.equal(first, other)
+        bright = augment(torch.ones(3, 8, 8), torch.Generator().manual_seed(0), brightness=2.0)
+        assert bright.shape == (3, 8, 8) and bright.abs().max() <= 1
+
+    @pytest.mark.parametrize("shape, scale", [((1, 3, 8, 8), 0.1), ((1, 8, 8), 0.1), ((3, 8, 8), 1.0)])
+    def test_bad_arguments(self, shape, scale):
+        with pytest.raises(ValueError, match="`image`|`scale`"):
+            augment(torch.zeros(shape), torch.Generator(), scale=scale)

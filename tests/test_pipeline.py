@@ -1,0 +1,461 @@
+"""The pipeline's contract: equality with diffusers, reproducibility, saving, errors."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
+)
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.prompts import average_embedding
+from anomalysd_pipeline.prototypes import collect_prototypes
+from anomalysd_pipeline.scoring import smoothing_sigma
+
+from .conftest import make_tiny_pipeline
+from .tiny import RESOLUTION, ddim, tiny_components, tiny_taesd, tiny_unet
+
+
+def two_pictures(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=RESOLUTION, mode="bicubic").clamp(-1, 1)
+
+
+def two_masks():
+    masks = torch.zeros(2, 1, RESOLUTION, RESOLUTION)
+    masks[0, :, 8:40, 16:48] = 1
+    masks[1, :, 30:, :21] = 1
+    return masks
+
+
+def without_posterior_spread(vae: AutoencoderKL) -> AutoencoderKL:
+    """diffusers samples the posterior; with a spread of e^-15 its sample is the mean."""
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = -30
+    return vae
+
+
+class TestInpaintEqualsDiffusers:
+    """`pipe.inpaint` against diffusers' own inpainting pipeline: same weights, noise and strength."""
+
+    @pytest.fixture(scope="class")
+    def components(self):
+        components = tiny_components(seed=3)
+        without_posterior_spread(components["vae"])
+        return components
+
+    @pytest.mark.parametrize("strength", [0.2, 0.4, 0.6, 0.8, 1.0])
+    @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+    @pytest.mark.parametrize("guidance", [1.0, 4.0])
+    def test_equal(self, components, scheduler, strength, guidance):
+        schedule = ddim() if scheduler == "ddim" else DPMSolverMultistepScheduler.from_config(ddim().config)
+        ours = AnomalySDPipeline(**{**components, "scheduler": schedule}, resolution=RESOLUTION)
+        theirs = StableDiffusionInpaintPipeline(
+            **{k: components[k] for k in ("vae", "text_encoder", "tokenizer", "unet")},
+            scheduler=type(schedule).from_config(schedule.config),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        theirs.set_progress_bar_config(disable=True)
+        images, masks = two_pictures(), two_masks()
+        with torch.no_grad():
+            embeds = average_embedding(["a perfect nut.", "a nut."], ours.tokenizer, ours.text_encoder).repeat(2, 1, 1)
+            negative = average_embedding([""], ours.tokenizer, ours.text_encoder).repeat(2, 1, 1)
+
+        def generators():
+            return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+        # What diffusers draws: the noise from each generator after the posterior samples of the picture (unless the
+        # strength is 1), so the same draws are made here in the same order.
+        noise = []
+        for generator in generators():
+            if strength < 1:
+                torch.randn(1, 4, 16, 16, generator=generator)
+            noise.append(torch.randn(1, 4, 16, 16, generator=generator))
+        expected = theirs(
+            image=(images + 1) / 2,
+            mask_image=masks,
+            prompt_embeds=embeds,
+            negative_prompt_embeds=negative,
+            strength=strength,
+            num_inference_steps=10,
+            guidance_scale=guidance,
+            height=RESOLUTION,
+            width=RESOLUTION,
+            generator=generators(),
+            output_type="pt",
+        ).images
+        result = ours.inpaint(
+            images,
+            masks,
+            embeds,
+            noise_strength=strength,
+            num_inference_steps=10,
+            noise=torch.cat(noise),
+            guidance_scale=guidance,
+            negative_prompt_embeds=negative,
+        )
+        assert result.dtype == torch.float32 and result.shape == images.shape
+        assert expected.std() > 0.01  # a constant picture would be equal to anything constant
+        torch.testing.assert_close((result + 1) / 2, expected, atol=1e-4, rtol=0)
+
+    def test_strength_and_mask_matter(self, components):
+        pipe = AnomalySDPipeline(**components, resolution=RESOLUTION)
+        images = two_pictures()
+        embeds = average_embedding(["a perfect nut."], pipe.tokenizer, pipe.text_encoder)
+        results = [
+            pipe.inpaint(images, masks, embeds, noise_strength=strength, num_inference_steps=10)
+            for masks, strength in ((two_masks(), 0.2), (two_masks(), 0.8), (1 - two_masks(), 0.2))
+        ]
+        assert (results[0] - results[1]).abs().max() > 1e-3
+        assert (results[0] - results[2]).abs().max() > 1e-3
+
+
+class TestInspection:
+    def test_shapes_types_and_sizes(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        odd = nuts[0].resize((90, 70))
+        out = tiny_pipeline([nuts[1], odd], category="hex_nut")
+        assert out.pred_scores.shape == (2,) and out.pred_scores.dtype == np.float32
+        assert [m.shape for m in out.anomaly_maps] == [(64, 64), (70, 90)]
+        assert all(m.dtype == np.float32 and np.isfinite(m).all() and m.min() >= 0 for m in out.anomaly_maps)
+        assert out.inpainted[1].size == (90, 70) and out.inpainted[1].mode == "RGB"
+        assert [m.shape for m in out.prototype_masks] == [(64, 64), (70, 90)]
+        assert out.pred_labels == [None, None] and out.thresholds == [None, None] and out.pred_masks is None
+        same = tiny_pipeline(nuts[:2], category="hex_nut", output_type="pt")
+        assert isinstance(same.anomaly_maps, torch.Tensor) and same.anomaly_maps.shape == (2, 64, 64)
+
+    def test_zero_shot_has_no_prototypes(self, tiny_pipeline, nuts):
+        out = tiny_pipeline(nuts[0])
+        assert out.prototype_masks is None and out.pred_scores[0] > 0
+        assert tiny_pipeline(nuts[0], category="bottle").pred_scores[0] != out.pred_scores[0]  # other prompts
+
+    def test_the_score_is_the_papers(self, tiny_pipeline, nuts):
+        """Every stage once more, pass by pass, through the public `inpaint` and numpy."""
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts[:2])
+        out = pipe(nuts[2], category="hex_nut", mask_scales=(1, 2), mask_grouping="none", feature_weight=0.3)
+        x = to_tensor(nuts[2], RESOLUTION)[None]
+        embeds = average_embedding(pipe.prompt_book.prompts("hex_nut"), pipe.tokenizer, pipe.text_encoder)
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        reference = pipe.perceptual.features(x)
+
+        def difference(mask):
+            repainted = pipe.inpaint(x, mask, embeds, noise_strength=0.4, num_inference_steps=5, noise=noise)
+            return pipe.perceptual.distance_map(reference, pipe.perceptual.features(repainted), (64, 64))[0].detach().numpy()
+
+        by_scale = []
+        for k in (1, 2):
+            total, cell = np.zeros((64, 64)), 64 // k
+            for i in range(k):
+                for j in range(k):
+                    mask = torch.zeros(1, 1, 64, 64)
+                    mask[..., i * cell : (i + 1) * cell, j * cell : (j + 1) * cell] = 1
+                    total += mask[0, 0].numpy() * difference(mask)
+            by_scale.append(total)
+        multi_scale = 2 / (1 / by_scale[0] + 1 / by_scale[1])
+        with torch.no_grad():
+            bank = collect_prototypes(pipe.extractor, torch.stack([to_tensor(p, RESOLUTION) for p in nuts[:2]])).numpy()
+            psi = pipe.extractor(x)[0].permute(1, 2, 0).numpy()
+        far = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).min(-1)
+        cuts = np.sort(far.ravel())[:-1]
+        cost = [far[far > r].var() + far[far <= r].var() for r in cuts]
+        mask = (far > cuts[int(np.argmin(cost))]).astype(np.float32).repeat(64 // far.shape[0], 0).repeat(64 // far.shape[1], 1)
+        assert np.array_equal(out.prototype_masks[0], mask > 0)
+        guided = mask * difference(torch.from_numpy(mask)[None, None])
+        far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[0, 0].numpy()
+        fused = 0.9 * multi_scale + 0.1 * guided + 0.3 * far
+        from scipy.ndimage import gaussian_filter
+
+        expected = gaussian_filter(fused, smoothing_sigma(RESOLUTION), mode="reflect")
+        np.testing.assert_allclose(out.anomaly_maps[0], expected, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(out.pred_scores[0], expected.max(), rtol=1e-3)
+
+    def test_same_seed_same_map_whatever_the_batch(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+
+        def maps(batch_size, seed=7):
+            generator = torch.Generator().manual_seed(seed)
+            return tiny_pipeline(nuts, category="hex_nut", generator=generator, batch_size=batch_size).anomaly_maps
+
+        np.testing.assert_allclose(maps(1), maps(16), rtol=1e-4, atol=1e-6)
+        assert np.array_equal(maps(5), maps(5))
+        assert np.abs(maps(5) - maps(5, seed=8)).max() > 1e-5
+
+    def test_default_noise_makes_a_score_independent_of_its_neighbors(self, tiny_pipeline, nuts):
+        together = tiny_pipeline(nuts).pred_scores
+        alone = [tiny_pipeline(nut).pred_scores[0] for nut in nuts]
+        np.testing.assert_allclose(together, alone, rtol=1e-5)
+
+    def test_grouping_runs_the_paper_s_number_of_passes(self, tiny_pipeline, nuts):
+        steps = []
+
+        def count(pipe, step, timestep, tensors):
+            steps.append((step, timestep, len(tensors["latents"])))
+
+        tiny_pipeline(nuts[0], mask_grouping="grouped", callback_on_step_end=count, batch_size=4)
+        assert sum(size for _, _, size in steps) == 13 * 2  # 5 steps at strength 0.4 run 2
+        assert [step for step, _, _ in steps] == list(range(len(steps)))
+        assert len({timestep for _, timestep, _ in steps}) == 2
+        steps.clear()
+        tiny_pipeline(nuts[0], mask_grouping="none", callback_on_step_end=count, batch_size=85)
+        assert sum(size for _, _, size in steps) == 85 * 2
+
+    def test_callback_can_change_latents_and_stop(self, tiny_pipeline, nuts):
+        plain = tiny_pipeline(nuts[0]).pred_scores
+        changed = tiny_pipeline(nuts[0], callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] * 0}).pred_scores
+        assert abs(plain - changed) > 1e-6
+
+        def stop(pipe, step, timestep, tensors):
+            raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            tiny_pipeline(nuts[0], callback_on_step_end=stop)
+        assert tiny_pipeline(nuts[0]).pred_scores == plain  # nothing was left behind
+
+    def test_return_dict_false_gives_the_same_fields(self, tiny_pipeline, nuts):
+        out = tiny_pipeline(nuts[0])
+        as_tuple = tiny_pipeline(nuts[0], return_dict=False)
+        assert np.array_equal(as_tuple[0], out.pred_scores)
+
+    @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
+    def test_other_schedulers(self, scheduler, nuts):
+        pipe = make_tiny_pipeline(scheduler=scheduler.from_config(ddim().config))
+        out = pipe(nuts[0])
+        assert np.isfinite(out.anomaly_maps).all() and np.array_equal(pipe(nuts[0]).anomaly_maps, out.anomaly_maps)
+
+    def test_autoencoder_tiny(self, nuts):
+        torch.manual_seed(0)
+        pipe = make_tiny_pipeline(vae=tiny_taesd())
+        assert np.isfinite(pipe(nuts[0]).anomaly_maps).all()
+
+    def test_bfloat16(self, tiny_pipeline, nuts):
+        tiny_pipeline.to(torch.bfloat16)
+        tiny_pipeline.add_category("hex_nut", nuts)
+        out = tiny_pipeline(nuts[0], category="hex_nut")
+        assert out.anomaly_maps.dtype == np.float32 and np.isfinite(out.anomaly_maps).all()
+
+    def test_memory_shortage_halves_the_batch_and_keeps_the_result(self, nuts):
+        class SmallMemory(type(tiny_components()["vae"])):
+            """A VAE that cannot decode more than 3 pictures at once."""
+
+            def decode(self, latents, **kwargs):
+                if len(latents) > 3:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return super().decode(latents, **kwargs)
+
+        pipe = make_tiny_pipeline()
+        expected = pipe(nuts[:2], batch_size=13).anomaly_maps
+        pipe.vae.__class__ = SmallMemory
+        np.testing.assert_allclose(pipe(nuts[:2], batch_size=13).anomaly_maps, expected, rtol=1e-4, atol=1e-6)
+
+    def test_other_runtime_errors_are_not_taken_for_a_shortage(self, tiny_pipeline, nuts):
+        def fail(pipe, step, timestep, tensors):
+            raise RuntimeError("broken")
+
+        with pytest.raises(RuntimeError, match="broken"):
+            tiny_pipeline(nuts[0], callback_on_step_end=fail)
+
+
+class TestCategories:
+    def test_calibration_gives_labels_and_masks(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        record = tiny_pipeline.calibrate("hex_nut", nuts)
+        assert record.held_out and len(record.scores) >= 8 and record.threshold >= max(record.scores)
+        out = tiny_pipeline(nuts, category="hex_nut")
+        assert out.thresholds == [record.threshold] * 3
+        assert out.pred_labels == [bool(s > record.threshold) for s in out.pred_scores]
+        assert np.array_equal(out.pred_masks, out.anomaly_maps > record.threshold)
+        json.dumps(dict(tiny_pipeline.config.categories))
+
+    def test_held_out_banks_do_not_know_the_picture_they_score(self, tiny_pipeline, nuts):
+        """With the feature term on, a picture in its own bank would score lower than a new one."""
+        tiny_pipeline.add_category("hex_nut", nuts)
+        inside = tiny_pipeline(nuts[0], category="hex_nut", feature_weight=10.0).pred_scores[0]
+        record = tiny_pipeline.calibrate("hex_nut", nuts, feature_weight=10.0)
+        assert record.scores[0] > inside
+
+    def test_other_settings_have_no_threshold(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts[:1])
+        tiny_pipeline.calibrate("hex_nut", nuts[:1])
+        assert tiny_pipeline(nuts[0], category="hex_nut").thresholds != [None]
+        assert tiny_pipeline(nuts[0], category="hex_nut", noise_strength=0.8).thresholds == [None]
+
+    def test_new_pictures_forget_the_calibration(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        tiny_pipeline.calibrate("hex_nut", nuts)
+        tiny_pipeline.add_category("hex_nut", nuts[:1])
+        assert tiny_pipeline(nuts[0], category="hex_nut").thresholds == [None]
+
+    def test_category_strength_is_the_default_of_its_calls(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts, noise_strength=0.8)
+        assert tiny_pipeline.settings(category="hex_nut").noise_strength == 0.8
+        assert tiny_pipeline.settings(category="hex_nut", noise_strength=0.6).noise_strength == 0.6
+        assert tiny_pipeline.settings(category="other").noise_strength == 0.4
+
+    def test_custom_prompts_reach_the_embedding(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts, prompts=["a shiny thing."])
+        assert tiny_pipeline.prompt_book.prompts("hex_nut") == ["a shiny thing."]
+        first = tiny_pipeline(nuts[0], category="hex_nut").pred_scores
+        tiny_pipeline.add_category("hex_nut", nuts, prompts=["zebra."])
+        assert tiny_pipeline(nuts[0], category="hex_nut").pred_scores != first
+
+    def test_failed_registration_changes_nothing(self, tiny_pipeline, nuts, tmp_path):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        before = json.dumps(dict(tiny_pipeline.config.categories))
+        bank = tiny_pipeline.bank["hex_nut"].clone()
+        bad = tmp_path / "bad.png"
+        bad.write_text("no picture")
+        with pytest.raises(ValueError, match="bad.png"):
+            tiny_pipeline.add_category("hex_nut", [nuts[0], bad], prompts="new")
+        with pytest.raises(ValueError, match="prompts"):
+            tiny_pipeline.add_category("hex_nut", nuts[:1], prompts=[])
+        assert json.dumps(dict(tiny_pipeline.config.categories)) == before
+        assert torch.equal(tiny_pipeline.bank["hex_nut"], bank)
+
+    def test_remove(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        tiny_pipeline.remove_category("hex_nut")
+        assert tiny_pipeline.categories == [] and "hex_nut" not in tiny_pipeline.bank
+        with pytest.raises(ValueError, match="hex_nut"):
+            tiny_pipeline.remove_category("hex_nut")
+
+
+class TestSaving:
+    def test_round_trip_is_bit_equal(self, tiny_pipeline, nuts, tmp_path):
+        tiny_pipeline.add_category("hex nut/5".replace("/", "."), nuts, prompts={"coarse": ["A."], "fine": ["B ü."]})
+        tiny_pipeline.add_category("washer", nuts[:1], noise_strength=0.6)
+        tiny_pipeline.calibrate("washer", nuts[:1])
+        before = {c: tiny_pipeline(nuts, category=c) for c in tiny_pipeline.categories}
+        tiny_pipeline.save_pretrained(tmp_path / "saved")
+        assert not [p for p in (tmp_path / "saved").rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
+        index = json.loads((tmp_path / "saved" / "model_index.json").read_text())
+        assert index["_class_name"] == "AnomalySDPipeline"
+        loaded = AnomalySDPipeline.from_pretrained(tmp_path / "saved")
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.categories == ["hex nut.5", "washer"]
+        for category, out in before.items():
+            again = loaded(nuts, category=category)
+            assert np.array_equal(again.anomaly_maps, out.anomaly_maps)
+            assert again.thresholds == out.thresholds and again.pred_labels == out.pred_labels
+        assert loaded.prompt_book.prompts("hex nut.5") == ["A.", "B ü."]
+
+    def test_a_bare_inpainting_checkpoint_gets_the_missing_parts(self, tmp_path, nuts):
+        import timm
+        from safetensors.torch import save_file
+        from torchvision.models import alexnet
+
+        components = tiny_components()
+        bare = StableDiffusionInpaintPipeline(
+            **{k: components[k] for k in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        bare.save_pretrained(tmp_path / "bare")
+        backbone = timm.create_model("tf_efficientnet_b0", pretrained=False)
+        save_file(backbone.state_dict(), tmp_path / "b0.safetensors")
+        torch.save(alexnet(weights=None).state_dict(), tmp_path / "alexnet.pth")
+        pipe = AnomalySDPipeline.from_pretrained(
+            tmp_path / "bare",
+            timm_model="tf_efficientnet_b0",
+            timm_checkpoint=tmp_path / "b0.safetensors",
+            alexnet_checkpoint=tmp_path / "alexnet.pth",
+            dtype=torch.float32,
+        )
+        assert pipe.config.resolution == 512 and pipe.config.default_preset == "paper"
+        assert torch.equal(
+            pipe.extractor.model.state_dict()["conv_stem.weight"], backbone.state_dict()["conv_stem.weight"]
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.register_to_config(resolution=64)
+        pipe.add_category("nut", nuts)
+        assert np.isfinite(pipe(nuts[0], category="nut", preset="fast", num_inference_steps=3).anomaly_maps).all()
+        pipe.save_pretrained(tmp_path / "full")  # and from then on it needs none of those files
+        assert AnomalySDPipeline.from_pretrained(tmp_path / "full").categories == ["nut"]
+
+    def test_components_given_by_the_caller_win(self, tiny_pipeline_folder):
+        vae = tiny_taesd()
+        assert AnomalySDPipeline.from_pretrained(tiny_pipeline_folder, vae=vae).vae is vae
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "named"),
+        [
+            ({"preset": "quick"}, "preset"),
+            ({"noise_strength": 0.0}, "noise_strength"),
+            ({"noise_strength": 1.2}, "noise_strength"),
+            ({"noise_strength": "high"}, "noise_strength"),
+            ({"num_inference_steps": 0}, "num_inference_steps"),
+            ({"num_inference_steps": 2}, "num_inference_steps"),
+            ({"num_inference_steps": 2.5}, "num_inference_steps"),
+            ({"mask_scales": ()}, "mask_scales"),
+            ({"mask_scales": "1248"}, "mask_scales"),
+            ({"mask_scales": (0,)}, "mask_scales"),
+            ({"mask_scales": (1, 100)}, "scales"),
+            ({"mask_grouping": "all"}, "mask_grouping"),
+            ({"prototype_weight": 2}, "prototype_weight"),
+            ({"feature_weight": -1}, "feature_weight"),
+            ({"feature_weight": float("nan")}, "feature_weight"),
+            ({"guidance_scale": 0.5}, "guidance_scale"),
+            ({"batch_size": 0}, "batch_size"),
+            ({"output_type": "pil"}, "output_type"),
+            ({"category": "../up"}, "category"),
+            ({"category": ""}, "category"),
+            ({"callback_on_step_end_tensor_inputs": ["weights"]}, "callback_on_step_end_tensor_inputs"),
+            ({"generator": [torch.Generator()] * 2}, "generator"),
+        ],
+    )
+    def test_call(self, tiny_pipeline, nuts, arguments, named):
+        with pytest.raises(ValueError, match=named):
+            tiny_pipeline(nuts[0], **arguments)
+
+    def test_no_pictures(self, tiny_pipeline):
+        for nothing in (None, []):
+            with pytest.raises(ValueError, match="`image`"):
+                tiny_pipeline(nothing)
+
+    def test_calibrate(self, tiny_pipeline, nuts):
+        with pytest.raises(ValueError, match="add_category"):
+            tiny_pipeline.calibrate("hex_nut", nuts)
+        tiny_pipeline.add_category("hex_nut", nuts)
+        for rate in (0, 0.5, 1):
+            with pytest.raises(ValueError, match="false_alarm_rate"):
+                tiny_pipeline.calibrate("hex_nut", nuts, false_alarm_rate=rate)
+        with pytest.raises(ValueError, match="normal_images"):
+            tiny_pipeline.calibrate("hex_nut", [])
+
+    @pytest.mark.parametrize("channels", [4, 8])
+    def test_unet_without_nine_channels(self, channels):
+        with pytest.raises(ValueError, match=f"9 input channels, but it has {channels}"):
+            make_tiny_pipeline(unet=tiny_unet(channels))
+
+    def test_resolution_that_is_no_multiple_of_the_factor(self):
+        with pytest.raises(ValueError, match="`resolution`"):
+            make_tiny_pipeline(resolution=66)
+
+    def test_inpaint_shapes(self, tiny_pipeline):
+        embeds = torch.zeros(1, 77, 32)
+        good = {"images": two_pictures(), "masks": two_masks(), "prompt_embeds": embeds}
+        for name, bad in (
+            ("images", torch.zeros(2, 3, 63, 64)),
+            ("masks", torch.zeros(2, 1, 32, 32)),
+            ("noise", torch.zeros(2, 4, 8, 8)),
+        ):
+            with pytest.raises(ValueError, match=f"`{name}`"):
+                tiny_pipeline.inpaint(**{**good, name: bad})
+        with pytest.raises(ValueError, match="negative_prompt_embeds"):
+            tiny_pipeline.inpaint(**good, guidance_scale=3.0)
+
+

@@ -1,0 +1,315 @@
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from scipy import ndimage
+from scipy.spatial.distance import cdist
+from sklearn.neighbors import NearestNeighbors
+
+from anomalysd_pipeline.prototypes import (
+    PrototypeBank,
+    PrototypeExtractor,
+    _resample_rotated,
+    collect_prototypes,
+    greedy_coreset,
+)
+
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
+SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
+
+
+def pictures(n, height=64, width=64, seed=1):
+    return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    torch.manual_seed(0)
+    return PrototypeExtractor("resnet10t")
+
+
+class TestPrototypeExtractor:
+    def test_efficientnet_levels_two_and_three(self):
+        torch.manual_seed(0)
+        full = timm.create_model("tf_efficientnet_b0", pretrained=False).eval()
+        for module in full.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.running_mean.normal_(0, 0.1)
+        extractor = PrototypeExtractor("tf_efficientnet_b0")
+        extractor.model.load_state_dict(full.state_dict(), strict=False)
+
+        x = pictures(2, 64, 96)
+        mean, std = np.array(full.pretrained_cfg["mean"]), np.array(full.pretrained_cfg["std"])
+        inputs = ((x.numpy() + 1) / 2 - mean[:, None, None]) / std[:, None, None]
+        hidden = full.bn1(full.conv_stem(torch.from_numpy(inputs).float()))
+        second = full.blocks[1](full.blocks[0](hidden))
+        third = full.blocks[2](second)
+        third_up = torch.nn.Upsample(scale_factor=2, mode="bilinear")(third)
+        psi = extractor(x)
+        assert psi.shape == (2, 24 + 40, 16, 24)
+        torch.testing.assert_close(psi, torch.cat([second, third_up], 1), atol=1e-5, rtol=1e-4)
+
+    def test_does_not_carry_stages_it_does_not_use(self):
+        extractor = PrototypeExtractor("tf_efficientnet_b0")
+        assert len(extractor.model.blocks) == 3
+
+    def test_layer_normalization(self):
+        torch.manual_seed(0)
+        extractor = PrototypeExtractor("resnet10t", normalize="layer")
+        levels = extractor.model(((pictures(1) + 1) / 2 - extractor.pixel_mean) / extractor.pixel_std)
+        psi = extractor(pictures(1))
+        expected = levels[0] / levels[0].norm(dim=1, keepdim=True)
+        torch.testing.assert_close(psi[:, : expected.shape[1]], expected)
+        assert (psi[:, expected.shape[1] :].norm(dim=1) <= 1 + 1e-5).all()
+
+    @pytest.mark.parametrize("normalize", ["none", "layer"])
+    def test_vision_transformer(self, normalize):
+        torch.manual_seed(0)
+        extractor = PrototypeExtractor("vit_tiny_patch16_224", (0, 2), 32, normalize, VIT)
+        assert extractor(pictures(2, 50, 70)).shape == (2, 24, 4, 4)
+
+    def test_hierarchical_transformer(self):
+        torch.manual_seed(0)
+        extractor = PrototypeExtractor("swin_tiny_patch4_window7_224", (0, 1), 64, "none", SWIN)
+        assert extractor(pictures(1)).shape == (1, 8 + 16, 16, 16)
+
+    def test_leaves_batch_norm_alone(self, extractor):
+        before = {name: buffer.clone() for name, buffer in extractor.named_buffers()}
+        first = extractor(pictures(2))
+        assert torch.equal(extractor(pictures(2)), first)
+        assert all(torch.equal(buffer, before[name]) for name, buffer in extractor.named_buffers())
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ("resnet10t",),
+            ("tf_efficientnet_b0",),
+            ("vit_tiny_patch16_224", (0, 2), 32, "layer", VIT),
+            ("swin_tiny_patch4_window7_224", (0, 1), 64, "none", SWIN),
+        ],
+    )
+    def test_save_and_load(self, tmp_path, arguments):
+        extractor = PrototypeExtractor(*arguments)
+        extractor.save_pretrained(tmp_path)
+        loaded = PrototypeExtractor.from_pretrained(tmp_path)
+        assert not loaded.training
+        state, expected = loaded.state_dict(), extractor.state_dict()
+        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
+        # Not bit-equal: where a mapped file puts a weight in memory may change the order of a product's sums.
+        torch.testing.assert_close(loaded(pictures(1)), extractor(pictures(1)), atol=1e-5, rtol=1e-5)
+
+    def test_saved_mean_and_std_win(self, tmp_path):
+        PrototypeExtractor("resnet10t", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)).save_pretrained(tmp_path)
+        loaded = PrototypeExtractor.from_pretrained(tmp_path)
+        assert list(loaded.config.mean) == [0.1, 0.2, 0.3]
+        np.testing.assert_allclose(loaded.pixel_std.flatten(), [1, 2, 3])
+
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "resnet10t"])
+    def test_from_timm_with_a_local_file(self, tmp_path, suffix, name):
+        torch.manual_seed(5)
+        state = timm.create_model(name, pretrained=False).state_dict()
+        path = tmp_path / f"weights.{suffix}"
+        save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+        loaded = PrototypeExtractor.from_timm(name, checkpoint_path=path)
+        expected = timm.create_model(name, features_only=True, out_indices=(1, 2))
+        expected.load_state_dict(state, strict=False)
+        inputs = ((pictures(1) + 1) / 2 - loaded.pixel_mean) / loaded.pixel_std
+        first = expected.eval()(inputs)[0]
+        torch.testing.assert_close(loaded(pictures(1))[:, : first.shape[1]], first)
+
+    def test_from_timm_rejects_other_weights(self, tmp_path):
+        with pytest.raises(ValueError, match="`checkpoint_path` must be an existing"):
+            PrototypeExtractor.from_timm("resnet10t", checkpoint_path=tmp_path / "absent.pth")
+        save_file({"unrelated": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
+        with pytest.raises(ValueError, match="`checkpoint_path` must hold weights of resnet10t"):
+            PrototypeExtractor.from_timm("resnet10t", checkpoint_path=tmp_path / "other.safetensors")
+
+    def test_rejects(self, extractor):
+        with pytest.raises(ValueError, match="`model_name`"):
+            PrototypeExtractor("resnet_that_is_not")
+        with pytest.raises(ValueError, match="`normalize`"):
+            PrototypeExtractor("resnet10t", normalize="all")
+        with pytest.raises(ValueError, match="`x`"):
+            extractor(torch.zeros(3, 64, 64))
+
+
+class TestPrototypeBank:
+    @pytest.mark.parametrize("offset", [0.0, 100.0])
+    @pytest.mark.parametrize("chunk", [None, 7])
+    def test_distances_equal_brute_force(self, offset, chunk):
+        bank = PrototypeBank()
+        features, psi = vectors(60, 9) + offset, vectors(2, 9, 5, 6, seed=1) + offset
+        bank.add("bottle", features)
+        queries = psi.permute(0, 2, 3, 1).reshape(-1, 9).double().numpy()
+        expected = cdist(queries, features.double().numpy(), "sqeuclidean").min(axis=1).reshape(2, 5, 6)
+        actual = bank.distances("bottle", psi, chunk=chunk)
+        assert actual.dtype == torch.float32
+        np.testing.assert_allclose(actual, expected, rtol=1e-4)
+
+    def test_distances_equal_sklearn_on_a_chunked_bank(self, monkeypatch):
+        monkeypatch.setattr("anomalysd_pipeline.prototypes._DISTANCE_ENTRIES", 1000)
+        bank = PrototypeBank()
+        features, psi = vectors(300, 16), vectors(1, 16, 8, 8, seed=1)
+        bank.add("bottle", features)
+        neighbors = NearestNeighbors(n_neighbors=1).fit(features.numpy())
+        expected = neighbors.kneighbors(psi[0].flatten(1).T.numpy())[0].reshape(1, 8, 8) ** 2
+        np.testing.assert_allclose(bank.distances("bottle", psi), expected, rtol=1e-4)
+
+    def test_a_prototype_is_at_distance_zero_and_a_near_one_is_exact(self):
+        bank = PrototypeBank()
+        features = vectors(50, 8) * 10
+        bank.add("bottle", features)
+        psi = features[:16].T.reshape(1, 8, 4, 4).clone()
+        psi[0, 0, 0, 0] += 1e-3
+        distances = bank.distances("bottle", psi).flatten()
+        assert (distances[1:] == 0).all()
+        assert distances[0].item() == pytest.approx(1e-6, rel=1e-2)
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+    def test_save_and_load(self, tmp_path, dtype):
+        bank = PrototypeBank(max_size=50).to(dtype)
+        names = ["zipper", "metal nut.v2", "Schraube ü/漢字", "bottle"]
+        for index, name in enumerate(names):
+            bank.add(name, vectors(3 + index, 6, seed=index))
+        bank.save_pretrained(tmp_path)
+        loaded = PrototypeBank.from_pretrained(tmp_path, dtype=dtype)
+        assert loaded.categories == bank.categories == sorted(names)
+        assert loaded.config.max_size == 50 and loaded.config.dim == 6
+        for index, name in enumerate(names):
+            assert torch.equal(loaded[name], vectors(3 + index, 6, seed=index).to(dtype))
+            assert loaded[name].dtype == dtype
+
+    def test_save_and_load_without_categories(self, tmp_path):
+        PrototypeBank().save_pretrained(tmp_path)
+        loaded = PrototypeBank.from_pretrained(tmp_path)
+        assert loaded.categories == [] and loaded.config.dim == 0
+        loaded.add("bottle", vectors(3, 4))
+        assert torch.equal(loaded["bottle"], vectors(3, 4))
+
+    def test_add_replaces_and_remove_forgets(self):
+        bank = PrototypeBank()
+        bank.add("b", vectors(3, 4))
+        bank.add("a", vectors(5, 4, seed=1))
+        bank.add("b", vectors(2, 4, seed=2))
+        assert bank.config.sizes == {"a": 5, "b": 2} and "b" in bank
+        assert torch.equal(bank["b"], vectors(2, 4, seed=2)) and torch.equal(bank["a"], vectors(5, 4, seed=1))
+        bank.remove("a")
+        assert "a" not in bank and bank.categories == ["b"] and torch.equal(bank["b"], vectors(2, 4, seed=2))
+        bank.remove("b")
+        bank.add("c", vectors(2, 7))
+        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0"}
+
+    def test_does_not_share_memory_with_its_input(self):
+        bank, features = PrototypeBank(), vectors(3, 4)
+        bank.add("bottle", features)
+        features.zero_()
+        assert torch.equal(bank["bottle"], vectors(3, 4))
+
+    def test_caps_its_size(self):
+        bank = PrototypeBank(max_size=10)
+        features = vectors(40, 4)
+        bank.add("bottle", features, seed=3)
+        assert torch.equal(bank["bottle"], features[greedy_coreset(features, 10, seed=3)])
+
+    def test_rejects(self):
+        bank = PrototypeBank()
+        bank.add("bottle", vectors(3, 4))
+        for call in (bank.remove, bank.__getitem__, lambda c: bank.distances(c, torch.zeros(1, 4, 2, 2))):
+            with pytest.raises(ValueError, match='`category` .*"bottle".*cable'):
+                call("cable")
+        for psi in (torch.zeros(4, 2, 2), torch.zeros(1, 5, 2, 2)):
+            with pytest.raises(ValueError, match="`psi`"):
+                bank.distances("bottle", psi)
+        bad = torch.zeros(2, 4)
+        bad[1, 2] = float("nan")
+        for features in (torch.zeros(3, 5), torch.zeros(0, 4), torch.zeros(4), bad):
+            with pytest.raises(ValueError, match="`features`"):
+                bank.add("cable", features)
+        with pytest.raises(ValueError, match="`category`"):
+            bank.add("", torch.zeros(2, 4))
+        with pytest.raises(ValueError, match="float16"):
+            PrototypeBank().to(torch.float16).add("bottle", torch.full((1, 2), 1e6))
+
+
+class TestGreedyCoreset:
+    def test_takes_the_farthest_vector_each_time(self):
+        features = vectors(80, 5)
+        chosen = greedy_coreset(features, 12).tolist()
+        distances = cdist(features.double().numpy(), features.double().numpy())
+        for step in range(1, 12):
+            assert chosen[step] == distances[:, chosen[:step]].min(axis=1).argmax()
+
+    def test_is_seeded_and_distinct_in_many_channels(self):
+        features = vectors(60, 100)
+        chosen = greedy_coreset(features, 20, seed=1)
+        assert torch.equal(chosen, greedy_coreset(features, 20, seed=1))
+        assert not torch.equal(chosen, greedy_coreset(features, 20, seed=2))
+        assert len(set(chosen.tolist())) == 20
+
+    def test_projection_keeps_clusters_apart(self):
+        centers = vectors(10, 200, seed=4) * 10
+        features = (centers[:, None] + 0.01 * vectors(10, 30, 200)).flatten(0, 1)
+        assert sorted(i // 30 for i in greedy_coreset(features, 10).tolist()) == list(range(10))
+
+    def test_drops_duplicates(self):
+        features = vectors(3, 40).repeat(10, 1)
+        assert sorted(i % 3 for i in greedy_coreset(features, 20).tolist()) == [0, 1, 2]
+
+    def test_keeps_everything_that_fits(self):
+        assert sorted(greedy_coreset(vectors(5, 3), 9).tolist()) == list(range(5))
+
+    def test_rejects(self):
+        with pytest.raises(ValueError, match="`size`"):
+            greedy_coreset(vectors(5, 3), 0)
+
+
+class TestCollectPrototypes:
+    def test_quarter_turns_are_exact(self):
+        images = pictures(5, 4, 6)
+        collected = collect_prototypes(torch.nn.Identity(), images, rotations=4)
+        expected = [np.rot90(i.numpy(), k, (1, 2)).reshape(3, -1).T for k in range(4) for i in images]
+        np.testing.assert_array_equal(collected, np.concatenate(expected))
+
+    @pytest.mark.parametrize(("rotations", "turns"), [(1, (0,)), (2, (0, 2))])
+    def test_fewer_turns(self, rotations, turns):
+        images = pictures(1, 4, 4)
+        expected = [np.rot90(images[0].numpy(), k, (1, 2)).reshape(3, -1).T for k in turns]
+        np.testing.assert_array_equal(
+            collect_prototypes(torch.nn.Identity(), images, rotations), np.concatenate(expected)
+        )
+
+    def test_resampled_quarter_turn_equals_the_exact_one(self):
+        images = pictures(1, 9, 9)
+        torch.testing.assert_close(_resample_rotated(images, 90.0), torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+
+    def test_oblique_turn_of_an_oblong_picture_equals_scipy(self):
+        height, width = 40, 60
+        rows, columns = np.mgrid[:height, :width]
+        pattern = np.sin(rows / 5) + np.cos(columns / 7)
+        images = torch.from_numpy(pattern).float().expand(1, 3, -1, -1)
+        expected = ndimage.rotate(pattern, 45, reshape=False, order=1)
+        actual = _resample_rotated(images, 45.0)[0, 0]
+        center = (slice(10, 30), slice(20, 40))
+        np.testing.assert_allclose(actual[center], expected[center], atol=1e-4)
+
+    def test_eight_turns_of_a_real_extractor(self, extractor):
+        images = pictures(2)
+        collected = collect_prototypes(extractor, images, rotations=8)
+        psi = extractor(images).detach()
+        assert collected.shape == (2 * 8 * psi.shape[2] * psi.shape[3], psi.shape[1])
+        torch.testing.assert_close(collected[: collected.shape[0] // 8], psi.permute(0, 2, 3, 1).flatten(0, 2))
+        assert not collected.requires_grad
+
+    def test_rejects(self):
+        with pytest.raises(ValueError, match="`images`"):
+            collect_prototypes(torch.nn.Identity(), torch.zeros(3, 4, 4))
+        with pytest.raises(ValueError, match="`rotations`"):
+            collect_prototypes(torch.nn.Identity(), pictures(1), rotations=0)
+        with pytest.raises(ValueError, match="not finite"):
+            collect_prototypes(torch.nn.Identity(), torch.full((1, 3, 2, 2), torch.nan))
