@@ -51,7 +51,7 @@ def load_base():
 
 
 def session_pipeline(base):
-    """A pipeline with the weights of `base`, but a bank and settings of its own: visitors do not see each other's parts."""
+    """A pipeline with the weights of `base`, but a bank and settings of its own."""
     components = {**base.components, "bank": copy.deepcopy(base.bank)}
     accepted = inspect.signature(type(base)).parameters
     settings = {key: value for key, value in base.config.items() if key in accepted and key not in components}

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 UNNAMED_CATEGORY = "part"
 """Name used in the generic prompts where no category is given."""
 
+AT_ONCE = 4
+"""Pictures whose features and latents are computed together: fixed, so that no batch size can change their rounding."""
+
 
 def score_maps(
     pipe: AnomalySDPipeline,
@@ -57,7 +60,7 @@ def score_maps(
     # 2. How far each position is from the normal pictures, and the mask that follows from it
     distances, prototype_masks = None, None
     if bank is not None:
-        psi = torch.cat([pipe._ready("extractor")(part) for part in pictures.split(batch_size or 4)])  # [N, C, h, w]
+        psi = torch.cat([pipe._ready("extractor")(part) for part in pictures.split(AT_ONCE)])  # [N, C, h, w]
         distances = bank.to(device).distances(category, psi)  # [N, h, w]
         prototype_masks = prototype_mask(distances, (side, side))  # [N, 1, R, R]
 
@@ -66,7 +69,7 @@ def score_maps(
     work = Workload(len(pictures), passes, prototype_masks)
 
     # 4. What is computed once per picture: latents, noise, features
-    latents = torch.cat([encode(pipe.vae, part) for part in pictures.split(batch_size or 4)])  # [N, 4, h, w]
+    latents = torch.cat([encode(pipe.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
     noise = draw_noise(latents.shape, generator, device, pipe.unet.dtype)  # [N, 4, h, w]
     references = [pipe._ready("perceptual").features(picture[None]) for picture in pictures]
 

@@ -220,6 +220,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.bank.remove(category)
         self.register_to_config(categories={k: v for k, v in self.config.categories.items() if k != category})
 
+    @torch.no_grad()
     def calibrate(
         self, category: str, normal_images, false_alarm_rate: float = 0.02, seed: int = 0, **settings
     ) -> Calibration:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**24
+_ROUNDING = 1e-10
 _PROJECTED_DIM = 32
 _IMAGES_PER_PASS = 4
 
@@ -255,7 +256,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
                 of `psi` and of the bank; None: as many as fit in 2^24 values (64 MiB).
 
         Returns:
-            float32 [N, h, w], >= 0.
+            float32 [N, h, w], >= 0; exactly 0 where the distance is below 1e-10 of the squared length of psi.
 
         Raises:
             ValueError: If `category` has no bank or `psi` has another shape.
@@ -272,7 +273,10 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         nearest = []
         for part in queries.split(chunk):
             index = torch.addmm(squares, part, bank.T, alpha=-2).argmin(dim=1)
-            nearest.append((part - bank[index]).square().sum(dim=1))
+            distance = (part - bank[index]).square().sum(dim=1)
+            # A picture in its own bank differs from it by rounding alone, which must not look like a pattern.
+            rounding = _ROUNDING * (part + center).square().sum(dim=1)
+            nearest.append(torch.where(distance > rounding, distance, torch.zeros_like(distance)))
         return torch.cat(nearest).view(n, h, w)
 
 

@@ -79,3 +79,13 @@ def seeded(factory, seed: int, *args):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return factory(*args)
+
+
+DEFAULTS = {
+    "default_preset": "fast",
+    "preset_overrides": {"fast": {"num_inference_steps": 8}, "paper": {"num_inference_steps": 50}},
+    "noise_strength": 0.4,
+    "prototype_weight": 0.1,
+    "feature_weight": 0.0,
+}
+"""What the embedded checkpoint stores as its own defaults of an inspection."""

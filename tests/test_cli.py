@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    """Drawn rings: two in `normal`, and a good and a defective one of equal names, `test/a/0.png` and `test/b/0.png`."""
+    """Drawn rings: two in `normal`, and a good and a defective one of equal names, in `test/a` and `test/b`."""
     folder = tmp_path_factory.mktemp("parts")
     for index, image in enumerate(synthetic.normal_images("ring", 2, seed=3, size=64)):
         (folder / "normal").mkdir(exist_ok=True)

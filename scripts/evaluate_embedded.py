@@ -1,0 +1,99 @@
+"""The fixed evaluation of the embedded checkpoint: a few normal pictures of a part, then its test pictures.
+
+    python -m scripts.evaluate_embedded --data FOLDER --categories cookies metal_plate --shots 4
+    python -m scripts.evaluate_embedded --synthetic gear capsule perforated_sheet --shots 4 --seed 10
+
+Prints image and pixel AUROC without and with `feature_weight`. From folders in MVTec's layout the first K files by name are the
+shots; synthetic parts are drawn by seed.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.data import load_image, load_mask, read_mvtec
+from anomalysd_pipeline.metrics import image_metrics, pixel_metrics
+from anomalysd_pipeline.synthetic import normal_images, test_samples
+
+
+def from_folder(root: Path, category: str, shots: int, limit: int | None):
+    """Normal pictures, then `(picture, label, mask or None)` of the test set at 256 px."""
+    data = read_mvtec(root, category)
+    normals = [load_image(p) for p in sorted(data.train, key=lambda p: p.name)[:shots]]
+    chosen = [t for label in (False, True) for t in [t for t in data.test if t.label == label][:limit]]
+    tests = []
+    for test in chosen:
+        image = load_image(test.path).resize((256, 256), Image.Resampling.LANCZOS)
+        mask = np.zeros((256, 256), bool) if not test.label else None
+        if test.mask_path:
+            mask = load_mask(test.mask_path, 256)
+        tests.append((image, test.label, mask))
+    return normals, tests
+
+
+def drawn(family: str, shots: int, seed: int, limit: int | None):
+    """The same for a drawn part."""
+    count = limit or 12
+    samples = test_samples(family, count, count, seed)
+    return normal_images(family, shots, seed), [(Image.fromarray(s.image), s.defect is not None, s.mask) for s in samples]
+
+
+def evaluate(pipe, category, normals, tests, feature_weight: float, **settings):
+    """Image and pixel AUROC for each of feature weight 0 and `feature_weight`, and seconds per picture."""
+    pipe.add_category(category, normals)
+    scores: dict[float, list[float]] = {}
+    maps: dict[float, list[np.ndarray]] = {}
+    began = time.time()
+    for weight in (0.0, feature_weight):
+        for image, _, _ in tests:
+            out = pipe(image, category=category, feature_weight=weight, **settings)
+            scores.setdefault(weight, []).append(float(out.pred_scores[0]))
+            maps.setdefault(weight, []).append(out.anomaly_maps[0])
+    seconds = (time.time() - began) / (2 * len(tests))
+    labels = [label for _, label, _ in tests]
+    masked = [index for index, (_, _, mask) in enumerate(tests) if mask is not None]
+    rows = {}
+    for weight in scores:
+        row = {"image": image_metrics(labels, scores[weight])["auroc"], "pixel": float("nan")}
+        if any(labels[index] for index in masked):
+            row["pixel"] = pixel_metrics([tests[i][2] for i in masked], [maps[weight][i] for i in masked])["auroc"]
+        rows[weight] = row
+    return rows, seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--categories", nargs="*", default=[])
+    parser.add_argument("--synthetic", nargs="*", default=[])
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, default=None, help="test pictures of each label")
+    parser.add_argument("--preset", default=None)
+    parser.add_argument("--noise_strength", type=float, default=None)
+    parser.add_argument("--num_inference_steps", type=int, default=None)
+    parser.add_argument("--feature_weight", type=float, default=1.0, help="weight of the second column pair")
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    pipe = AnomalySDPipeline.from_pretrained(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    settings = {k: getattr(arguments, k) for k in ("preset", "noise_strength", "num_inference_steps")}
+    jobs = [(c, from_folder(arguments.data, c, arguments.shots, arguments.limit)) for c in arguments.categories]
+    jobs += [(f, drawn(f, arguments.shots, arguments.seed, arguments.limit)) for f in arguments.synthetic]
+    print(f"{'category':18} {'image/pixel AUROC':>20} {'with feature_weight':>22} {'s/picture':>10}")
+    for category, (normals, tests) in jobs:
+        rows, seconds = evaluate(pipe, category, normals, tests, arguments.feature_weight, **settings)
+        cells = [f"{row['image']:.3f}/{row['pixel']:.3f}" for row in rows.values()]
+        print(f"{category:18} {cells[0]:>20} {cells[-1]:>22} {seconds:>10.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""Stage 4: put the trained parts together as the embedded checkpoint, in half precision.
+
+    python -m scripts.export_embedded --work embedded-training --out anomalysd_pipeline/embedded
+
+Writes a diffusers folder and replaces the old one only when the new one is complete and loads again. `README.md` of the
+old folder is kept.
+"""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
+from anomalysd_pipeline.scoring import PerceptualDistance
+from scripts.recipe import DEFAULTS, RESOLUTION, make_scheduler
+
+BANK_SIZE = 4096
+
+
+def assemble(work: Path) -> AnomalySDPipeline:
+    """The pipeline of the parts in `work`, float32."""
+    return AnomalySDPipeline(
+        vae=AutoencoderKL.from_pretrained(work / "vae"),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
+        unet=UNet2DConditionModel.from_pretrained(work / "unet"),
+        scheduler=make_scheduler(),
+        extractor=PrototypeExtractor.from_pretrained(work / "extractor"),
+        perceptual=PerceptualDistance.from_pretrained(work / "perceptual"),
+        bank=PrototypeBank(max_size=BANK_SIZE),
+        resolution=RESOLUTION,
+        **DEFAULTS,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("embedded-training"))
+    parser.add_argument("--out", type=Path, default=Path("anomalysd_pipeline/embedded"))
+    arguments = parser.parse_args()
+    new = arguments.out.with_name(arguments.out.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    assemble(arguments.work).to(torch.float16).save_pretrained(new)
+    AnomalySDPipeline.from_pretrained(new)
+    if (arguments.out / "README.md").exists():
+        shutil.copy(arguments.out / "README.md", new)
+    if arguments.out.exists():
+        shutil.rmtree(arguments.out)
+    os.replace(new, arguments.out)
+    size = sum(f.stat().st_size for f in arguments.out.rglob("*") if f.is_file())
+    print(f"{arguments.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
