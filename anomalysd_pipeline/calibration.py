@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,7 +15,7 @@ from scipy import stats
 
 from .data import augment, to_tensor
 from .detection import score_maps
-from .prototypes import PrototypeBank, collect_prototypes
+from .prototypes import collect_prototypes
 from .scoring import image_score
 from .settings import InspectionSettings
 
@@ -93,7 +94,7 @@ def calibrate_threshold(
         pictures: K >= 1 normal pictures.
         settings: those that inspections will use.
         false_alarm_rate: see `prediction_threshold`.
-        seed: of the augmentation.
+        seed: of the augmentation and of the noise; 0 gives the noise of an inspection without a generator.
 
     Raises:
         ValueError: see `prediction_threshold`.
@@ -110,11 +111,12 @@ def calibrate_threshold(
         bank = pipe.bank
         if held_out:
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
-            bank = PrototypeBank(max_size=pipe.bank.config.max_size).to(pipe.bank.dtype).to(pipe._execution_device)
-            bank.add(category, collect_prototypes(pipe._ready("extractor"), others, rotations))
+            bank = copy.deepcopy(pipe.bank)
+            bank.add(category, collect_prototypes(pipe.extractor, others, rotations))
         augmented = [augment(tensor, generator, degrees=5.0, scale=0.05) for _ in range(copies - 1)]
         batch = torch.stack([tensor, *augmented] if held_out else [*augmented, augment(tensor, generator)])
-        maps, _, _ = score_maps(pipe, batch, category, settings, bank)
+        noise = [torch.Generator().manual_seed(seed) for _ in batch]
+        maps, _, _ = score_maps(pipe, batch, category, settings, bank, generator=noise)
         scores += image_score(maps).tolist()
     pipe.maybe_free_model_hooks()
     floor = np.finfo(np.float32).tiny  # a map that is zero everywhere has no logarithm

@@ -24,7 +24,8 @@ UNNAMED_CATEGORY = "part"
 """Name used in the generic prompts where no category is given."""
 
 AT_ONCE = 4
-"""Pictures whose features and latents are computed together: fixed, so that no batch size can change their rounding."""
+"""Pictures whose features and latents are computed together: fixed, so that no batch size can change their
+rounding."""
 
 
 def score_maps(
@@ -53,14 +54,14 @@ def score_maps(
 
     # 1. The averaged prompt embedding
     prompts = pipe.prompt_book.prompts(category or UNNAMED_CATEGORY)
-    text = (pipe.tokenizer, pipe._ready("text_encoder"))
+    text = (pipe.tokenizer, pipe.text_encoder)
     prompt_embeds = average_embedding(prompts, *text)  # [1, L, d]
     negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
     # 2. How far each position is from the normal pictures, and the mask that follows from it
     distances, prototype_masks = None, None
     if bank is not None:
-        psi = torch.cat([pipe._ready("extractor")(part) for part in pictures.split(AT_ONCE)])  # [N, C, h, w]
+        psi = torch.cat([pipe.extractor(part) for part in pictures.split(AT_ONCE)])  # [N, C, h, w]
         distances = bank.to(device).distances(category, psi)  # [N, h, w]
         prototype_masks = prototype_mask(distances, (side, side))  # [N, 1, R, R]
 
@@ -71,7 +72,7 @@ def score_maps(
     # 4. What is computed once per picture: latents, noise, features
     latents = torch.cat([encode(pipe.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
     noise = draw_noise(latents.shape, generator, device, pipe.unet.dtype)  # [N, 4, h, w]
-    references = [pipe._ready("perceptual").features(picture[None]) for picture in pictures]
+    references = [pipe.perceptual.features(picture[None]) for picture in pictures]
 
     # 5. Repaint, measure and add up, in batches
     totals = torch.zeros(len(pictures), len(passes) + 1, side, side, device=device)  # [N, K + 1, R, R]
@@ -117,7 +118,7 @@ def score_maps(
                 for row in rows[own].unique().tolist():
                     of_row = rows[own] == row
                     totals[picture, row] += scale_map(masks[own][of_row], difference[of_row])  # Eqs. (18), (20)
-                for mask, result, row in zip(masks[own], repainted[own], rows[own].tolist()):
+                for mask, result, row in zip(masks[own], repainted[own], rows[own].tolist(), strict=True):
                     if row in (shown_scale, len(passes)):
                         shown[picture] = torch.where(mask > 0.5, result, shown[picture])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from diffusers import DiffusionPipeline
@@ -149,11 +150,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             ValueError: for a UNet without 9 input channels or a weights file that does not fit.
         """
         pipe = super().from_pretrained(pretrained_model_name_or_path or EMBEDDED, **kwargs)
-        dtype = pipe.unet.dtype
+        made = {}
         if pipe.extractor is None:
-            pipe.extractor = PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint).to(dtype)
+            made["extractor"] = PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint)
         if pipe.perceptual is None:
-            pipe.perceptual = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint).to(dtype)
+            made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+        # Assignment would leave them unregistered, because they were registered as missing.
+        pipe.register_modules(**{name: module.to(pipe.unet.dtype) for name, module in made.items()})
         return pipe
 
     # Categories
@@ -200,7 +203,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         loaded = load_pictures(normal_images, "normal_images")
         pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
         device = self._execution_device
-        features = collect_prototypes(self._ready("extractor"), pictures.to(device), rotations)
+        features = collect_prototypes(self.extractor, pictures.to(device), rotations)
         self.bank.to(device).add(category, features)
         self.register_to_config(prompts=book.to_dict())
         self._store_category(
@@ -254,8 +257,12 @@ class AnomalySDPipeline(DiffusionPipeline):
         """The settings that a call with these arguments would use: call, then category, then checkpoint, then preset.
 
         Raises:
+            TypeError: for a name that is no setting.
             ValueError: for a value out of its range.
         """
+        unknown = set(given) - {field.name for field in fields(InspectionSettings)}
+        if unknown:
+            raise TypeError(f"`{sorted(unknown)[0]}` is not a setting of an inspection.")
         preset = self.config.default_preset if preset is None else preset
         checkpoint = {key: self.config[key] for key in ("noise_strength", "prototype_weight", "feature_weight")}
         of_category = {"noise_strength": self.config.categories.get(category, {}).get("noise_strength")}
@@ -349,15 +356,17 @@ class AnomalySDPipeline(DiffusionPipeline):
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
 
         # 5. Everything back to the pictures' own sizes
-        maps = [resize(m[None], size)[0] for m, size in zip(maps, sizes)]  # [H, W] each
+        maps = [resize(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]  # [H, W] each
         if prototype_masks is not None:
-            prototype_masks = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(prototype_masks, sizes)]
+            prototype_masks = [
+                resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(prototype_masks, sizes, strict=True)
+            ]
         output = AnomalySDPipelineOutput(
             pred_scores=scores.cpu().numpy(),
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
             pred_masks=None if threshold is None else stack([m > threshold for m in maps], output_type),
-            inpainted=[to_pil(x, size) for x, size in zip(inpainted, sizes)],
+            inpainted=[to_pil(x, size) for x, size in zip(inpainted, sizes, strict=True)],
             prototype_masks=None if prototype_masks is None else stack(prototype_masks, output_type),
             thresholds=[threshold] * len(labels),
         )
@@ -449,13 +458,6 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     # Parts of the above
 
-    def _ready(self, name: str):
-        module = getattr(self, name)
-        # Offload hooks move a module when its forward runs; `features` and friends are other methods.
-        if not hasattr(module, "_hf_hook"):
-            module.to(self._execution_device)
-        return module
-
     def _threshold(self, category: str | None, settings: InspectionSettings) -> float | None:
         record = self.config.categories.get(category, {}).get("calibration")
         if record is None:
@@ -463,8 +465,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         if record["settings"] != settings.to_dict():
             changed = [key for key, value in settings.to_dict().items() if record["settings"].get(key) != value]
             logger.warning(
-                f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does not "
-                "apply; call `calibrate` with these settings."
+                f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does "
+                "not apply; call `calibrate` with these settings."
             )
             return None
         return record["threshold"]

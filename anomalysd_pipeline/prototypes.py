@@ -1,4 +1,5 @@
-"""What normal looks like, remembered: ImageNet features of the normal pictures and the distance to the nearest of them.
+"""What normal looks like, remembered: ImageNet features of the normal pictures and the distance to the nearest of
+them.
 
 Equation numbers are those of AnomalySD (arXiv 2408.01960).
 """
@@ -35,8 +36,8 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
     """Frozen timm backbone that turns a picture into one feature vector per position, psi of Eq. (12).
 
     For EfficientNets the paper's second and third feature levels are timm's `out_indices` 1 and 2, at strides 4 and 8:
-    psi has stride 4, and 40 + 72 = 112 channels for B6. Plain vision transformers give every level at the patch stride;
-    they want an `image_size`.
+    psi has stride 4, and 40 + 72 = 112 channels for B6. Plain vision transformers give every level at the patch
+    stride; they want an `image_size`.
 
     A new object has random weights and is in eval mode, so that `forward` leaves BatchNorm's statistics alone; use
     [`from_timm`] or `from_pretrained` for trained weights.
@@ -49,6 +50,8 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         model_kwargs: Further arguments of `timm.create_model`.
         mean: Per-channel mean of pictures in [0, 1]; None: the model's own.
         std: Per-channel standard deviation of pictures in [0, 1]; None: the model's own.
+        color_weight: Where above 0, the colors of the 3 x 3 grid cells around each position, times this, are 27 more
+            channels of psi (not in the paper): small backbones see less of a color than the eye does.
 
     Raises:
         ValueError: If timm does not know `model_name` or `normalize` is another word.
@@ -64,6 +67,7 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         model_kwargs: dict | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
+        color_weight: float = 0.0,
     ):
         super().__init__()
         if normalize not in NORMALIZATIONS:
@@ -141,7 +145,9 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             x = F.interpolate(x, size=(self.config.image_size,) * 2, mode="bilinear", antialias=True)
         levels = []
         for level, channels in zip(
-            self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std), self.model.feature_info.channels()
+            self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std),
+            self.model.feature_info.channels(),
+            strict=False,
         ):
             if level.shape[1] != channels:
                 level = level.permute(0, 3, 1, 2)  # hierarchical transformers give [N, h, w, C]
@@ -150,6 +156,10 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             if levels and level.shape[-2:] != levels[0].shape[-2:]:
                 level = F.interpolate(level, size=levels[0].shape[-2:], mode="bilinear", align_corners=False)
             levels.append(level)
+        if self.config.color_weight > 0:
+            cells = F.adaptive_avg_pool2d(x, levels[0].shape[-2:])  # [N, 3, h, w]
+            around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(len(x), -1, *cells.shape[-2:])
+            levels.append(self.config.color_weight * around)  # [N, 27, h, w]
         return torch.cat(levels, dim=1)
 
 
@@ -252,8 +262,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         Args:
             category: A category with a bank.
             psi: [N, C, h, w], C = dim.
-            chunk: Positions compared at once, which takes `chunk * size` float32 values of memory besides float32 copies
-                of `psi` and of the bank; None: as many as fit in 2^24 values (64 MiB).
+            chunk: Positions compared at once, which takes `chunk * size` float32 values of memory besides float32
+                copies of `psi` and of the bank; None: as many as fit in 2^24 values (64 MiB).
 
         Returns:
             float32 [N, h, w], >= 0; exactly 0 where the distance is below 1e-10 of the squared length of psi.
@@ -284,8 +294,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 def greedy_coreset(features: Tensor, size: int, seed: int = 0) -> Tensor:
     """Indices of a k-center coreset: start anywhere, then again and again take the vector farthest from those taken.
 
-    Its largest gap is at most twice the smallest possible (Gonzalez 1985). Vectors of more than 32 channels are compared
-    by a random projection to 32. Takes O(M * size) time and O(M) memory.
+    Its largest gap is at most twice the smallest possible (Gonzalez 1985). Vectors of more than 32 channels are
+    compared by a random projection to 32. Takes O(M * size) time and O(M) memory.
 
     Args:
         features: [M, C].

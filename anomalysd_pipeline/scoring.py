@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,7 +45,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
         inputs = (3, *channels[:-1])
         self.convs = nn.ModuleList(
             nn.Conv2d(c_in, c_out, kernel, stride, padding)
-            for c_in, c_out, (kernel, stride, padding) in zip(inputs, channels, _CONVOLUTIONS)
+            for c_in, c_out, (kernel, stride, padding) in zip(inputs, channels, _CONVOLUTIONS, strict=True)
         )
         self.lins = nn.ParameterList(nn.Parameter(torch.full((1, c, 1, 1), 1.0 / c)) for c in channels)
         self.register_buffer("shift", torch.tensor([-0.030, -0.088, -0.188]).view(1, 3, 1, 1))
@@ -60,7 +61,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
             ValueError: If `lpips_module` is not an AlexNet LPIPS with layer weights.
         """
         state = lpips_module.state_dict()
-        slices = zip(range(1, 6), _TORCHVISION_INDICES)
+        slices = zip(range(1, 6), _TORCHVISION_INDICES, strict=True)
         convs = {
             f"features.{i}.{p}": state.get(f"net.slice{s}.{i}.{p}") for s, i in slices for p in ("weight", "bias")
         }
@@ -73,9 +74,10 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
         """Load torchvision's AlexNet and LPIPS' layer weights.
 
         Args:
-            alexnet_path: State dict of torchvision's `alexnet` (`alexnet-owt-7be5be79.pth`), .pth or .safetensors; None:
-                downloaded once through `torch.hub`.
-            lin_path: LPIPS' `alex.pth` (v0.1), .pth or .safetensors; default: the one in the installed `lpips` package.
+            alexnet_path: State dict of torchvision's `alexnet` (`alexnet-owt-7be5be79.pth`), .pth or .safetensors;
+                None: downloaded once through `torch.hub`.
+            lin_path: LPIPS' `alex.pth` (v0.1), .pth or .safetensors; default: the one in the installed `lpips`
+                package.
 
         Raises:
             ValueError: If a file does not exist, does not hold the expected weights, or `lin_path` is left out and
@@ -123,6 +125,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
             raise ValueError(f"{alexnet_source} and {lin_source} do not fit AlexNet's shapes: {error}") from error
         return model
 
+    @apply_forward_hook  # offloading moves a module when it is used, and this is a use besides `forward`
     def features(self, x: Tensor) -> list[Tensor]:
         """Activations after each ReLU, each position's channel vector scaled to unit length.
 
@@ -153,9 +156,10 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
     def _layer_maps(self, features_x: list[Tensor], features_y: list[Tensor]) -> list[Tensor]:
         return [
             ((fx - fy).square() * lin.float()).sum(dim=1)  # [N, h_l, w_l], Eq. (16)
-            for fx, fy, lin in zip(features_x, features_y, self.lins)
+            for fx, fy, lin in zip(features_x, features_y, self.lins, strict=True)
         ]
 
+    @apply_forward_hook
     def distance_map(self, features_x: list[Tensor], features_y: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Perceptual distance at every pixel, Eq. (16) and (17); `lpips`' `spatial=True`.
 
@@ -234,8 +238,8 @@ def fuse(
 ) -> Tensor:
     """Final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
 
-    The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), which the paper only
-    uses to place a mask. With b = 0 the map is the paper's.
+    The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), which the paper
+    only uses to place a mask. With b = 0 the map is the paper's.
 
     Args:
         multi_scale: S_ms [N, H, W].

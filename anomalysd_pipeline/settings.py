@@ -63,7 +63,7 @@ class InspectionSettings:
         if int(self.num_inference_steps * self.noise_strength) < 1:
             raise ValueError(
                 f"`num_inference_steps` ({self.num_inference_steps}) times `noise_strength` ({self.noise_strength}) "
-                f"leaves no step to run; give at least {math.ceil(1 / self.noise_strength)} steps or a higher strength."
+                f"leaves no step; give at least {math.ceil(1 / self.noise_strength)} steps or a higher strength."
             )
         if not all(isinstance(scale, int) and scale >= 1 for scale in self.mask_scales) or not self.mask_scales:
             raise ValueError(

@@ -3,8 +3,8 @@
     python -m scripts.evaluate_embedded --data FOLDER --categories cookies metal_plate --shots 4
     python -m scripts.evaluate_embedded --synthetic gear capsule perforated_sheet --shots 4 --seed 10
 
-Prints image and pixel AUROC without and with `feature_weight`. From folders in MVTec's layout the first K files by name are the
-shots; synthetic parts are drawn by seed.
+Prints image and pixel AUROC without and with `feature_weight`. From folders in MVTec's layout the first K files by
+name are the shots; synthetic parts are drawn by seed.
 """
 
 import argparse
@@ -40,7 +40,9 @@ def drawn(family: str, shots: int, seed: int, limit: int | None):
     """The same for a drawn part."""
     count = limit or 12
     samples = test_samples(family, count, count, seed)
-    return normal_images(family, shots, seed), [(Image.fromarray(s.image), s.defect is not None, s.mask) for s in samples]
+    return normal_images(family, shots, seed), [
+        (Image.fromarray(s.image), s.defect is not None, s.mask) for s in samples
+    ]
 
 
 def evaluate(pipe, category, normals, tests, feature_weight: float, **settings):

@@ -2,8 +2,8 @@
 
     python -m scripts.export_embedded --work embedded-training --out anomalysd_pipeline/embedded
 
-Writes a diffusers folder and replaces the old one only when the new one is complete and loads again. `README.md` of the
-old folder is kept.
+Writes a diffusers folder and replaces the old one only when the new one is complete and loads again. `README.md` of
+the old folder is kept.
 """
 
 import argparse

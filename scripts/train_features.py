@@ -9,13 +9,15 @@ queries of the same product with and without a defect drawn onto them.
 * extractor: the nearest-neighbour distance E of Eq. (14), query against the normal pictures, has to tell the defect's
   pixels from all others, on one scale for every product. It must describe a surface to find its neighbour, and see a
   defect to miss it.
-* perceptual: the distance map D of Eq. (17) between a query and its normal original, spoiled the way a repainted
-  picture is (softened, shifted by a pixel, noise, light), has to tell the defect's pixels from the spoiled ones.
+* perceptual (needs `<work>/vae`): the distance map D of Eq. (17) between a query and its normal original, spoiled the
+  way a repainted picture is (taken through the autoencoder with disturbed latents, softened, shifted by a pixel, other
+  light), has to tell the defect's pixels from the spoiled ones.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from scipy import ndimage
 
 from anomalysd_pipeline.prototypes import PrototypeExtractor
@@ -27,6 +29,9 @@ from scripts.recipe import CROP, seeded
 
 SUPPORT = 2
 EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer"}  # strides 8 and 16
+COLOR_WEIGHT = 1.0
+"""Colors beside the learned features, added after training: learned ones alone could not tell defects of naturally irregular
+parts from their normal variation."""
 
 
 def draw_episode(rng: np.random.Generator):
@@ -81,13 +86,26 @@ def spoil(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.6:
         field = [ndimage.zoom(rng.normal(0, 0.8, (5, 5)), CROP / 5, order=1) for _ in range(2)]
         grid = np.mgrid[:CROP, :CROP].astype(np.float32)
-        where = [g + f for g, f in zip(grid, field)]
+        where = [g + f for g, f in zip(grid, field, strict=True)]
         result = np.stack(
             [ndimage.map_coordinates(result[..., c], where, order=1, mode="nearest") for c in range(3)], -1
         )
     light = ndimage.zoom(rng.normal(0, rng.uniform(0, 6), (3, 3)), CROP / 3, order=1)
     result = result * rng.normal(1, 0.03) + light[..., None] + rng.normal(0, rng.uniform(0, 4), result.shape)
     return result.clip(0, 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def repainted_like(vae, images: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Normal pictures [n, 3, s, s] as an imperfect denoiser would give them back: decoded from disturbed latents."""
+    latents = vae.encode(images).latent_dist.mean
+    generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+    count, channels, height, width = latents.shape
+    for cells in (4, 16, height):  # errors of a few pixels and errors of a whole region
+        shape = (count, channels, min(cells, height), min(cells, width))
+        error = torch.randn(shape, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator) * 0.25
+        latents = latents + F.interpolate(error, (height, width), mode="bilinear").to(latents)
+    return vae.decode(latents).sample.clamp(-1, 1)
 
 
 class Scored(torch.nn.Module):
@@ -124,6 +142,9 @@ def main() -> None:
     parser = stage_arguments(__doc__, steps=2500, batch_size=6, learning_rate=1e-3)
     parser.add_argument("--network", choices=("extractor", "perceptual"), required=True)
     arguments = parser.parse_args()
+    vae = None
+    if arguments.network == "perceptual":
+        vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
     if arguments.network == "extractor":
         network = seeded(lambda: PrototypeExtractor(**EXTRACTOR), arguments.seed)
     else:
@@ -133,13 +154,15 @@ def main() -> None:
 
     def distances_and_target(network, episodes, rng):
         device = next(network.parameters()).device
-        support, originals, queries, masks = zip(*episodes)
+        support, originals, queries, masks = zip(*episodes, strict=True)
         target = torch.from_numpy(np.stack(masks)).float()[:, None].to(device)
         queries = to_batch(queries).to(device)
         if arguments.network == "extractor":
             distances = extractor_distances(network, to_batch(support).to(device), queries)
             return distances, F.adaptive_max_pool2d(target, distances.shape[-2:])[:, 0]
         repainted = to_batch([spoil(image, rng) for image in originals]).to(device)
+        half = len(repainted) // 2
+        repainted[half:] = repainted_like(vae, to_batch(originals).to(device)[half:], rng).to(repainted)
         side = CROP // 2
         distances = network.distance_map(network.features(queries), network.features(repainted), (side, side))
         return distances, F.adaptive_max_pool2d(target, side)[:, 0]
@@ -171,6 +194,8 @@ def main() -> None:
         }
 
     model = train(f"{arguments.network}-training", model, loss_of, evaluate, arguments)
+    if arguments.network == "extractor":
+        model.network.register_to_config(color_weight=COLOR_WEIGHT)
     model.network.to(torch.float32).save_pretrained(arguments.work / arguments.network)
 
 

@@ -15,7 +15,11 @@ def make_tiny_pipeline(**kwargs):
     from .tiny import RESOLUTION, tiny_components
 
     components = {**tiny_components(), **kwargs}
-    settings = {"resolution": RESOLUTION, "default_preset": "fast", "preset_overrides": {"fast": {"num_inference_steps": 5}}}
+    settings = {
+        "resolution": RESOLUTION,
+        "default_preset": "fast",
+        "preset_overrides": {"fast": {"num_inference_steps": 5}},
+    }
     pipe = AnomalySDPipeline(**{**settings, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -152,7 +152,11 @@ class TestInspection:
 
         def difference(mask):
             repainted = pipe.inpaint(x, mask, embeds, noise_strength=0.4, num_inference_steps=5, noise=noise)
-            return pipe.perceptual.distance_map(reference, pipe.perceptual.features(repainted), (64, 64))[0].detach().numpy()
+            return (
+                pipe.perceptual.distance_map(reference, pipe.perceptual.features(repainted), (64, 64))[0]
+                .detach()
+                .numpy()
+            )
 
         by_scale = []
         for k in (1, 2):
@@ -165,15 +169,24 @@ class TestInspection:
             by_scale.append(total)
         multi_scale = 2 / (1 / by_scale[0] + 1 / by_scale[1])
         with torch.no_grad():
-            bank = collect_prototypes(pipe.extractor, torch.stack([to_tensor(p, RESOLUTION) for p in nuts[:2]])).numpy()
+            bank = collect_prototypes(
+                pipe.extractor, torch.stack([to_tensor(p, RESOLUTION) for p in nuts[:2]])
+            ).numpy()
             psi = pipe.extractor(x)[0].permute(1, 2, 0).numpy()
         far = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).min(-1)
         cuts = np.sort(far.ravel())[:-1]
         cost = [far[far > r].var() + far[far <= r].var() for r in cuts]
-        mask = (far > cuts[int(np.argmin(cost))]).astype(np.float32).repeat(64 // far.shape[0], 0).repeat(64 // far.shape[1], 1)
+        mask = (
+            (far > cuts[int(np.argmin(cost))])
+            .astype(np.float32)
+            .repeat(64 // far.shape[0], 0)
+            .repeat(64 // far.shape[1], 1)
+        )
         assert np.array_equal(out.prototype_masks[0], mask > 0)
         guided = mask * difference(torch.from_numpy(mask)[None, None])
-        far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[0, 0].numpy()
+        far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[
+            0, 0
+        ].numpy()
         fused = 0.9 * multi_scale + 0.1 * guided + 0.3 * far
         from scipy.ndimage import gaussian_filter
 
@@ -213,7 +226,9 @@ class TestInspection:
 
     def test_callback_can_change_latents_and_stop(self, tiny_pipeline, nuts):
         plain = tiny_pipeline(nuts[0]).pred_scores
-        changed = tiny_pipeline(nuts[0], callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] * 0}).pred_scores
+        changed = tiny_pipeline(
+            nuts[0], callback_on_step_end=lambda p, i, t, k: {"latents": k["latents"] * 0}
+        ).pred_scores
         assert abs(plain - changed) > 1e-6
 
         def stop(pipe, step, timestep, tensors):
@@ -457,5 +472,3 @@ class TestBadInput:
                 tiny_pipeline.inpaint(**{**good, name: bad})
         with pytest.raises(ValueError, match="negative_prompt_embeds"):
             tiny_pipeline.inpaint(**good, guidance_scale=3.0)
-
-
