@@ -33,10 +33,12 @@ def make_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def open_color_path(vae: AutoencoderKL) -> None:
-    """Initial weights that carry the mean color of every 4 x 4 block through the autoencoder, for training to build on.
+    """Initial weights that carry the mean color of every 4 x 4 block through the autoencoder, for training to build
+    on.
 
     From random weights so small an autoencoder learns brightness alone: after 1600 steps every picture came back gray.
-    The residual branches start at zero, which leaves a linear path. The two normalizations before the outer convolutions are
+    The residual branches start at zero, which leaves a linear path. The two normalizations before the outer
+    convolutions are
     held constant by two large constant channels, and their SiLU is undone by pairs: silu(a) - silu(-a) = a.
     """
     constant = 4.0
@@ -59,7 +61,9 @@ def open_color_path(vae: AutoencoderKL) -> None:
         shortcut.bias[6], shortcut.bias[7] = constant, -constant
 
     def read_pairs(norm, conv) -> None:
-        spread = constant * (2 * norm.num_groups / norm.num_channels) ** 0.5  # of a group, nearly all from the constants
+        spread = (
+            constant * (2 * norm.num_groups / norm.num_channels) ** 0.5
+        )  # of a group, nearly all from the constants
         conv.weight[:3] = 0
         conv.bias[:3] = 0
         for color in range(3):

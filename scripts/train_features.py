@@ -30,8 +30,8 @@ from scripts.recipe import CROP, seeded
 SUPPORT = 2
 EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer"}  # strides 8 and 16
 COLOR_WEIGHT = 1.0
-"""Colors beside the learned features, added after training: learned ones alone could not tell defects of naturally irregular
-parts from their normal variation."""
+"""Colors beside the learned features, added after training: learned ones alone could not tell defects of naturally
+irregular parts from their normal variation."""
 
 
 def draw_episode(rng: np.random.Generator):

@@ -2,12 +2,12 @@
 
     accelerate launch -m scripts.train_vae --steps 3000
 
-Writes `<work>/vae`. The loss is L1 + MSE. There is no sampling: with 4 latent channels, channels that start out noisier than
-their signal are given up by the decoder, and color is the first to go. An adversarial or perceptual term would invent
-texture, and invented texture is what the score would then report.
+Writes `<work>/vae`. The loss is L1 + MSE. There is no sampling: with 4 latent channels, channels that start out
+noisier than their signal are given up by the decoder, and color is the first to go. An adversarial or perceptual term
+would invent texture, and invented texture is what the score would then report.
 
-After training the latents are whitened, exactly, by folding a 4 x 4 matrix into the two 1 x 1 convolutions around them:
-every channel then has unit variance, so that a noise strength takes the same share of light, color and detail.
+After training the latents are whitened, exactly, by folding a 4 x 4 matrix into the two 1 x 1 convolutions around
+them: every channel then has unit variance, so that a noise strength takes the same share of light, color and detail.
 """
 
 import torch
@@ -66,7 +66,8 @@ def main() -> None:
 
 @torch.no_grad()
 def whiten(vae, latents: torch.Tensor) -> None:
-    """Gives the latents `[C, M]` zero mean and the identity as covariance; what the autoencoder restores stays the same."""
+    """Gives the latents `[C, M]` zero mean and the identity as covariance; what the autoencoder restores stays the
+    same."""
     mean = latents.double().mean(dim=1)
     variances, axes = torch.linalg.eigh(torch.cov(latents.double()))
     forward = torch.diag(variances.rsqrt()) @ axes.T

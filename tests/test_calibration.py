@@ -50,7 +50,11 @@ class TestSettings:
 
     def test_the_paper_s_preset(self):
         settings = InspectionSettings.resolve("paper", [FULL])
-        assert (settings.num_inference_steps, settings.mask_scales, settings.mask_grouping) == (50, (1, 2, 4, 8), "none")
+        assert (settings.num_inference_steps, settings.mask_scales, settings.mask_grouping) == (
+            50,
+            (1, 2, 4, 8),
+            "none",
+        )
 
     def test_a_setting_nobody_knows(self, tiny_pipeline):
         with pytest.raises(TypeError, match="strength"):
