@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .images import resize
-from .inpainting import draw_noise, encode, repaint
+from .inpainting import draw_noise, encode, repaint, start_schedule
 from .masks import multi_scale_masks, prototype_mask
 from .prompts import average_embedding
 from .prototypes import PrototypeBank
@@ -69,17 +69,17 @@ def score_maps(
     passes = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
     work = Workload(len(pictures), passes, prototype_masks)
 
-    # 4. What is computed once per picture: latents, noise, features
+    # 4. What is computed once per picture: latents and noise; and features, in the loop: too large to keep for all
     latents = torch.cat([encode(pipe.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
     noise = draw_noise(latents.shape, generator, device, pipe.unet.dtype)  # [N, 4, h, w]
-    references = [pipe.perceptual.features(picture[None]) for picture in pictures]
+    references: dict[int, list[Tensor]] = {}
 
     # 5. Repaint, measure and add up, in batches
     totals = torch.zeros(len(pictures), len(passes) + 1, side, side, device=device)  # [N, K + 1, R, R]
     # Shown to people: the coarse scales leave no seams, and the prototype mask knows where to look.
     shown = torch.zeros_like(pictures)  # [N, 3, R, R]
     shown_scale = len(passes) // 2
-    steps = int(settings.num_inference_steps * settings.noise_strength)
+    steps = len(start_schedule(pipe.scheduler, settings.num_inference_steps, settings.noise_strength, device))
     done = 0
     with pipe.progress_bar(total=len(work) * steps) as progress:
 
@@ -111,7 +111,11 @@ def score_maps(
             )  # [B, 3, R, R]
             done += steps
             features = pipe.perceptual.features(repainted)
+            for finished in [picture for picture in references if picture < indices.min()]:
+                del references[finished]
             for picture in indices.unique().tolist():
+                if picture not in references:
+                    references[picture] = pipe.perceptual.features(pictures[picture, None])
                 own = indices == picture
                 chosen = [level[own] for level in features]
                 difference = pipe.perceptual.distance_map(references[picture], chosen, (side, side))  # [b, R, R]

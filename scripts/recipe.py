@@ -130,6 +130,8 @@ def make_scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        # The steps of a short schedule then start at noise_strength x 1000 itself, not up to one step below it.
+        timestep_spacing="trailing",
     )
 
 

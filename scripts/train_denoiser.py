@@ -35,12 +35,14 @@ class Denoiser(torch.nn.Module):
         return self.unet(sample, timesteps, self.text_encoder(input_ids)[0]).sample
 
 
-def draw_mask(foreground: torch.Tensor, rng: np.random.Generator, generator: torch.Generator) -> torch.Tensor:
-    """One mask [1, s, s] in {0, 1}: grid cells (45 %), foreground rectangles (35 %), free shapes (15 %) or everything
-    (5 %)."""
+def draw_mask(
+    foreground: torch.Tensor, rng: np.random.Generator, generator: torch.Generator, grid_share: float = 0.45
+) -> torch.Tensor:
+    """One mask [1, s, s] in {0, 1}: grid cells (`grid_share`), of the rest foreground rectangles (64 %), free shapes
+    (27 %) or everything (9 %)."""
     side = foreground.shape[-1]
     kind = rng.random()
-    if kind < 0.45:
+    if kind < grid_share:
         cell = RESOLUTION // int(rng.choice([2, 4, 8], p=[0.2, 0.35, 0.45]))
         y, x = rng.integers(0, 2 * cell, size=2)
         rows, columns = (np.arange(side) + y) // cell, (np.arange(side) + x) // cell
@@ -49,9 +51,10 @@ def draw_mask(foreground: torch.Tensor, rng: np.random.Generator, generator: tor
         else:
             mask = (rows == rng.choice(rows))[:, None] & (columns == rng.choice(columns))[None]
         return torch.from_numpy(mask.astype(np.float32))[None]
-    if kind < 0.8:
+    kind = (kind - grid_share) / (1 - grid_share)
+    if kind < 0.64:
         return training_mask(foreground, generator)
-    if kind < 0.95:
+    if kind < 0.91:
         coarse = torch.randn(1, 1, *rng.integers(3, 10, size=2).tolist(), generator=generator)
         smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bicubic")[0]
         return (smooth > torch.quantile(smooth, float(rng.uniform(0.5, 0.9)))).float()

@@ -2,6 +2,7 @@
 
     accelerate launch -m scripts.train_features --network extractor --steps 2500
     accelerate launch -m scripts.train_features --network perceptual --steps 2500
+    accelerate launch -m scripts.train_features --network perceptual --on_repainted --steps 1200
 
 Writes `<work>/extractor` or `<work>/perceptual`. Both learn from episodes: a few normal pictures of one product, and
 queries of the same product with and without a defect drawn onto them.
@@ -11,21 +12,28 @@ queries of the same product with and without a defect drawn onto them.
   defect to miss it.
 * perceptual (needs `<work>/vae`): the distance map D of Eq. (17) between a query and its normal original, spoiled the
   way a repainted picture is (taken through the autoencoder with disturbed latents, softened, shifted by a pixel, other
-  light), has to tell the defect's pixels from the spoiled ones.
+  light), has to tell the defect's pixels from the spoiled ones. `--on_repainted` (needs stage 2) goes on from there
+  with what the finished denoiser really makes of the query, in the masks of an inspection.
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from scipy import ndimage
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from anomalysd_pipeline.inpainting import encode, repaint
+from anomalysd_pipeline.prompts import PromptBook, average_embedding
 from anomalysd_pipeline.prototypes import PrototypeExtractor
 from anomalysd_pipeline.scoring import PerceptualDistance
 from anomalysd_pipeline.synthetic import apply_defect, draw_normal, draw_surface, sample_style
 from scripts.loop import stage_arguments, train
 from scripts.pictures import TRAINED
-from scripts.recipe import CROP, seeded
+from scripts.recipe import CROP, make_scheduler, seeded
+from scripts.train_denoiser import draw_mask
 
 SUPPORT = 2
 EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer"}  # strides 8 and 16
@@ -108,17 +116,54 @@ def repainted_like(vae, images: torch.Tensor, rng: np.random.Generator) -> torch
     return vae.decode(latents).sample.clamp(-1, 1)
 
 
+class Repainter:
+    """What an inspection does to queries: one random pass of the multi-scale masks, repainted by the trained model."""
+
+    def __init__(self, work: Path):
+        self.vae = AutoencoderKL.from_pretrained(work / "vae").eval().requires_grad_(False)
+        self.unet = UNet2DConditionModel.from_pretrained(work / "unet").eval().requires_grad_(False)
+        text_encoder = CLIPTextModel.from_pretrained(work / "text_encoder").eval()
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        self.prompt = average_embedding(PromptBook.default().prompts("part"), tokenizer, text_encoder)
+        self.scheduler = make_scheduler()
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor, rng: np.random.Generator):
+        """Repainted pictures and the masks [n, 1, s, s] in which they were."""
+        generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
+        everything = torch.ones(images.shape[-2:], dtype=torch.bool)
+        masks = torch.stack([draw_mask(everything, rng, generator, grid_share=0.9) for _ in images]).to(images)
+        latents = encode(self.vae, images)
+        steps, strength = ((2, 0.5), (5, 0.4), (3, 0.34))[int(rng.integers(3))]
+        repainted = repaint(
+            self.unet,
+            self.vae,
+            self.scheduler,
+            images,
+            latents,
+            masks,
+            torch.randn(latents.shape, generator=generator).to(latents),
+            self.prompt.expand(len(images), -1, -1),
+            noise_strength=strength,
+            num_inference_steps=steps,
+        )
+        return repainted, masks
+
+
 class Scored(torch.nn.Module):
-    """A network with the two numbers that turn its distances into logits, one scale for all products."""
+    """A network with the two numbers that turn its distances into logits, one scale for all products.
+
+    The numbers enter times 20: they have far to go, and Adam moves every weight by about the learning rate.
+    """
 
     def __init__(self, network):
         super().__init__()
         self.network = network
-        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.scale = torch.nn.Parameter(torch.tensor(0.0))
         self.offset = torch.nn.Parameter(torch.tensor(0.0))
 
     def logits(self, distances):
-        return self.scale.exp() * (torch.log(distances + 1e-4) - self.offset)
+        return (20 * self.scale).exp() * (torch.log(distances + 1e-4) - 20 * self.offset)
 
 
 def extractor_distances(extractor, support, queries):
@@ -131,41 +176,54 @@ def extractor_distances(extractor, support, queries):
     return squares.amin(-1).clamp(min=0).unflatten(1, psi.shape[-2:])
 
 
-def balanced_loss(logits, target):
-    """Binary cross-entropy, defect and normal pixels weighing alike within the batch."""
-    positive = target.mean().clamp(0.005, 0.5)
-    weight = target * (0.5 / positive) + (1 - target) * (0.5 / (1 - positive))
-    return (F.binary_cross_entropy_with_logits(logits, target, reduction="none") * weight).mean()
+def balanced_loss(logits, target, counted=None):
+    """Binary cross-entropy, defect and normal pixels weighing alike within the batch; `counted` [n, h, w] in {0, 1}
+    picks the pixels that count."""
+    counted = torch.ones_like(target) if counted is None else counted
+    positive = ((target * counted).sum() / counted.sum().clamp(min=1)).clamp(0.005, 0.5)
+    weight = counted * (target * (0.5 / positive) + (1 - target) * (0.5 / (1 - positive)))
+    loss = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    return (loss * weight).sum() / counted.sum().clamp(min=1)
 
 
 def main() -> None:
     parser = stage_arguments(__doc__, steps=2500, batch_size=6, learning_rate=1e-3)
     parser.add_argument("--network", choices=("extractor", "perceptual"), required=True)
+    parser.add_argument("--on_repainted", action="store_true", help="train on what the finished denoiser repaints")
     arguments = parser.parse_args()
     vae = None
-    if arguments.network == "perceptual":
+    if arguments.network == "perceptual" and not arguments.on_repainted:
         vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
     if arguments.network == "extractor":
         network = seeded(lambda: PrototypeExtractor(**EXTRACTOR), arguments.seed)
+    elif arguments.on_repainted:
+        network = PerceptualDistance.from_pretrained(arguments.work / "perceptual")
     else:
         network = seeded(PerceptualDistance, arguments.seed)
+    repainter = Repainter(arguments.work) if arguments.on_repainted else None
     model = Scored(network.requires_grad_(True))
     model.train()
 
     def distances_and_target(network, episodes, rng):
+        """Distances, the target and the pixels that count, each [n, h, w]."""
         device = next(network.parameters()).device
         support, originals, queries, masks = zip(*episodes, strict=True)
         target = torch.from_numpy(np.stack(masks)).float()[:, None].to(device)
         queries = to_batch(queries).to(device)
         if arguments.network == "extractor":
             distances = extractor_distances(network, to_batch(support).to(device), queries)
-            return distances, F.adaptive_max_pool2d(target, distances.shape[-2:])[:, 0]
-        repainted = to_batch([spoil(image, rng) for image in originals]).to(device)
-        half = len(repainted) // 2
-        repainted[half:] = repainted_like(vae, to_batch(originals).to(device)[half:], rng).to(repainted)
+            target = F.adaptive_max_pool2d(target, distances.shape[-2:])[:, 0]
+            return distances, target, torch.ones_like(target)
         side = CROP // 2
+        counted = torch.ones_like(target)
+        if repainter is not None:
+            repainted, counted = repainter(queries, rng)
+        else:
+            repainted = to_batch([spoil(image, rng) for image in originals]).to(device)
+            half = len(repainted) // 2
+            repainted[half:] = repainted_like(vae, to_batch(originals).to(device)[half:], rng).to(repainted)
         distances = network.distance_map(network.features(queries), network.features(repainted), (side, side))
-        return distances, F.adaptive_max_pool2d(target, side)[:, 0]
+        return distances, F.adaptive_max_pool2d(target, side)[:, 0], F.avg_pool2d(counted, 2)[:, 0].floor()
 
     def loss_of(model, rng, step):
         if arguments.network == "perceptual":
@@ -174,26 +232,30 @@ def main() -> None:
                     if name.startswith("lin"):
                         parameter.clamp_(min=0)
         episodes = [draw_episode(rng) for _ in range(arguments.batch_size)]
-        distances, target = distances_and_target(model.network, episodes, rng)
-        return balanced_loss(model.logits(distances.float()), target), {}
+        distances, target, counted = distances_and_target(model.network, episodes, rng)
+        return balanced_loss(model.logits(distances.float()), target, counted), {}
 
     def evaluate(model):
         from sklearn.metrics import roc_auc_score
 
-        scores, targets = [], []
+        scores, targets, image_scores, image_targets = [], [], [], []
         for index in range(8):
             rng = np.random.default_rng([99, index])
-            distances, target = distances_and_target(model.network, [draw_episode(rng) for _ in range(8)], rng)
-            scores.append(distances.float().cpu())
-            targets.append(target.cpu() > 0.5)
-        scores, targets = torch.cat(scores), torch.cat(targets)
-        image_scores, image_targets = scores.flatten(1).amax(1), targets.flatten(1).any(1)
+            distances, target, counted = distances_and_target(
+                model.network, [draw_episode(rng) for _ in range(8)], rng
+            )
+            distances, target, counted = distances.float().cpu() * counted.cpu(), target.cpu() > 0.5, counted.cpu() > 0
+            scores.append(distances[counted])
+            targets.append(target[counted])
+            image_scores.append(distances.flatten(1).amax(1))
+            image_targets.append((target & counted).flatten(1).any(1))
         return {
-            "pixel_auroc": float(roc_auc_score(targets.flatten(), scores.flatten())),
-            "image_auroc": float(roc_auc_score(image_targets, image_scores)),
+            "pixel_auroc": float(roc_auc_score(torch.cat(targets), torch.cat(scores))),
+            "image_auroc": float(roc_auc_score(torch.cat(image_targets), torch.cat(image_scores))),
         }
 
-    model = train(f"{arguments.network}-training", model, loss_of, evaluate, arguments)
+    stage = f"{arguments.network}-repainted-training" if arguments.on_repainted else f"{arguments.network}-training"
+    model = train(stage, model, loss_of, evaluate, arguments)
     if arguments.network == "extractor":
         model.network.register_to_config(color_weight=COLOR_WEIGHT)
     model.network.to(torch.float32).save_pretrained(arguments.work / arguments.network)

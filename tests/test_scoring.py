@@ -2,6 +2,7 @@ import lpips
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from safetensors.torch import save_file
 from scipy import ndimage, stats
 from torchvision.models import alexnet
@@ -225,3 +226,23 @@ class TestSmoothing:
     def test_image_score_is_the_maximum(self):
         maps = torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(0))
         np.testing.assert_array_equal(image_score(maps), maps.numpy().max(axis=(1, 2)))
+
+
+def test_offloading_hooks_run_for_every_use(metric):
+    """Model offloading moves a module in its hook, which usually sits in `forward`; these two are other methods."""
+
+    class Recorder(ModelHook):
+        calls = 0
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.calls += 1
+            return args, kwargs
+
+    recorder = Recorder()
+    add_hook_to_module(metric, recorder)
+    try:
+        features = metric.features(pictures(1))
+        metric.distance_map(features, features, (8, 8))
+    finally:
+        remove_hook_from_module(metric)
+    assert recorder.calls == 2

@@ -1,0 +1,58 @@
+"""Time and memory of loading a checkpoint, registering a part and inspecting pictures.
+
+    python benchmarks/inspection.py [--model DIR|ID] [--preset fast] [--pictures 8] [--threads 2]
+
+Prints the device, seconds to load, to register 4 normal pictures, and per inspected picture (median), and the peak
+memory of the process. The first inspection is left out of the median: it pays for memory that is then reused.
+"""
+
+import argparse
+import resource
+import statistics
+import time
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="default: the embedded checkpoint")
+    parser.add_argument("--preset", choices=("paper", "fast"), default=None)
+    parser.add_argument("--pictures", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+
+    start = time.perf_counter()
+    import torch
+
+    from anomalysd_pipeline import AnomalySDPipeline
+    from anomalysd_pipeline.synthetic import normal_images
+
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    imported = time.perf_counter()
+    pipe = AnomalySDPipeline.from_pretrained(arguments.model)
+    loaded = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pictures = normal_images("hex_nut", 4 + arguments.pictures + 1, seed=0)
+    registering = time.perf_counter()
+    pipe.add_category("hex_nut", pictures[:4])
+    registered = time.perf_counter()
+    seconds = []
+    for picture in pictures[4:]:
+        began = time.perf_counter()
+        pipe(picture, category="hex_nut", preset=arguments.preset)
+        seconds.append(time.perf_counter() - began)
+    settings = pipe.settings(preset=arguments.preset, category="hex_nut")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device               {name}")
+    print(f"settings             {settings}")
+    print(f"import               {imported - start:.2f} s")
+    print(f"load                 {loaded - imported:.2f} s")
+    print(f"register 4 pictures  {registered - registering:.2f} s")
+    print(f"inspect one picture  {statistics.median(seconds[1:]):.2f} s (median of {len(seconds) - 1})")
+    print(f"peak memory          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+
+
+if __name__ == "__main__":
+    main()

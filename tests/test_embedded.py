@@ -1,0 +1,77 @@
+"""The checkpoint in the package: what a first user meets."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalysd_pipeline import EMBEDDED, AnomalySDPipeline
+from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.inpainting import decode, encode
+from anomalysd_pipeline.metrics import pixel_metrics
+from anomalysd_pipeline.synthetic import normal_images, test_samples
+
+FOLDER = Path(EMBEDDED)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = AnomalySDPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_is_small_and_holds_no_code_or_pickles():
+    files = [path for path in FOLDER.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert {path.suffix for path in files} <= {".json", ".md", ".safetensors", ".txt"}
+
+
+def test_is_the_promised_kind_of_checkpoint(pipe):
+    assert pipe.config.resolution == 256 and pipe.config.default_preset == "fast"
+    assert type(pipe.vae).__name__ == "AutoencoderKL" and pipe.unet.config.in_channels == 9
+    assert type(pipe.text_encoder).__name__ == "CLIPTextModel" and pipe.categories == []
+    assert pipe.vae.dtype == pipe.unet.dtype == torch.float32
+
+
+def test_the_autoencoder_keeps_colors_and_shapes(pipe):
+    image = to_tensor(normal_images("circuit_board", 1, seed=11)[0], 256)[None]
+    with torch.no_grad():
+        restored = decode(pipe.vae, encode(pipe.vae, image))
+    assert 10 * torch.log10(4 / (restored - image).square().mean()) > 25
+
+
+def test_repainting_keeps_what_is_not_masked_and_erases_what_is(pipe):
+    """A dark spot in the mask goes; the surroundings stay."""
+    image = to_tensor(normal_images("brushed_metal", 1, seed=12)[0], 256)[None]
+    spoiled = image.clone()
+    spoiled[..., 112:144, 112:144] = -1.0
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[..., 96:160, 96:160] = 1
+    embeds = torch.zeros(1, 77, pipe.unet.config.cross_attention_dim)
+    repainted = pipe.inpaint(spoiled, mask, embeds, noise_strength=0.6, num_inference_steps=10)
+    inside, outside = slice(112, 144), slice(0, 80)
+    before = (spoiled - image)[..., inside, inside].abs().mean()
+    after = (repainted - image)[..., inside, inside].abs().mean()
+    assert after < 0.6 * before
+    assert (repainted - image)[..., outside, outside].abs().mean() < 0.1
+
+
+def test_finds_a_drawn_defect(pipe):
+    normals = normal_images("hex_nut", 4, seed=21)
+    pipe.add_category("hex_nut", normals)
+    samples = test_samples("hex_nut", 1, 3, seed=21)
+    out = pipe([Image.fromarray(sample.image) for sample in samples], category="hex_nut")
+    assert pixel_metrics([s.mask for s in samples], list(out.anomaly_maps))["auroc"] > 0.8
+    assert np.isfinite(out.pred_scores).all()
+
+
+def test_its_facts_are_written_down():
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    for subject in ("trained on", "How long", "What it is not"):
+        assert subject.lower() in text.lower()
+    index = json.loads((FOLDER / "model_index.json").read_text(encoding="utf-8"))
+    assert index["_class_name"] == "AnomalySDPipeline"
