@@ -149,6 +149,9 @@ class AnomalySDPipeline(DiffusionPipeline):
         Raises:
             ValueError: for a UNet without 9 input channels or a weights file that does not fit.
         """
+        if kwargs.get("torch_dtype") is None:
+            # Said aloud, because transformers would otherwise keep a text encoder in the half precision it is stored in.
+            kwargs["dtype"] = kwargs.get("dtype") or torch.float32
         pipe = super().from_pretrained(pretrained_model_name_or_path or EMBEDDED, **kwargs)
         made = {}
         if pipe.extractor is None:

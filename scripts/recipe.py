@@ -149,6 +149,6 @@ DEFAULTS = {
     "preset_overrides": {"fast": {"num_inference_steps": 2}},
     "noise_strength": 0.5,
     "prototype_weight": 0.1,
-    "feature_weight": 0.5,
+    "feature_weight": 1.0,
 }
 """What the embedded checkpoint stores as its own defaults of an inspection."""

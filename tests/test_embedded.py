@@ -34,7 +34,8 @@ def test_is_the_promised_kind_of_checkpoint(pipe):
     assert pipe.config.resolution == 256 and pipe.config.default_preset == "fast"
     assert type(pipe.vae).__name__ == "AutoencoderKL" and pipe.unet.config.in_channels == 9
     assert type(pipe.text_encoder).__name__ == "CLIPTextModel" and pipe.categories == []
-    assert pipe.vae.dtype == pipe.unet.dtype == torch.float32
+    modules = [component for component in pipe.components.values() if isinstance(component, torch.nn.Module)]
+    assert {parameter.dtype for module in modules for parameter in module.parameters()} == {torch.float32}
 
 
 def test_the_autoencoder_keeps_colors_and_shapes(pipe):
