@@ -104,7 +104,7 @@ def calibrate_threshold(
     tensors = torch.stack([to_tensor(picture, side) for picture in pictures])  # [K, 3, R, R]
     copies = max(1, math.ceil(MIN_SCORES / len(tensors))) if len(tensors) < MIN_SCORES else 1
     held_out = len(tensors) > 1
-    rotations = pipe.config.categories[category].get("rotations", 4)
+    rotations = pipe.config.categories[category]["rotations"]
     generator = torch.Generator().manual_seed(seed)
     scores: list[float] = []
     for index, tensor in enumerate(tensors):

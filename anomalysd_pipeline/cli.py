@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-DEMO_FAMILIES = "hex_nut,wood,biscuit"
+DEMO_FAMILIES = "hex_nut,wood,washer"
 DEMO_SHOTS = 4
 DEMO_PICTURES = 4  # of good parts, and as many of defective ones
 DEMO_LINE = "{:<18}{:>12}{:>13}{:>14}{:>10}{:>11}"
@@ -165,6 +165,9 @@ def _demo(args: argparse.Namespace) -> int:
     write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
     titles = ["input", "true defect", "repainted", "heatmap"]
     montage(pictures, titles, labels, cell=144).save(args.out / "montage.png")
+    # The same for a page's top: of each family the first good and the last defective part.
+    ends = [row + end for row in range(0, len(pictures), 2 * DEMO_PICTURES) for end in (0, 2 * DEMO_PICTURES - 1)]
+    montage([pictures[i] for i in ends], titles, [labels[i] for i in ends], cell=144).save(args.out / "teaser.png")
     print(_demo_table(tests, results))
     print(f"\nPictures: {args.out / 'montage.png'}   Scores: {args.out / 'results.csv'}")
     return 0

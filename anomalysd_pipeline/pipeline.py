@@ -42,6 +42,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         default_preset: "paper" or "fast", used where a call names none.
         preset_overrides: what this checkpoint changes in a preset, such as `{"fast": {"num_inference_steps": 8}}`.
         noise_strength, prototype_weight, feature_weight: this checkpoint's defaults of the settings of the same name.
+        rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `noise_strength`, `calibration`.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -72,6 +73,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         noise_strength: float = 0.4,
         prototype_weight: float = 0.1,
         feature_weight: float = 0.0,
+        rotations: int = 4,
         prompts: dict | None = None,
         categories: dict | None = None,
         safety_checker=None,
@@ -112,6 +114,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             noise_strength=noise_strength,
             prototype_weight=prototype_weight,
             feature_weight=feature_weight,
+            rotations=rotations,
             prompts=book.to_dict(),
             categories=copy.deepcopy(dict(categories or {})),
             requires_safety_checker=False,
@@ -150,7 +153,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             ValueError: for a UNet without 9 input channels or a weights file that does not fit.
         """
         if kwargs.get("torch_dtype") is None:
-            # Said aloud, because transformers would otherwise keep a text encoder in the half precision it is stored in.
+            # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
             kwargs["dtype"] = kwargs.get("dtype") or torch.float32
         pipe = super().from_pretrained(pretrained_model_name_or_path or EMBEDDED, **kwargs)
         made = {}
@@ -181,7 +184,12 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def add_category(
-        self, category: str, normal_images, prompts=None, noise_strength: float | None = None, rotations: int = 4
+        self,
+        category: str,
+        normal_images,
+        prompts=None,
+        noise_strength: float | None = None,
+        rotations: int | None = None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -193,7 +201,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             normal_images: 1 or more pictures of good parts, anything `load_image` takes.
             prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
             noise_strength: lambda for this part; None: the checkpoint's.
-            rotations: number of rotated copies of each picture in the bank.
+            rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
 
         Raises:
             ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
@@ -206,6 +214,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         loaded = load_pictures(normal_images, "normal_images")
         pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
         device = self._execution_device
+        rotations = self.config.rotations if rotations is None else rotations
         features = collect_prototypes(self.extractor, pictures.to(device), rotations)
         self.bank.to(device).add(category, features)
         self.register_to_config(prompts=book.to_dict())

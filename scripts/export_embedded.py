@@ -20,7 +20,7 @@ from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
 from anomalysd_pipeline.scoring import PerceptualDistance
 from scripts.recipe import DEFAULTS, RESOLUTION, make_scheduler
 
-BANK_SIZE = 4096
+BANK_SIZE = 2048
 
 
 def assemble(work: Path) -> AnomalySDPipeline:

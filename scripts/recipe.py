@@ -150,5 +150,7 @@ DEFAULTS = {
     "noise_strength": 0.5,
     "prototype_weight": 0.1,
     "feature_weight": 1.0,
+    # Its features change as a part turns: with 4 rotations the edges of a turned nut had no counterpart in the bank.
+    "rotations": 16,
 }
 """What the embedded checkpoint stores as its own defaults of an inspection."""
