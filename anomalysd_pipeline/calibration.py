@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MIN_SCORES = 8
 """Augmented copies fill up a handful of pictures to this many scores: fewer say little about a spread."""
 
+VARIATION = {"brightness": 0.03, "contrast": 0.03, "scale": 0.02, "degrees": 3.0}
+"""How far the copies differ: as two photographs of one part under one lamp. More would lift the threshold too far."""
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -113,8 +116,10 @@ def calibrate_threshold(
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = copy.deepcopy(pipe.bank)
             bank.add(category, collect_prototypes(pipe.extractor, others, rotations))
-        augmented = [augment(tensor, generator, degrees=5.0, scale=0.05) for _ in range(copies - 1)]
-        batch = torch.stack([tensor, *augmented] if held_out else [*augmented, augment(tensor, generator)])
+        augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
+        batch = torch.stack(
+            [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]
+        )
         noise = [torch.Generator().manual_seed(seed) for _ in batch]
         maps, _, _ = score_maps(pipe, batch, category, settings, bank, generator=noise)
         scores += image_score(maps).tolist()

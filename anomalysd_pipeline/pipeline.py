@@ -237,7 +237,7 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def calibrate(
-        self, category: str, normal_images, false_alarm_rate: float = 0.02, seed: int = 0, **settings
+        self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
     ) -> Calibration:
         """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
 
