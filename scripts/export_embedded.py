@@ -7,6 +7,7 @@ the old folder is kept.
 """
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
@@ -47,6 +48,10 @@ def main() -> None:
     new = arguments.out.with_name(arguments.out.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     assemble(arguments.work).to(torch.float16).save_pretrained(new)
+    for config in new.glob("*/config.json"):  # diffusers notes the folder a part was loaded from
+        facts = json.loads(config.read_text())
+        facts.pop("_name_or_path", None)
+        config.write_text(json.dumps(facts, indent=2) + "\n")
     AnomalySDPipeline.from_pretrained(new)
     if (arguments.out / "README.md").exists():
         shutil.copy(arguments.out / "README.md", new)
