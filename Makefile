@@ -22,7 +22,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) ..."
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app,test]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app,test,train]"
 	@touch $@
 
 demo: $(STAMP)

@@ -345,7 +345,8 @@ def augment(
     contrast: float = 0.1,
     scale: float = 0.1,
     degrees: float = 15.0,
-) -> torch.Tensor:
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Varies a normal picture: contrast, brightness, scaling and rotation, as the paper does with the few shots.
 
     Args:
@@ -355,9 +356,10 @@ def augment(
         contrast: limit of the relative change of each pixel's difference to the picture's mean.
         scale: limit of the relative change in size, below 1.
         degrees: limit of the rotation about the center. What comes in at the edges is the picture reflected.
+        mask: bool `[H, W]`, scaled and turned along with the picture (nearest neighbor), or None.
 
     Returns:
-        float `[3, H, W]` in [-1, 1].
+        float `[3, H, W]` in [-1, 1]; with `mask`, the pair of it and the mask, bool `[H, W]`.
 
     Raises:
         ValueError: `image` has another shape, or `scale` is not in [0, 1).
@@ -376,4 +378,8 @@ def augment(
     grid = torch.nn.functional.affine_grid(affine, [1, 3, height, width], align_corners=False)
     turned = torch.nn.functional.grid_sample(image[None], grid, padding_mode="reflection", align_corners=False)[0]
     mean = turned.mean()
-    return ((turned - mean) * gain + mean + shift).clamp(-1, 1)
+    varied = ((turned - mean) * gain + mean + shift).clamp(-1, 1)
+    if mask is None:
+        return varied
+    options = {"mode": "nearest", "padding_mode": "reflection", "align_corners": False}
+    return varied, torch.nn.functional.grid_sample(mask[None, None].to(image), grid, **options)[0, 0] > 0.5

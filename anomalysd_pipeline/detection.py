@@ -49,6 +49,7 @@ def score_maps(
         Smoothed maps float32 `[N, R, R]`, repainted pictures `[N, 3, R, R]` in [-1, 1], prototype masks bool
         `[N, 1, R, R]` or None.
     """
+    pipe.use_adaptation_of(category)
     device, side = pipe._execution_device, pipe.config.resolution
     pictures = pictures.to(device)
 

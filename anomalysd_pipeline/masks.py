@@ -8,6 +8,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+MASK_DESIGNS = ("foreground", "random", "detection")
+"""How training masks are drawn; see `few_shot.FewShotDataset`."""
+
 
 @dataclass(frozen=True)
 class ScalePasses:

@@ -13,21 +13,23 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from . import EMBEDDED
-from .calibration import Calibration, calibrate_threshold
+from .adaptations import AdaptationMixin
+from .adapters import AdapterStore
+from .categories import CategoryMixin
 from .data import to_tensor
 from .detection import score_maps
 from .images import load_pictures, resize, stack, to_pil
 from .inpainting import draw_noise, encode, repaint
 from .output import AnomalySDPipelineOutput
 from .prompts import PromptBook, check_category
-from .prototypes import PrototypeBank, PrototypeExtractor, collect_prototypes
+from .prototypes import PrototypeBank, PrototypeExtractor
 from .scoring import PerceptualDistance, image_score
 from .settings import PRESETS, InspectionSettings
 
 logger = logging.get_logger(__name__)
 
 
-class AnomalySDPipeline(DiffusionPipeline):
+class AnomalySDPipeline(CategoryMixin, AdaptationMixin, DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
 
     Args:
@@ -38,13 +40,16 @@ class AnomalySDPipeline(DiffusionPipeline):
         extractor: `PrototypeExtractor`, the features of Eq. (12).
         perceptual: `PerceptualDistance`, the distance of Eqs. (16) and (17).
         bank: `PrototypeBank`, the normal features of every registered category, Eq. (13).
+        adapters: `AdapterStore`, what adaptations have learned.
         resolution: side in pixels at which pictures are inspected.
         default_preset: "paper" or "fast", used where a call names none.
         preset_overrides: what this checkpoint changes in a preset, such as `{"fast": {"num_inference_steps": 8}}`.
         noise_strength, prototype_weight, feature_weight: this checkpoint's defaults of the settings of the same name.
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
-        categories: settings of each registered category: `shots`, `noise_strength`, `calibration`.
+        categories: settings of each registered category: `shots`, `noise_strength`, `adaptation`, `calibration`.
+        adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
+        adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
             repositories list them; never loaded or used.
 
@@ -53,8 +58,16 @@ class AnomalySDPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "text_encoder->extractor->unet->vae->perceptual"
-    _optional_components = ["safety_checker", "feature_extractor", "image_encoder", "extractor", "perceptual", "bank"]
-    _exclude_from_cpu_offload = ["bank"]
+    _optional_components = [
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+        "extractor",
+        "perceptual",
+        "bank",
+        "adapters",
+    ]
+    _exclude_from_cpu_offload = ["bank", "adapters"]
     _callback_tensor_inputs = ["latents"]
 
     def __init__(
@@ -67,6 +80,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         extractor: PrototypeExtractor | None = None,
         perceptual: PerceptualDistance | None = None,
         bank: PrototypeBank | None = None,
+        adapters: AdapterStore | None = None,
         resolution: int = 512,
         default_preset: str = "paper",
         preset_overrides: dict | None = None,
@@ -76,6 +90,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: int = 4,
         prompts: dict | None = None,
         categories: dict | None = None,
+        adaptation: dict | None = None,
+        adaptations: dict | None = None,
         safety_checker=None,
         feature_extractor=None,
         image_encoder=None,
@@ -97,6 +113,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             extractor=extractor,
             perceptual=perceptual,
             bank=PrototypeBank() if bank is None else bank,
+            adapters=AdapterStore() if adapters is None else adapters,
             safety_checker=None,
             feature_extractor=None,
             image_encoder=None,
@@ -117,10 +134,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             rotations=rotations,
             prompts=book.to_dict(),
             categories=copy.deepcopy(dict(categories or {})),
+            adaptation=copy.deepcopy(dict(adaptation or {})),
+            adaptations=copy.deepcopy(dict(adaptations or {})),
             requires_safety_checker=False,
         )
         for preset in PRESETS:
             self.settings(preset=preset)
+        self.adaptation_settings()
 
     # Loading
 
@@ -165,105 +185,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         pipe.register_modules(**{name: module.to(pipe.unet.dtype) for name, module in made.items()})
         return pipe
 
-    # Categories
-
-    @property
-    def categories(self) -> list[str]:
-        """Names of the registered categories, alphabetically."""
-        return sorted(self.config.categories)
-
-    @property
-    def prompt_book(self) -> PromptBook:
-        """A copy of the prompts in use; `add_category` changes them."""
-        return PromptBook.from_dict(self.config.prompts)
-
-    def _store_category(self, category: str, **facts) -> None:
-        categories = copy.deepcopy(dict(self.config.categories))
-        categories[category] = {**categories.get(category, {}), **facts}
-        self.register_to_config(categories=categories)
-
-    @torch.no_grad()
-    def add_category(
-        self,
-        category: str,
-        normal_images,
-        prompts=None,
-        noise_strength: float | None = None,
-        rotations: int | None = None,
-    ) -> None:
-        """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
-        (13).
-
-        A category of that name is replaced, and its calibration forgotten. On an error nothing is changed.
-
-        Args:
-            category: name of the part; it fills the generic prompts where the part has none of its own.
-            normal_images: 1 or more pictures of good parts, anything `load_image` takes.
-            prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
-            noise_strength: lambda for this part; None: the checkpoint's.
-            rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
-
-        Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
-        """
-        check_category(category)
-        book = self.prompt_book
-        book.add(category, prompts)
-        if noise_strength is not None:
-            self.settings(noise_strength=noise_strength)
-        loaded = load_pictures(normal_images, "normal_images")
-        pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
-        device = self._execution_device
-        rotations = self.config.rotations if rotations is None else rotations
-        features = collect_prototypes(self.extractor, pictures.to(device), rotations)
-        self.bank.to(device).add(category, features)
-        self.register_to_config(prompts=book.to_dict())
-        self._store_category(
-            category, shots=len(pictures), rotations=rotations, noise_strength=noise_strength, calibration=None
-        )
-
-    def remove_category(self, category: str) -> None:
-        """Forgets a registered part: its bank, settings and calibration.
-
-        Raises:
-            ValueError: if it is not registered.
-        """
-        if category not in self.config.categories:
-            raise ValueError(
-                f"`category` must be a registered part ({', '.join(self.categories) or 'none yet'}), got {category!r}."
-            )
-        self.bank.remove(category)
-        self.register_to_config(categories={k: v for k, v in self.config.categories.items() if k != category})
-
-    @torch.no_grad()
-    def calibrate(
-        self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
-    ) -> Calibration:
-        """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
-
-        Args:
-            category: a part registered by `add_category`.
-            normal_images: 1 or more pictures of good parts; those given to `add_category` will do, because each is
-                scored against a bank that was made without it.
-            false_alarm_rate: share of good parts that may exceed the threshold.
-            **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
-                inspected. The threshold applies to inspections with the same settings.
-
-        Returns:
-            The stored record: threshold, the scores it rests on, the settings.
-
-        Raises:
-            ValueError: for a part that is not registered, unreadable pictures or bad settings.
-        """
-        if category not in self.config.categories:
-            raise ValueError(
-                f"`category` must be registered by `add_category` before it is calibrated, got {category!r}."
-            )
-        pictures = load_pictures(normal_images, "normal_images")
-        chosen = self.settings(category=category, **settings)
-        calibration = calibrate_threshold(self, category, pictures, chosen, false_alarm_rate, seed)
-        self._store_category(category, calibration=calibration.to_dict())
-        return calibration
+    # Settings
 
     def settings(self, preset: str | None = None, category: str | None = None, **given) -> InspectionSettings:
         """The settings that a call with these arguments would use: call, then category, then checkpoint, then preset.
@@ -411,8 +333,10 @@ class AnomalySDPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         negative_prompt_embeds: Tensor | None = None,
     ) -> Tensor:
-        """Repaints the masked part of pictures; one batch. Equal to diffusers' own inpainting pipeline with the same
-        weights, noise and strength, the VAE's posterior mean standing for E(x).
+        """Repaints the masked part of pictures; one batch, by the base or what `set_adaptation` has chosen.
+
+        Equal to diffusers' own inpainting pipeline with the same weights, noise and strength, the VAE's posterior mean
+        standing for E(x).
 
         Args:
             images: `[N, 3, H, W]` in [-1, 1], sides multiples of the VAE's factor.

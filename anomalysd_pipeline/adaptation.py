@@ -1,0 +1,314 @@
+"""Few-shot fine-tuning of the denoiser, Eq. (8), and the VAE's decoder, Eq. (9), as one loop for every front.
+
+`pipe.adapt` runs it in memory, `anomalysd_pipeline.train` under `accelerate launch`. Nothing here changes the
+pipeline: copies are trained, and what they learned is returned.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import send_to_device
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .adaptation_settings import AdaptationSettings
+from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from .few_shot import FewShotDataset, GlobalBatches
+from .stages import DecoderStage, DenoiserStage, Stage, checkpoint_only_trained, trained_state
+
+
+@dataclass(frozen=True)
+class AdaptationProgress:
+    """Where a fine-tuning stands, given to its callback after every step.
+
+    stage: "denoiser" or "decoder".
+    step, steps: done and to do, in this stage.
+    loss: of this step, over all processes.
+    share: of the whole fine-tuning that is done, in [0, 1].
+    seconds_left: estimate for the rest of this stage.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    loss: float
+    share: float
+    seconds_left: float
+
+
+@dataclass(frozen=True)
+class AdaptedWeights:
+    """What a fine-tuning learned; None for a part that was not trained.
+
+    denoiser, decoder: LoRA weights (method "lora"), or all weights of the UNet and of the VAE's decoder (method
+        "full"), float32 on the CPU.
+    settings: those it was made with.
+    losses: stage to the loss of each step of this run, in order.
+    """
+
+    settings: AdaptationSettings
+    denoiser: dict[str, Tensor] | None
+    decoder: dict[str, Tensor] | None
+    losses: dict[str, list[float]]
+
+
+def fine_tune(
+    pipe,
+    shots: Mapping[str, Sequence[Image.Image]],
+    settings: AdaptationSettings,
+    accelerator: Accelerator,
+    prompts: Mapping[str, object] | None = None,
+    output_dir: Path | None = None,
+    checkpointing_steps: int | None = None,
+    checkpoints_total_limit: int | None = None,
+    resume_from_checkpoint: str | None = None,
+    dataloader_num_workers: int = 0,
+    callback: Callable[[AdaptationProgress], None] | None = None,
+    validate: Callable[[Stage, int], None] | None = None,
+) -> AdaptedWeights:
+    """Trains copies of the pipeline's denoiser and decoder on a few normal pictures of one category or several.
+
+    Args:
+        pipe: an `AnomalySDPipeline` on the accelerator's device; it is left as it is.
+        shots: category to its normal pictures, RGB.
+        settings: see `AdaptationSettings`.
+        accelerator: says how many processes there are and in which precision they compute; created with
+            `gradient_accumulation_steps` as in `settings`.
+        prompts: category to T_c, as `PromptBook.add` takes it; None keeps the part's own or the generic set.
+        output_dir: where checkpoints go, in `<output_dir>/<stage>`; None: there are none.
+        checkpointing_steps: steps between checkpoints; None: only where a stage ends.
+        checkpoints_total_limit: how many of a stage to keep; None: all.
+        resume_from_checkpoint: "latest" or a checkpoint's name; None: start anew.
+        dataloader_num_workers: processes that make the samples ahead of time.
+        callback: called after every step; an exception that it raises ends the fine-tuning.
+        validate: called by every process with the stage and the step, after every step.
+
+    Raises:
+        ValueError: for settings that do not fit the pipeline, or a disk that cannot be written.
+    """
+    state = _ResumableState()
+    accelerator.register_for_checkpointing(state)
+    stages = make_stages(pipe, shots, settings, accelerator.device, prompts)
+    totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
+    weights: dict[str, dict[str, Tensor]] = {}
+    losses: dict[str, list[float]] = {stage.name: [] for stage in stages}
+    done = 0
+    for stage in stages:
+        total, clock = totals[stage.name], _Clock(totals[stage.name])
+
+        def on_step(step: int, loss: float, stage=stage, total=total, clock=clock, before=done) -> None:
+            losses[stage.name].append(loss)
+            left = clock.seconds_left(step)
+            if callback is not None:
+                share = (before + step) / sum(totals.values())
+                callback(AdaptationProgress(stage.name, step, total, loss, share, left))
+            if validate is not None:
+                validate(stage, step)
+
+        folder = None if output_dir is None else Path(output_dir, stage.name)
+        checkpointing = Checkpointing(folder, checkpointing_steps, checkpoints_total_limit, resume_from_checkpoint)
+        weights[stage.name] = train_stage(
+            stage, settings, accelerator, total, state, checkpointing, dataloader_num_workers, on_step
+        )
+        done += total
+        accelerator.free_memory()
+    return AdaptedWeights(settings, weights.get("denoiser"), weights.get("decoder"), losses)
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Where a stage's checkpoints go (None: nowhere), how often, how many stay, and from which to go on."""
+
+    folder: Path | None
+    every: int | None = None
+    total_limit: int | None = None
+    resume_from: str | None = None
+
+
+class _ResumableState:
+    """The schedule and the average of the stage in training: accelerate keeps every object that is registered with it,
+    so one stands for those of all stages."""
+
+    def __init__(self):
+        self.parts: dict[str, object] = {}
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state: Mapping) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+
+
+class _Clock:
+    """Estimates the time left from the steps since it was started."""
+
+    def __init__(self, total: int):
+        self.began, self.first, self.total = time.perf_counter(), None, total
+
+    def seconds_left(self, step: int) -> float:
+        if self.first is None:
+            self.first = step - 1
+        return (time.perf_counter() - self.began) / (step - self.first) * (self.total - step)
+
+
+def make_stages(
+    pipe,
+    shots: Mapping[str, Sequence[Image.Image]],
+    settings: AdaptationSettings,
+    device,
+    prompts: Mapping[str, object] | None = None,
+) -> list[Stage]:
+    """The parts of the pipeline that `settings` asks to train, as stages in the order in which they are trained."""
+    book = pipe.prompt_book
+    for category in shots:
+        book.add(category, (prompts or {}).get(category))
+    texts = {category: book.prompts(category, settings.prompt_design) for category in shots}
+    side, factor = pipe.config.resolution, pipe.vae_scale_factor
+    dataset = FewShotDataset(
+        shots,
+        texts,
+        side,
+        (pipe.vae.config.latent_channels, side // factor, side // factor),
+        pipe.scheduler.config.num_train_timesteps,
+        settings.seed,
+        settings.mask_design,
+        settings.noise_range,
+        settings.augmentation,
+    )
+    stages: list[Stage] = []
+    if settings.train_denoiser:
+        stages.append(DenoiserStage(pipe, dataset, settings, device))
+    if settings.train_decoder:
+        stages.append(DecoderStage(pipe, dataset, settings, device))
+    return stages
+
+
+def train_stage(
+    stage: Stage,
+    settings: AdaptationSettings,
+    accelerator: Accelerator,
+    steps: int,
+    state: _ResumableState,
+    checkpointing: Checkpointing,
+    dataloader_num_workers: int,
+    on_step: Callable[[int, float], None],
+) -> dict[str, Tensor]:
+    """The loop: one step is one global batch of Eq. (8) or (9). Returns the trained weights, averaged if so set."""
+    accumulation = settings.gradient_accumulation_steps
+    # All of this before `prepare`, while the parameters are plain ones under their own names.
+    names = stage.trained_names()
+    trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(trained, stage.learning_rate, settings.use_8bit_adam)
+    state.parts = {"schedule": get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, steps)}
+    if settings.use_ema:
+        state.parts["average"] = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True)
+        state.parts["average"].to(accelerator.device)
+        stage.keep_average(state.parts["average"])
+    stage.module, optimizer = accelerator.prepare(stage.module, optimizer)
+    hooks = checkpoint_only_trained(stage, accelerator, names)
+    batch = settings.train_batch_size * accumulation * accelerator.num_processes
+    facts = {**settings.course(), "global_batch": batch, "pictures": stage.dataset.fingerprint()}
+    first = 0
+    if checkpointing.folder is not None:
+        found = find_checkpoint(checkpointing.folder, checkpointing.resume_from)
+        first = 0 if found is None else load_checkpoint(accelerator, found, facts)
+    stage.module.train()
+    turns = GlobalBatches(
+        settings.train_batch_size,
+        accumulation,
+        accelerator.process_index,
+        accelerator.num_processes,
+        first,
+        steps,
+    )
+    step, parts = first, []
+    for batch in DataLoader(stage.dataset, batch_sampler=turns, num_workers=dataloader_num_workers):
+        if not parts:
+            # Dropout, where a module has any, is the only chance left; it too depends on the step alone.
+            torch.manual_seed(hash((settings.seed, step, accelerator.process_index)) % 2**63)
+        with accelerator.accumulate(stage.module):
+            with accelerator.autocast():
+                loss = stage.loss(send_to_device(batch, accelerator.device))
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, settings.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        parts.append(loss.detach())
+        if len(parts) < accumulation:
+            continue
+        value = accelerator.reduce(torch.stack(parts).mean(), "mean").item()
+        parts = []
+        if not math.isfinite(value):
+            raise ValueError(
+                f"`learning_rate` {stage.learning_rate:g} led to a loss of {value} in step {step + 1} of the "
+                f"{stage.name}; give a lower one, or another `mixed_precision`."
+            )
+        state.parts["schedule"].step()
+        if settings.use_ema:
+            state.parts["average"].step(trained)
+        step += 1
+        if checkpointing.folder is not None and (
+            step == steps or (checkpointing.every and step % checkpointing.every == 0)
+        ):
+            save_checkpoint(accelerator, checkpointing.folder, step, facts, checkpointing.total_limit)
+        on_step(step, value)
+    for hook in hooks:
+        hook.remove()
+    if settings.use_ema:
+        state.parts["average"].copy_to(trained)
+    return trained_state(stage, accelerator, names)
+
+
+def make_optimizer(parameters: list, learning_rate: float, use_8bit_adam: bool) -> torch.optim.Optimizer:
+    """Adam, as in the paper, or its 8-bit form.
+
+    Raises:
+        ValueError: if the 8-bit form is asked for and not installed.
+    """
+    if not use_8bit_adam:
+        return torch.optim.Adam(parameters, lr=learning_rate)
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError as error:
+        raise ValueError("`use_8bit_adam` needs the package bitsandbytes; `pip install bitsandbytes`.") from error
+    return Adam8bit(parameters, lr=learning_rate)
+
+
+def resolve_precision(mixed_precision: str, device: torch.device) -> str:
+    """ "auto" as "bf16" where the device computes in it, else as "no"; other words as they are."""
+    if mixed_precision != "auto":
+        return mixed_precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    # On processors without these instructions bfloat16 is emulated, and several times slower than float32.
+    able = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
+    return "bf16" if able else "no"
+
+
+def in_memory_accelerator(device: torch.device, settings: AdaptationSettings) -> Accelerator:
+    """The accelerator of a fine-tuning inside a running program, on the device where the pipeline is."""
+    if PartialState().num_processes == 1:
+        AcceleratorState._reset_state()  # an earlier fine-tuning may have asked for another precision
+    accelerator = Accelerator(
+        cpu=device.type == "cpu",
+        mixed_precision=resolve_precision(settings.mixed_precision, device),
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+    )
+    if accelerator.device.type != device.type:
+        raise ValueError(
+            f"`pipe` must be on the device '{accelerator.device}' to be adapted, but it is on '{device}'."
+        )
+    return accelerator

@@ -1,0 +1,156 @@
+"""Training checkpoints that are complete or not there: killed at any moment, a run finds the last complete one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+_PREFIX = "checkpoint-"
+_FACTS = "training.json"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first; none if the folder is missing."""
+    found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
+    return sorted(found, key=checkpoint_step)
+
+
+def checkpoint_step(path: Path) -> int:
+    """The number of steps after which a checkpoint was written, from its name."""
+    return int(path.name.removeprefix(_PREFIX))
+
+
+def save_checkpoint(accelerator, folder: Path, step: int, facts: Mapping, total_limit: int | None = None) -> None:
+    """Writes `folder/checkpoint-<step>`; called by every process. It appears under its name when all of it is on disk.
+
+    Args:
+        accelerator: its `save_state` writes weights, optimizer, schedule and averages.
+        facts: JSON-serializable settings that a run must share to go on from here; see `load_checkpoint`.
+        total_limit: how many checkpoints to keep, this one included; None: all.
+
+    Raises:
+        ValueError: if the disk is full or may not be written. The checkpoints that were there stay.
+    """
+    partial, final = folder / f".{_PREFIX}{step}.partial", folder / f"{_PREFIX}{step}"
+    with disk_errors("output_dir", folder, "go on with `--resume_from_checkpoint latest`"):
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(f".{_PREFIX}*"):  # of a run that was killed while writing or deleting
+                shutil.rmtree(leftover, ignore_errors=True)
+        accelerator.wait_for_everyone()
+        try:
+            accelerator.save_state(str(partial))
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                (partial / _FACTS).write_text(json.dumps(dict(facts), indent=2) + "\n", encoding="utf-8")
+                flush(partial)
+                remove(final)
+                os.replace(partial, final)
+                flush_folder(folder)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    if accelerator.is_main_process and total_limit is not None:
+        for old in list_checkpoints(folder)[:-total_limit]:
+            remove(old)
+    accelerator.wait_for_everyone()
+
+
+def find_checkpoint(folder: Path, resume_from: str | None) -> Path | None:
+    """The checkpoint to go on from: None for none, "latest" for the last complete one (None where there is none yet)
+    or a name such as "checkpoint-500".
+
+    Raises:
+        ValueError: a name that is not there.
+    """
+    if resume_from is None:
+        return None
+    found = list_checkpoints(folder)
+    if resume_from == "latest":
+        return found[-1] if found else None
+    for path in found:
+        if path.name == Path(resume_from).name:
+            return path
+    there = ", ".join(path.name for path in found) or "none"
+    raise ValueError(
+        f"`resume_from_checkpoint` must be 'latest' or a checkpoint of '{folder}' ({there}), got {resume_from!r}."
+    )
+
+
+def load_checkpoint(accelerator, path: Path, facts: Mapping) -> int:
+    """Restores what `save_checkpoint` wrote and returns its step.
+
+    Raises:
+        ValueError: if it was written by a run with other `facts`: going on would give neither run's result.
+    """
+    written = json.loads((path / _FACTS).read_text(encoding="utf-8"))
+    ours = json.loads(json.dumps(dict(facts)))
+    for key in sorted(written.keys() | ours.keys()):
+        if written.get(key) != ours.get(key):
+            raise ValueError(
+                f"`{key}` is {ours.get(key)!r}, but '{path}' was written with {written.get(key)!r}; give the same "
+                "value, or start anew in another `output_dir`."
+            )
+    accelerator.load_state(str(path))
+    return checkpoint_step(path)
+
+
+class disk_errors:
+    """Turns the many exceptions of a full or forbidden disk into one sentence: `with disk_errors("output_dir", at)`.
+
+    Args:
+        argument: name of the argument that named the folder.
+        folder: where was written.
+        remedy: what to do after freeing space.
+    """
+
+    def __init__(self, argument: str, folder: Path, remedy: str = "try again"):
+        self.argument, self.folder, self.remedy = argument, folder, remedy
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind, error, traceback) -> None:
+        # torch.save and safetensors report a failed write as exceptions of their own, with the cause in the text.
+        failed_write = isinstance(error, SafetensorError) or (
+            isinstance(error, RuntimeError) and any(word in str(error) for word in ("write", "Write", "iostream"))
+        )
+        if isinstance(error, OSError) or failed_write:
+            cause = " ".join(str(getattr(error, "strerror", None) or error).split())
+            raise ValueError(
+                f"`{self.argument}` '{self.folder}' could not be written ({cause}); free some space or choose "
+                f"another folder, and {self.remedy}."
+            ) from error
+
+
+def remove(folder: Path) -> None:
+    """Deletes a folder so that no half of it is ever seen under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name}.deleted")
+        shutil.rmtree(doomed, ignore_errors=True)
+        os.replace(folder, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def flush(folder: Path) -> None:
+    """Forces a folder's files onto the disk: a rename must not outrun the bytes it promises."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+    flush_folder(folder)
+
+
+def flush_folder(folder: Path) -> None:
+    """Forces a folder's list of names onto the disk, where the system can do that."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
