@@ -51,8 +51,9 @@ def load_base():
 
 
 def session_pipeline(base):
-    """A pipeline with the weights of `base`, but a bank and settings of its own."""
-    components = {**base.components, "bank": copy.deepcopy(base.bank)}
+    """A pipeline with the weights of `base`, but a bank, adaptations and settings of its own."""
+    own = {"bank": copy.deepcopy(base.bank), "adapters": copy.deepcopy(base.adapters)}
+    components = {**base.components, **own}
     accepted = inspect.signature(type(base)).parameters
     settings = {key: value for key, value in base.config.items() if key in accepted and key not in components}
     return type(base)(**components, **settings)
@@ -84,9 +85,14 @@ def read_upload(upload: dict):
 
 @shows_errors
 def learn(
-    session: Session | None, name: str, uploads: list[dict] | None, preset: str, progress=gr.Progress(track_tqdm=True)
+    session: Session | None,
+    name: str,
+    uploads: list[dict] | None,
+    preset: str,
+    fine_tune: bool = False,
+    progress=gr.Progress(track_tqdm=True),
 ):
-    """Learns a part from 1 to 8 normal pictures: its prototypes and its threshold."""
+    """Learns a part from 1 to 8 normal pictures: its prototypes and its threshold, and on request its repainting."""
     from anomalysd_pipeline.inspection import register
 
     uploads = uploads or []
@@ -98,7 +104,15 @@ def learn(
     # At the size the model sees: a visitor's eight large photographs must not stay in memory.
     images = [image.resize(size, Image.Resampling.LANCZOS) for image in images]
     name = name.strip()
-    register(session.pipe, name, images, preset=preset)
+    if fine_tune:
+
+        def show(state) -> None:
+            progress(state.share, f"Fine-tuning the {state.stage}: {state.seconds_left:.0f} s left")
+
+        session.pipe.adapt({name: images}, calibrate=False, callback=show)
+        session.pipe.calibrate(name, images, preset=preset)
+    else:
+        register(session.pipe, name, images, preset=preset)
     session.normals[name] = images
     choices = list(dict.fromkeys([UNKNOWN_PART, *session.pipe.categories]))
     message = f"Learned **{name}** from {len(images)} picture{'s' if len(images) > 1 else ''}. Now inspect one."
@@ -141,6 +155,10 @@ def build() -> gr.Blocks:
                     file_types=["image"],
                     height=140,
                 )
+                fine_tune = gr.Checkbox(
+                    label="Fine-tune the model on these pictures",
+                    info="Repaints this part better; takes a few minutes without a GPU.",
+                )
                 learn_button = gr.Button("Learn this part")
                 learned = gr.Markdown(
                     "You can skip this step; without normal pictures there is a heatmap but no verdict."
@@ -170,7 +188,7 @@ def build() -> gr.Blocks:
         # contrast) and answers a damaged one without saying what is wrong.
         shared = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
         learn_button.click(
-            learn, [session, name, normals, preset], [session, part, learned], api_name="learn", **shared
+            learn, [session, name, normals, preset, fine_tune], [session, part, learned], api_name="learn", **shared
         )
         inspect_button.click(
             inspect_picture,

@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .adaptation_settings import AdaptationSettings
-from .checkpoints import find_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
 from .few_shot import FewShotDataset, GlobalBatches
-from .stages import DecoderStage, DenoiserStage, Stage, checkpoint_only_trained, trained_state
+from .stages import DecoderStage, DenoiserStage, Stage, checkpoint_only_trained, frozen_copy, trained_state
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def fine_tune(
         output_dir: where checkpoints go, in `<output_dir>/<stage>`; None: there are none.
         checkpointing_steps: steps between checkpoints; None: only where a stage ends.
         checkpoints_total_limit: how many of a stage to keep; None: all.
-        resume_from_checkpoint: "latest" or a checkpoint's name; None: start anew.
+        resume_from_checkpoint: "latest", or a checkpoint's name, which applies to the stages that have it while others
+            go on from their latest; None: start anew.
         dataloader_num_workers: processes that make the samples ahead of time.
         callback: called after every step; an exception that it raises ends the fine-tuning.
         validate: called by every process with the stage and the step, after every step.
@@ -101,10 +102,15 @@ def fine_tune(
     accelerator.register_for_checkpointing(state)
     stages = make_stages(pipe, shots, settings, accelerator.device, prompts)
     totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
+    if settings.decoder_latents == "repainted" and len(stages) == 2:
+        stages[1].facts["denoiser_steps"] = totals["denoiser"]  # the decoder depends on what the denoiser became
     weights: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, list[float]] = {stage.name: [] for stage in stages}
+    folders = [None if output_dir is None else Path(output_dir, stage.name) for stage in stages]
+    # Before any step: a misspelled name must not cost the training of the stages before it.
+    found = [None] * len(stages) if output_dir is None else find_checkpoints(folders, resume_from_checkpoint)
     done = 0
-    for stage in stages:
+    for stage, folder, checkpoint in zip(stages, folders, found, strict=True):
         total, clock = totals[stage.name], _Clock(totals[stage.name])
 
         def on_step(step: int, loss: float, stage=stage, total=total, clock=clock, before=done) -> None:
@@ -116,8 +122,7 @@ def fine_tune(
             if validate is not None:
                 validate(stage, step)
 
-        folder = None if output_dir is None else Path(output_dir, stage.name)
-        checkpointing = Checkpointing(folder, checkpointing_steps, checkpoints_total_limit, resume_from_checkpoint)
+        checkpointing = Checkpointing(folder, checkpointing_steps, checkpoints_total_limit, checkpoint)
         weights[stage.name] = train_stage(
             stage, settings, accelerator, total, state, checkpointing, dataloader_num_workers, on_step
         )
@@ -133,7 +138,7 @@ class Checkpointing:
     folder: Path | None
     every: int | None = None
     total_limit: int | None = None
-    resume_from: str | None = None
+    resume_from: Path | None = None
 
 
 class _ResumableState:
@@ -188,10 +193,12 @@ def make_stages(
         settings.augmentation,
     )
     stages: list[Stage] = []
+    unet = frozen_copy(pipe.unet)
     if settings.train_denoiser:
         stages.append(DenoiserStage(pipe, dataset, settings, device))
+        unet = stages[0].module
     if settings.train_decoder:
-        stages.append(DecoderStage(pipe, dataset, settings, device))
+        stages.append(DecoderStage(pipe, dataset, settings, device, unet))
     return stages
 
 
@@ -211,19 +218,23 @@ def train_stage(
     names = stage.trained_names()
     trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, stage.learning_rate, settings.use_8bit_adam)
-    state.parts = {"schedule": get_scheduler(settings.lr_scheduler, optimizer, settings.lr_warmup_steps, steps)}
+    state.parts = {
+        "schedule": get_scheduler(
+            settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
+        )
+    }
     if settings.use_ema:
         state.parts["average"] = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True)
-        state.parts["average"].to(accelerator.device)
         stage.keep_average(state.parts["average"])
     stage.module, optimizer = accelerator.prepare(stage.module, optimizer)
     hooks = checkpoint_only_trained(stage, accelerator, names)
     batch = settings.train_batch_size * accumulation * accelerator.num_processes
-    facts = {**settings.course(), "global_batch": batch, "pictures": stage.dataset.fingerprint()}
+    facts = {**settings.course(), "global_batch": batch, "pictures": stage.dataset.fingerprint(), **stage.facts}
     first = 0
-    if checkpointing.folder is not None:
-        found = find_checkpoint(checkpointing.folder, checkpointing.resume_from)
-        first = 0 if found is None else load_checkpoint(accelerator, found, facts)
+    if checkpointing.resume_from is not None:
+        first = load_checkpoint(accelerator, checkpointing.resume_from, facts)
+    if settings.use_ema:
+        state.parts["average"].to(accelerator.device)  # one that was loaded is on the CPU
     stage.module.train()
     turns = GlobalBatches(
         settings.train_batch_size,

@@ -51,6 +51,28 @@ def base_name(pipe) -> str:
     return Path(name).name if os.path.isdir(name) else name
 
 
+def is_adaptation_folder(path) -> bool:
+    """Whether a path is a folder that holds an adaptation and no pipeline."""
+    return Path(path, FACTS).is_file() and not Path(path, "model_index.json").is_file()
+
+
+def adaptation_base_of(folder) -> str:
+    """The base of an adaptation's folder: a path or a Hub id.
+
+    Raises:
+        ValueError: if it was made on a folder of another machine, of which only the name is known.
+    """
+    name = json.loads(Path(folder, FACTS).read_text(encoding="utf-8")).get("base_model", "")
+    if name == EMBEDDED_NAME:
+        return EMBEDDED
+    if "/" not in name:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{folder}' is an adaptation of the local base {name!r}; load that base, "
+            "and then the adaptation with `load_adaptation`."
+        )
+    return name
+
+
 def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> None:
     """Writes a pipeline's adaptation; what was in the folder before is replaced when the new one is complete.
 

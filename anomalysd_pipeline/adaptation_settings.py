@@ -32,6 +32,10 @@ class AdaptationSettings:
     prompt_design: "hierarchical" (the paper's), "simple" or "none".
     noise_range: share of the noise schedule that is trained, (low, high); the paper trains all of it.
     augmentation: limits of `data.augment`.
+    repainting_weight: weight of a loss on repainted pictures in the denoiser's, see `losses.repainting_loss`; 0 in the
+        paper.
+    decoder_latents: what the decoder learns to decode: "encoded" pictures (the paper's), or latents as the denoiser
+        gives them, "repainted" in a single step.
     rank, target_modules: of the denoiser's LoRA; the modules by the ends of their names.
     decoder_rank, decoder_target_modules: of the decoder's.
     use_ema, ema_decay: whether the moving average of the weights is what is kept.
@@ -61,6 +65,8 @@ class AdaptationSettings:
     augmentation: dict = field(
         default_factory=lambda: {"brightness": 0.1, "contrast": 0.1, "scale": 0.1, "degrees": 15.0}
     )
+    repainting_weight: float = 0.0
+    decoder_latents: str = "encoded"
     rank: int = 16
     target_modules: tuple[str, ...] = _ATTENTION
     decoder_rank: int = 16
@@ -96,6 +102,7 @@ class AdaptationSettings:
     def check(self) -> None:
         """Raises ValueError, naming the argument, for a value out of its range."""
         choices = {"method": METHODS, "mask_design": MASK_DESIGNS, "prompt_design": PROMPT_DESIGNS}
+        choices["decoder_latents"] = ("encoded", "repainted")
         choices["mixed_precision"] = ("auto", "no", "bf16", "fp16")
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -126,6 +133,8 @@ class AdaptationSettings:
                 continue
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
+        if not isinstance(self.repainting_weight, (int, float)) or not 0 <= self.repainting_weight < math.inf:
+            raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
         if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be a number above 0 and below 1, got {self.ema_decay!r}.")
         if not isinstance(self.seed, int) or self.seed < 0:

@@ -297,8 +297,3 @@ def default_name(shots: Mapping[str, object]) -> str:
     """The name of an adaptation that was given none."""
     names = ", ".join(shots)
     return names if len(names) <= 64 else f"{next(iter(shots))[:40]} and {len(shots) - 1} more"
-
-
-def is_adaptation_folder(path) -> bool:
-    """Whether a folder holds an adaptation and no pipeline."""
-    return Path(path, "adaptation.json").is_file() and not Path(path, "model_index.json").is_file()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -61,25 +61,29 @@ def save_checkpoint(accelerator, folder: Path, step: int, facts: Mapping, total_
     accelerator.wait_for_everyone()
 
 
-def find_checkpoint(folder: Path, resume_from: str | None) -> Path | None:
-    """The checkpoint to go on from: None for none, "latest" for the last complete one (None where there is none yet)
-    or a name such as "checkpoint-500".
+def find_checkpoints(folders: Sequence[Path], resume_from: str | None) -> list[Path | None]:
+    """The checkpoint of each stage's folder to go on from.
+
+    Args:
+        folders: one for each stage.
+        resume_from: None for none; "latest" for the last complete one of each folder (None where there is none yet);
+            or a name such as "checkpoint-500" for that one. Stages do not depend on each other, so a folder without
+            that name gives its last one.
 
     Raises:
-        ValueError: a name that is not there.
+        ValueError: a name that is in no folder.
     """
     if resume_from is None:
-        return None
-    found = list_checkpoints(folder)
-    if resume_from == "latest":
-        return found[-1] if found else None
-    for path in found:
-        if path.name == Path(resume_from).name:
-            return path
-    there = ", ".join(path.name for path in found) or "none"
-    raise ValueError(
-        f"`resume_from_checkpoint` must be 'latest' or a checkpoint of '{folder}' ({there}), got {resume_from!r}."
-    )
+        return [None] * len(folders)
+    found = [list_checkpoints(folder) for folder in folders]
+    name = Path(resume_from).name
+    names = sorted({path.name for paths in found for path in paths})
+    if resume_from != "latest" and name not in names:
+        raise ValueError(
+            f"`resume_from_checkpoint` must be 'latest' or a checkpoint of '{folders[0].parent}' "
+            f"({', '.join(names) or 'none'}), got {resume_from!r}."
+        )
+    return [next((path for path in reversed(paths) if path.name == name), (paths or [None])[-1]) for paths in found]
 
 
 def load_checkpoint(accelerator, path: Path, facts: Mapping) -> int:
@@ -116,12 +120,12 @@ class disk_errors:
         pass
 
     def __exit__(self, kind, error, traceback) -> None:
-        # torch.save and safetensors report a failed write as exceptions of their own, with the cause in the text.
-        failed_write = isinstance(error, SafetensorError) or (
-            isinstance(error, RuntimeError) and any(word in str(error) for word in ("write", "Write", "iostream"))
-        )
-        if isinstance(error, OSError) or failed_write:
-            cause = " ".join(str(getattr(error, "strerror", None) or error).split())
+        # torch.save reports a failed write, and what then fails in closing the file, in words about its own source.
+        words = ("write", "Write", "iostream", "unexpected pos")
+        cut_short = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+        if isinstance(error, (OSError, SafetensorError)) or cut_short:
+            reason = "a file was cut short" if cut_short else str(getattr(error, "strerror", None) or error)
+            cause = " ".join(reason.split())
             raise ValueError(
                 f"`{self.argument}` '{self.folder}' could not be written ({cause}); free some space or choose "
                 f"another folder, and {self.remedy}."

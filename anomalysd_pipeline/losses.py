@@ -1,4 +1,5 @@
-"""The two losses of the paper's fine-tuning: the denoiser's, Eq. (8), and the decoder's, Eq. (9)."""
+"""The losses of the fine-tuning: the paper's for the denoiser, Eq. (8), and the decoder, Eq. (9), and one on repainted
+pictures, this project's own."""
 
 from __future__ import annotations
 
@@ -49,18 +50,43 @@ def noisy_latents(
     )
 
 
-def denoiser_loss(unet: nn.Module, sample: Tensor, timesteps: Tensor, prompt_embeds: Tensor, target: Tensor) -> Tensor:
-    """Eq. (8): the mean squared error of the denoiser's answer.
+def clean_latents(scheduler, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
+    """What the denoiser's answer says z is: Eq. (7) solved for z, so the result of a single denoising step.
 
     Args:
-        sample, target: see `noisy_latents`.
-        prompt_embeds: `[N, L, d]`.
+        noisy: z_t, `[N, 4, h, w]`.
+        predicted: the denoiser's answer, by the scheduler's `prediction_type`.
+        timesteps: t, int64 `[N]`.
 
     Returns:
-        float32 `[]`.
+        `[N, 4, h, w]`.
     """
-    predicted = unet(sample, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False)[0]
-    return nn.functional.mse_loss(predicted.float(), target.float())
+    signal = scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+    prediction_type = scheduler.config.prediction_type
+    if prediction_type == "epsilon":
+        return (noisy - (1 - signal).sqrt() * predicted) / signal.sqrt()
+    if prediction_type == "v_prediction":
+        return signal.sqrt() * noisy - (1 - signal).sqrt() * predicted
+    return predicted
+
+
+def repainting_loss(perceptual, repainted: Tensor, images: Tensor, masks: Tensor) -> Tensor:
+    """Eq. (9) inside the masks, between normal pictures and their repainted versions; not in the paper.
+
+    It is the anomaly score of normal pictures, where it should be low.
+
+    Args:
+        perceptual: `PerceptualDistance`.
+        repainted, images: `[N, 3, H, W]` in [-1, 1].
+        masks: m, `[N, 1, H, W]` in {0, 1}, each with at least one pixel.
+
+    Returns:
+        float32 `[]`: MSE + 0.1 D over the pixels inside, each picture with the same weight.
+    """
+    weights = masks / masks.mean(dim=(1, 2, 3), keepdim=True)  # [N, 1, H, W]
+    features = perceptual.features(images), perceptual.features(repainted)
+    distances = perceptual.distance_map(*features, tuple(images.shape[-2:]))[:, None]  # [N, 1, H, W]
+    return (weights * ((repainted - images.float()).square() + LPIPS_WEIGHT * distances)).mean()
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,6 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
 
-from . import EMBEDDED
 from .adaptations import AdaptationMixin
 from .adapters import AdapterStore
 from .categories import CategoryMixin
@@ -20,6 +19,7 @@ from .data import to_tensor
 from .detection import score_maps
 from .images import load_pictures, resize, stack, to_pil
 from .inpainting import draw_noise, encode, repaint
+from .loading import LoadingMixin
 from .output import AnomalySDPipelineOutput
 from .prompts import PromptBook, check_category
 from .prototypes import PrototypeBank, PrototypeExtractor
@@ -29,7 +29,7 @@ from .settings import PRESETS, InspectionSettings
 logger = logging.get_logger(__name__)
 
 
-class AnomalySDPipeline(CategoryMixin, AdaptationMixin, DiffusionPipeline):
+class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
 
     Args:
@@ -141,49 +141,6 @@ class AnomalySDPipeline(CategoryMixin, AdaptationMixin, DiffusionPipeline):
         for preset in PRESETS:
             self.settings(preset=preset)
         self.adaptation_settings()
-
-    # Loading
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path=None,
-        *,
-        timm_model: str = "tf_efficientnet_b6",
-        timm_checkpoint: str | None = None,
-        alexnet_checkpoint: str | None = None,
-        lpips_checkpoint: str | None = None,
-        **kwargs,
-    ) -> AnomalySDPipeline:
-        """Loads a saved pipeline, or any Stable Diffusion inpainting checkpoint, from the Hub or from disk.
-
-        A bare inpainting checkpoint lacks the networks that look for defects; they are made: an ImageNet model by timm
-        for the prototypes, and AlexNet LPIPS for the distance.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder; None: the embedded checkpoint (`EMBEDDED`).
-            timm_model, timm_checkpoint: the extractor for a bare checkpoint, and its weights as a local file (None:
-                timm downloads them).
-            alexnet_checkpoint, lpips_checkpoint: torchvision's AlexNet and LPIPS' layer weights as local files (None:
-                torchvision downloads the first, the second lies in the `lpips` package).
-            **kwargs: those of `DiffusionPipeline.from_pretrained`, such as `dtype`, `variant`, `cache_dir`,
-                `local_files_only`, and components to use in place of the stored ones.
-
-        Raises:
-            ValueError: for a UNet without 9 input channels or a weights file that does not fit.
-        """
-        if kwargs.get("torch_dtype") is None:
-            # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
-            kwargs["dtype"] = kwargs.get("dtype") or torch.float32
-        pipe = super().from_pretrained(pretrained_model_name_or_path or EMBEDDED, **kwargs)
-        made = {}
-        if pipe.extractor is None:
-            made["extractor"] = PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint)
-        if pipe.perceptual is None:
-            made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
-        # Assignment would leave them unregistered, because they were registered as missing.
-        pipe.register_modules(**{name: module.to(pipe.unet.dtype) for name, module in made.items()})
-        return pipe
 
     # Settings
 

@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from .adaptation_settings import AdaptationSettings
 from .few_shot import FewShotDataset
 from .inpainting import encode
-from .losses import Decoder, decoder_loss, denoiser_loss, noisy_latents
+from .losses import Decoder, clean_latents, decoder_loss, noisy_latents, repainting_loss
 from .prompts import encode_prompts
 
 _TRAINED = "trained.safetensors"
@@ -32,6 +33,7 @@ class Stage:
         module: a copy of the part, of which only the weights that train require gradients.
         dataset: its samples.
         learning_rate: of its optimizer.
+        facts: what its result depends on besides settings and samples; JSON-serializable.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Stage:
         self.dataset, self.settings = dataset, settings
         self.vae, self.scheduler, self.perceptual = pipe.vae, pipe.scheduler, pipe.perceptual
         self.learning_rate = settings.learning_rate
+        self.facts: dict = {}
         self._average = None
 
     def steps(self, processes: int) -> int:
@@ -82,7 +85,7 @@ class Stage:
 
 
 class DenoiserStage(Stage):
-    """The UNet on Eq. (8)."""
+    """The UNet on Eq. (8), and where `repainting_weight` says so on what it repaints."""
 
     name = "denoiser"
 
@@ -91,22 +94,21 @@ class DenoiserStage(Stage):
         self.module = trainable_copy(pipe.unet, settings, settings.rank, list(settings.target_modules))
         if settings.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
-        self.dtype = self.module.dtype
-        parts = [
-            encode_prompts(dataset.prompts[start : start + _PROMPTS_AT_ONCE], pipe.tokenizer, pipe.text_encoder)
-            for start in range(0, len(dataset.prompts), _PROMPTS_AT_ONCE)
-        ]
-        self.prompt_embeds = torch.cat(parts).to(device, self.dtype)  # [P, L, d]
+        self.predict = Prediction(pipe, self.module, dataset.prompts, device)
+        self.decoder = Decoder(frozen_copy(pipe.vae))
 
     def _length(self):
         return self.settings.steps, self.settings.epochs
 
     def loss(self, batch):
-        sample, target = noisy_latents(
-            self.vae, self.scheduler, batch["image"], batch["mask"], batch["noise"], batch["timestep"]
-        )
-        embeds = self.prompt_embeds[batch["prompt"]]  # [N, L, d]
-        return denoiser_loss(self.module, sample.to(self.dtype), batch["timestep"], embeds, target)
+        predicted, target, noisy = self.predict(self.module, batch)
+        loss = nn.functional.mse_loss(predicted, target)  # Eq. (8)
+        if self.settings.repainting_weight > 0:
+            latents = clean_latents(self.scheduler, noisy, predicted, batch["timestep"])
+            repainted = self.decoder(latents.to(self.vae.dtype)).float()
+            weight = self.settings.repainting_weight
+            loss = loss + weight * repainting_loss(self.perceptual, repainted, batch["image"], batch["mask"])
+        return loss
 
 
 class DecoderStage(Stage):
@@ -114,7 +116,7 @@ class DecoderStage(Stage):
 
     name = "decoder"
 
-    def __init__(self, pipe, dataset: FewShotDataset, settings: AdaptationSettings, device):
+    def __init__(self, pipe, dataset: FewShotDataset, settings: AdaptationSettings, device, unet: nn.Module):
         super().__init__(pipe, dataset, settings)
         ends = "|".join(re.escape(end) for end in settings.decoder_target_modules)
         # A pattern and not a list: the encoder's modules have the same endings.
@@ -123,15 +125,67 @@ class DecoderStage(Stage):
             vae.enable_gradient_checkpointing()
         self.dtype = next(vae.decoder.parameters()).dtype
         self.module = Decoder(vae)
+        self.unet = unet
+        self.predict = Prediction(pipe, unet, dataset.prompts, device)
         self.learning_rate = settings.decoder_learning_rate or settings.learning_rate
 
     def _length(self):
         return self.settings.decoder_steps, self.settings.decoder_epochs
 
     def loss(self, batch):
+        images = batch["image"]
+        if self.settings.decoder_latents == "encoded":
+            with torch.no_grad():
+                latents = encode(self.vae, images).to(self.dtype)
+            return decoder_loss(self.module, self.perceptual, latents, images)
         with torch.no_grad():
-            latents = encode(self.vae, batch["image"]).to(self.dtype)
-        return decoder_loss(self.module, self.perceptual, latents, batch["image"])
+            predicted, _, noisy = self.predict(self.unet, batch)
+            latents = clean_latents(self.scheduler, noisy, predicted, batch["timestep"]).to(self.dtype)
+        return repainting_loss(self.perceptual, self.module(latents).float(), images, batch["mask"])
+
+
+class Prediction:
+    """The denoiser's answer to a batch of samples, and what it shall be.
+
+    Args:
+        pipe: the pipeline, for all that does not train.
+        unet: the denoiser, for its dtype.
+        prompts: all texts that samples refer to.
+        device: where to compute.
+    """
+
+    def __init__(self, pipe, unet: nn.Module, prompts: list[str], device):
+        self.vae, self.scheduler, self.dtype = pipe.vae, pipe.scheduler, unet.dtype
+        parts = [
+            encode_prompts(prompts[start : start + _PROMPTS_AT_ONCE], pipe.tokenizer, pipe.text_encoder)
+            for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
+        ]
+        self.prompt_embeds = torch.cat(parts).to(device, self.dtype)  # [P, L, d]
+
+    def __call__(self, unet: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """The answer, the target, and z_t; float32 `[N, 4, h, w]` each."""
+        timesteps = batch["timestep"]
+        sample, target = noisy_latents(
+            self.vae, self.scheduler, batch["image"], batch["mask"], batch["noise"], timesteps
+        )
+        embeds = self.prompt_embeds[batch["prompt"]]  # [N, L, d]
+        predicted = unet(sample.to(self.dtype), timesteps, encoder_hidden_states=embeds, return_dict=False)[0]
+        return predicted.float(), target.float(), sample[:, : target.shape[1]]
+
+
+def frozen_copy(module: nn.Module, copied: Collection[nn.Parameter] = ()) -> nn.Module:
+    """A copy whose parameters require no gradient and share their numbers with the original's, but for those in
+    `copied`; an adapter that the original holds is left out."""
+    memo: dict[int, object] = {}
+    apart = {id(parameter) for parameter in copied}
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if id(tensor) not in apart:
+            # New parameters over the same numbers: freezing these does not freeze the pipeline's own.
+            memo[id(tensor)] = nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
+    twin = copy.deepcopy(module, memo)
+    if getattr(twin, "_hf_peft_config_loaded", False):
+        twin.unload_lora()
+    return twin.requires_grad_(False)
 
 
 def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, targets, part: str | None = None):
@@ -143,22 +197,13 @@ def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, t
     Raises:
         ValueError: if no module's name ends as `targets` say, or the module's class cannot take adapters.
     """
-    trains = [] if settings.method == "lora" else list((module.get_submodule(part) if part else module).parameters())
-    copied = {id(parameter) for parameter in trains}
-    memo: dict[int, object] = {}
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        if id(tensor) not in copied and id(tensor) not in memo:
-            # New parameters over the same numbers: freezing these does not freeze the pipeline's own.
-            memo[id(tensor)] = nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
-    twin = copy.deepcopy(module, memo)
-    if getattr(twin, "_hf_peft_config_loaded", False):
-        twin.unload_lora()  # an earlier adaptation; each one starts from the base
-    twin.requires_grad_(False)
     if settings.method == "full":
+        twin = frozen_copy(module, list((module.get_submodule(part) if part else module).parameters()))
         (twin.get_submodule(part) if part else twin).float().requires_grad_(True)
         return twin
     from peft import LoraConfig
 
+    twin = frozen_copy(module)
     if not hasattr(twin, "add_adapter"):
         raise ValueError(
             f"`method` 'lora' needs a {part or 'denoiser'} that takes adapters, but {type(twin).__name__} does not; "

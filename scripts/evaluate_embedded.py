@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.data import load_image, load_mask, read_mvtec, to_tensor
+from anomalysd_pipeline.data import draw_shots, load_image, load_mask, read_mvtec, to_tensor
 from anomalysd_pipeline.detection import score_maps
 from anomalysd_pipeline.images import resize
 from anomalysd_pipeline.metrics import image_metrics, pixel_metrics
@@ -25,10 +25,12 @@ from anomalysd_pipeline.scoring import image_score, smooth, smoothing_sigma
 from anomalysd_pipeline.synthetic import normal_images, test_samples
 
 
-def from_folder(root: Path, category: str, shots: int, limit: int | None):
-    """Normal pictures, then `(picture, label, mask or None)` of the test set at 256 px."""
+def from_folder(root: Path, category: str, shots: int, limit: int | None, seed: int | None = None):
+    """Normal pictures (the first by name, or drawn by `seed`), and `(picture, label, mask or None)` of the test set,
+    256 px each."""
     data = read_mvtec(root, category)
-    normals = [load_image(p) for p in sorted(data.train, key=lambda p: p.name)[:shots]]
+    chosen = sorted(data.train, key=lambda p: p.name)[:shots] if seed is None else draw_shots(data.train, shots, seed)
+    normals = [load_image(p) for p in chosen]
     chosen = [t for label in (False, True) for t in [t for t in data.test if t.label == label][:limit]]
     tests = []
     for test in chosen:
@@ -49,13 +51,13 @@ def drawn(family: str, shots: int, seed: int, limit: int | None):
     ]
 
 
-def evaluate(pipe, category, normals, tests, settings):
-    """Image and pixel AUROC at feature weight 0 and at the weight in `settings`, and seconds per picture.
+def evaluate(pipe, category, tests, settings):
+    """Image and pixel AUROC of a registered category, at feature weight 0 and at the weight in `settings`, and the
+    seconds per picture.
 
     The feature term is added to one map of each picture, fusion and smoothing being linear, rather than inspecting
     twice.
     """
-    pipe.add_category(category, normals)
     side = pipe.config.resolution
     without, features = [], []
     began = time.time()
@@ -107,7 +109,8 @@ def main() -> None:
     jobs += [(f, drawn(f, arguments.shots, arguments.seed, arguments.limit)) for f in arguments.synthetic]
     print(f"{'category':18} {'image/pixel, weight 0':>22} {'with feature_weight':>22} {'s/picture':>10}")
     for category, (normals, tests) in jobs:
-        rows, seconds = evaluate(pipe, category, normals, tests, settings)
+        pipe.add_category(category, normals)
+        rows, seconds = evaluate(pipe, category, tests, settings)
         cells = [f"{row['image']:.3f}/{row['pixel']:.3f}" for row in rows]
         print(f"{category:18} {cells[0]:>22} {cells[-1]:>22} {seconds:>10.2f}", flush=True)
 

@@ -1,0 +1,149 @@
+"""What each part of the fine-tuning brings: the paper's Tables 3 and 4, on parts unknown to the checkpoint.
+
+    python -m scripts.ablations --out ablations.csv
+    python -m scripts.ablations --rows none both --data FOLDER --categories metal_plate cookies --out photographs.csv
+
+Every row is one model for all given families: a pipeline is adapted to the shots of all of them (or of each alone with
+`--each`), and then inspects their test pictures. Results are appended one by one, and what is in the file is not
+computed again: an interrupted run goes on where it was.
+"""
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.synthetic import UNSEEN
+from scripts.evaluate_embedded import drawn, evaluate, from_folder
+
+ROWS = {
+    "none": None,
+    "decoder": {"train_denoiser": False},
+    "denoiser": {"train_decoder": False},
+    "both": {},
+    "random masks": {"mask_design": "random"},
+    "foreground masks": {"mask_design": "foreground"},
+    "no prompts": {"prompt_design": "none"},
+    "simple prompts": {"prompt_design": "simple"},
+}
+"""Row to what it changes in the checkpoint's own way of adapting; None: no adaptation."""
+
+TABLES = {
+    "Fine-tuned parts": ("none", "decoder", "denoiser", "both"),
+    "Training masks": ("random masks", "foreground masks", "both"),
+    "Prompts": ("no prompts", "simple prompts", "both"),
+}
+COLUMNS = ("row", "seed", "category", "image", "pixel", "image_0", "pixel_0", "adapt_seconds", "adapted_to")
+
+
+def finished(path: Path) -> list[dict]:
+    """The results that are in the file."""
+    if not path.exists():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def append(path: Path, result: dict) -> None:
+    """Adds one result, with the header where the file is new."""
+    new = not path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        if new:
+            writer.writeheader()
+        writer.writerow(result)
+
+
+def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
+    """One adaptation to the categories in `jobs`, and the inspection of their test pictures."""
+    pipe = AnomalySDPipeline.from_pretrained(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    changes, began = ROWS[row], time.perf_counter()
+    if changes is not None:
+        given = {"steps": arguments.steps, "decoder_steps": arguments.decoder_steps, **changes}
+        pipe.adapt({c: normals for c, (normals, _) in jobs.items()}, seed=seed, calibrate=False, **given)
+    seconds = time.perf_counter() - began
+    for category, (normals, tests) in jobs.items():
+        if changes is None:
+            pipe.add_category(category, normals)
+        rows, _ = evaluate(pipe, category, tests, pipe.settings())
+        figures = {"image_0": rows[0]["image"], "pixel_0": rows[0]["pixel"]}
+        figures |= {"image": rows[1]["image"], "pixel": rows[1]["pixel"], "adapt_seconds": seconds}
+        result = {"row": row, "seed": seed, "category": category, "adapted_to": len(jobs)}
+        append(arguments.out, {**result, **{key: f"{value:.4f}" for key, value in figures.items()}})
+        print(row, seed, category, *(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)
+
+
+def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
+    """Lines of a Markdown table: image / pixel AUROC, mean over categories, then mean and spread over seeds."""
+    lines = []
+    for row in rows:
+        own = [result for result in results if result["row"] == row]
+        cells = []
+        for key in ("image", "pixel", "image_0", "pixel_0"):
+            by_seed: dict[str, list[float]] = {}
+            for result in own:
+                by_seed.setdefault(result["seed"], []).append(float(result[key]))
+            means = [np.mean(values) for values in by_seed.values()]
+            cells.append(f"{np.mean(means):.3f} ± {np.std(means):.3f}" if means else "")
+        if own:
+            lines.append(f"| {row} | {' | '.join(cells)} | {len({result['seed'] for result in own})} |")
+    return lines
+
+
+def report(results: list[dict]) -> str:
+    """All tables of which there is a row, and each category by itself."""
+    columns = ["{}", "image AUROC", "pixel AUROC", "image, `feature_weight` 0", "pixel, `feature_weight` 0", "seeds"]
+    head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
+    parts = []
+    for title, rows in TABLES.items():
+        lines = table(results, rows)
+        if len(lines) > 1:
+            parts.append("\n".join([head.format(title), *lines]))
+    for category in dict.fromkeys(result["category"] for result in results):
+        own = [result for result in results if result["category"] == category]
+        parts.append("\n".join([head.format(category), *table(own, tuple(ROWS))]))
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("ablations.csv"))
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--synthetic", nargs="*", default=None, help="default: the unseen families, without --data")
+    parser.add_argument("--data", type=Path, help="folder of categories in MVTec-AD's layout")
+    parser.add_argument("--categories", nargs="*", default=[])
+    parser.add_argument("--shots", type=int, default=4)
+    parser.add_argument("--limit", type=int, default=None, help="test pictures of each label (drawn parts: 12)")
+    parser.add_argument("--each", action="store_true", help="an adaptation for each category, not one for all")
+    parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
+    parser.add_argument("--steps", type=int, default=None, help="of the denoiser; default: the checkpoint's own")
+    parser.add_argument("--decoder_steps", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    families = arguments.synthetic
+    if families is None:
+        families = [] if arguments.data else UNSEEN
+    for seed in arguments.seeds:
+        jobs = {f: drawn(f, arguments.shots, seed, arguments.limit) for f in families}
+        jobs |= {
+            c: from_folder(arguments.data, c, arguments.shots, arguments.limit, seed) for c in arguments.categories
+        }
+        groups = [{category: job} for category, job in jobs.items()] if arguments.each else [jobs]
+        for row in arguments.rows:
+            for group in groups:
+                done = {(r["row"], r["seed"], r["category"]) for r in finished(arguments.out)}
+                if any((row, str(seed), category) not in done for category in group):
+                    run(arguments, row, seed, group)
+    print(report(finished(arguments.out)))
+
+
+if __name__ == "__main__":
+    main()
