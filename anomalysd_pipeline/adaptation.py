@@ -123,9 +123,11 @@ def fine_tune(
                 validate(stage, step)
 
         checkpointing = Checkpointing(folder, checkpointing_steps, checkpoints_total_limit, checkpoint)
-        weights[stage.name] = train_stage(
-            stage, settings, accelerator, total, state, checkpointing, dataloader_num_workers, on_step
-        )
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):  # the caller's own draws go on as if nothing had been trained
+            weights[stage.name] = train_stage(
+                stage, settings, accelerator, total, state, checkpointing, dataloader_num_workers, on_step
+            )
         done += total
         accelerator.free_memory()
     return AdaptedWeights(settings, weights.get("denoiser"), weights.get("decoder"), losses)
@@ -227,6 +229,8 @@ def train_stage(
         state.parts["average"] = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True)
         stage.keep_average(state.parts["average"])
     stage.module, optimizer = accelerator.prepare(stage.module, optimizer)
+    # Sharding puts other parameters in their place.
+    trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     hooks = checkpoint_only_trained(stage, accelerator, names)
     batch = settings.train_batch_size * accumulation * accelerator.num_processes
     facts = {**settings.course(), "global_batch": batch, "pictures": stage.dataset.fingerprint(), **stage.facts}
@@ -271,11 +275,12 @@ def train_stage(
         if settings.use_ema:
             state.parts["average"].step(trained)
         step += 1
+        # Before the checkpoint: what a resumed run does not do again has been reported.
+        on_step(step, value)
         if checkpointing.folder is not None and (
             step == steps or (checkpointing.every and step % checkpointing.every == 0)
         ):
             save_checkpoint(accelerator, checkpointing.folder, step, facts, checkpointing.total_limit)
-        on_step(step, value)
     for hook in hooks:
         hook.remove()
     if settings.use_ema:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -13,12 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from . import EMBEDDED, __version__
-from .adapters import PARTS, same_fingerprint
-from .checkpoints import disk_errors, flush, remove
+from .adapters import PARTS, check_fits, same_fingerprint
+from .calibration import Calibration, prediction_threshold
+from .checkpoints import disk_errors, flush
+from .prompts import PROMPT_DESIGNS, check_category
+from .settings import InspectionSettings
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
 EMBEDDED_NAME = "embedded"
 _FORMAT = 1
+_KEYS = {"format", "version", "name", "base_model", "base_fingerprint", "record", "categories", "prompts"}
+_RECORD_KEYS = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
+_OURS = {FACTS, WEIGHTS, "README.md"}
+"""What a folder may hold that is replaced as a whole; the last is added where it is published."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,9 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
     Raises:
         ValueError: if the folder holds something else than an adaptation, or cannot be written.
     """
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / FACTS).is_file()):
+    folder = Path(os.path.abspath(folder))
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held and not (FACTS in held and held <= _OURS)):
         raise ValueError(f"`save_directory` '{folder}' holds other things; give a new or empty folder.")
     facts = {
         "format": _FORMAT,
@@ -98,7 +108,7 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
     }
     # By number: a category may have any name.
     tensors |= {f"bank.{index}": pipe.bank[category].contiguous() for index, category in enumerate(categories)}
-    partial = folder.with_name(f".{folder.name}.partial")
+    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     with disk_errors("save_directory", folder):
         try:
             shutil.rmtree(partial, ignore_errors=True)
@@ -106,15 +116,20 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
             (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
             flush(partial)
-            remove(folder)
+            if folder.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(folder, old)
             os.replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
+            if old.exists() and not folder.exists():
+                os.rename(old, folder)
             raise
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def read_adaptation(source, base: dict, **hub) -> StoredAdaptation:
-    """Reads an adaptation from a folder or from the Hub and checks that it belongs to `base` (its fingerprint).
+def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
+    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a pipeline.
 
     Raises:
         ValueError: if it is missing, damaged, of a later format, or made for another base.
@@ -122,38 +137,90 @@ def read_adaptation(source, base: dict, **hub) -> StoredAdaptation:
     folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        tensors = load_file(folder / WEIGHTS)
-        if facts["format"] > _FORMAT:
-            raise ValueError(
-                f"`pretrained_adaptation_name_or_path` '{source}' was written by a later version "
-                f"({facts['version']}); update the package anomalysd-pipeline."
-            )
-        categories = facts["categories"]
-        stored = StoredAdaptation(
-            name=facts["name"],
-            base_model=facts["base_model"],
-            record=facts["record"],
-            categories=categories,
-            prompts={category: facts["prompts"][category] for category in categories},
-            banks={category: tensors[f"bank.{index}"] for index, category in enumerate(categories)},
-            state={
-                part: own
-                for part in PARTS
-                if (own := {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
-            },
-        )
-        fits = same_fingerprint(base, facts["base_fingerprint"])
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, SafetensorError, KeyError, TypeError) as error:
+        later = facts["format"] > _FORMAT
+        if not later:
+            stored = _parse(facts, load_file(folder / WEIGHTS))
+            fits = same_fingerprint(pipe.adaptation_base(), facts["base_fingerprint"])
+            if fits:
+                _check_fits(stored, pipe)
+    # All that wrong types and values lead to; a deep nesting ends in RecursionError.
+    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
-            f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())})."
+            f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         ) from error
+    if later:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' was written by a later version "
+            f"({facts.get('version')}); update the package anomalysd-pipeline."
+        )
     if not fits:
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' was made for the base {stored.base_model!r}, and this "
             "pipeline has other weights; load it into a pipeline of that base."
         )
     return stored
+
+
+def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
+    if facts.keys() != _KEYS or facts["record"].keys() != {"settings"}:
+        raise ValueError(f"{FACTS} has other keys than an adaptation")
+    categories = facts["categories"]
+    stored = StoredAdaptation(
+        name=check_category(facts["name"]),
+        base_model=str(facts["base_model"]),
+        record={"settings": dict(facts["record"]["settings"])},
+        categories={check_category(category): _check_record(record) for category, record in categories.items()},
+        prompts={category: dict(facts["prompts"][category]) for category in categories},
+        banks={category: tensors[f"bank.{index}"] for index, category in enumerate(categories)},
+        state={
+            part: own
+            for part in PARTS
+            if (own := {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
+        },
+    )
+    if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
+        raise ValueError("it names no category, or no weights, or has prompts of others")
+    if len(tensors) != len(stored.banks) + sum(map(len, stored.state.values())):
+        raise ValueError(f"{WEIGHTS} has other weights than an adaptation")
+    return stored
+
+
+def _check_record(record: dict) -> dict:
+    """The record of a category as it was given, if inspections can rely on it."""
+    counts = (record["shots"], record["rotations"])
+    if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):
+        raise ValueError("a category's record has other keys or counts")
+    if record["prompt_design"] not in PROMPT_DESIGNS:
+        raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
+    if record["calibration"] is not None:
+        calibration = Calibration(**record["calibration"])
+        scales = tuple(calibration.settings["mask_scales"])
+        InspectionSettings(**{**calibration.settings, "mask_scales": scales}).check()
+        prediction_threshold([1.0, 2.0], calibration.false_alarm_rate)
+        if not all(type(score) is float and math.isfinite(score) for score in calibration.scores):
+            raise ValueError("a calibration has scores that are not finite")
+        if type(calibration.threshold) is not float or not 0 < calibration.threshold < math.inf:
+            raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
+        if type(calibration.pictures) is not int or type(calibration.held_out) is not bool:
+            raise ValueError("a calibration has another number of pictures")
+    return record
+
+
+def _check_fits(stored: StoredAdaptation, pipe) -> None:
+    for part, own in stored.state.items():
+        check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
+    book = pipe.prompt_book
+    extractor = pipe.extractor
+    dim = sum(extractor.model.feature_info.channels()) + 27 * (extractor.config.color_weight > 0)
+    for category, bank in stored.banks.items():
+        book.add(category, stored.prompts[category])
+        if stored.categories[category]["noise_strength"] is not None:
+            pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
+        if bank.ndim != 2 or bank.shape[1] != dim or not len(bank) or not bank.is_floating_point():
+            raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
+        if not bank.isfinite().all():
+            raise ValueError("a bank that is not finite")
 
 
 def _download(repo_id: str, hub: dict) -> Path:

@@ -133,6 +133,15 @@ class AdaptationSettings:
                 continue
             if not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
+        if not isinstance(self.lr_warmup_steps, int) or self.lr_warmup_steps < 0:
+            raise ValueError(f"`lr_warmup_steps` must be a whole number of at least 0, got {self.lr_warmup_steps!r}.")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"`lr_warmup_steps` is {self.lr_warmup_steps}, but the `lr_scheduler` 'constant' has no warmup; give "
+                "'constant_with_warmup'."
+            )
+        if len(self.noise_range) != 2 or not 0 <= self.noise_range[0] < self.noise_range[1] <= 1:
+            raise ValueError(f"`noise_range` must be two rising numbers in [0, 1], got {tuple(self.noise_range)}.")
         if not isinstance(self.repainting_weight, (int, float)) or not 0 <= self.repainting_weight < math.inf:
             raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
         if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .adaptation_folder import read_adaptation, write_adaptation
 from .adaptation_settings import AdaptationSettings
 from .adapters import fingerprint, switch_adapter, take_out_adapters
+from .calibration import prediction_threshold
 from .images import load_pictures
 from .prompts import check_category
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 class AdaptationMixin:
     """Fine-tuning of an `AnomalySDPipeline`."""
+
+    _chosen_adaptation: str | None = None
 
     @property
     def adaptations(self) -> list[str]:
@@ -58,7 +61,8 @@ class AdaptationMixin:
             steps, decoder_steps: optimizer steps of the denoiser and of the decoder; None: the checkpoint's own.
             method: "lora": the learned weights are kept beside the base, and inspections of these categories use them,
                 so that many adaptations share one base. "full": the base itself is replaced in this pipeline.
-            name: of the adaptation; None: the categories' names. One of that name is replaced.
+            name: of the adaptation; None: the categories' names. One of that name is replaced, if no other categories
+                rest on it.
             prompts: category to T_c, as `PromptBook.add` takes it; None keeps the part's own or the generic set.
             calibrate: whether thresholds are set from the same pictures.
             false_alarm_rate: see `calibrate`.
@@ -73,9 +77,10 @@ class AdaptationMixin:
         """
         from .adaptation import fine_tune, in_memory_accelerator
 
-        shots = check_shots(normal_images)
+        shots = check_shots(normal_images, prompts)
         chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
-        self._check_adaptable(name or default_name(shots), chosen.method)
+        self._check_adaptable(name or default_name(shots), chosen.method, shots)
+        prediction_threshold([1.0, 2.0], false_alarm_rate)  # a bad rate is refused before minutes of work
         if getattr(self, "_all_hooks", None):
             raise ValueError(
                 "`adapt` needs the pipeline on one device, but parts of it are offloaded; call "
@@ -99,28 +104,28 @@ class AdaptationMixin:
 
         Arguments and errors are those of `adapt`.
         """
-        shots = check_shots(normal_images)
+        shots = check_shots(normal_images, prompts)
         name = name or default_name(shots)
-        self._check_adaptable(name, weights.settings.method)
+        full = weights.settings.method == "full"
+        self._check_adaptable(name, weights.settings.method, shots)
         with self._undone_on_error():
-            if weights.settings.method == "full":
+            if full:
                 self._replace_weights(weights)
-                record = None
-            else:
+            for category, images in shots.items():
+                self.add_category(category, images, (prompts or {}).get(category))
+                # Inspected with the prompts that it was trained with.
+                design = weights.settings.prompt_design
+                self._store_category(category, adaptation=None if full else name, prompt_design=design)
+            if not full:
                 # In half precision, as it will be saved: what is measured now is what a reload will give.
                 state = {
                     part: {key: value.half() for key, value in own.items()}
                     for part, own in (("denoiser", weights.denoiser), ("decoder", weights.decoder))
                     if own is not None
                 }
+                # After the categories: they drop the adaptation that this one replaces.
                 self.adapters.add(name, state)
-                record = {"settings": weights.settings.to_dict()}
-            for category, images in shots.items():
-                self.add_category(category, images, (prompts or {}).get(category))
-                self._store_category(category, adaptation=None if record is None else name)
-            if record is not None:
-                self._store_adaptation(name, record)
-            self._drop_unused_adaptations()
+                self._store_adaptation(name, {"settings": weights.settings.to_dict()})
             if calibrate:
                 for category, images in shots.items():
                     self.calibrate(category, images, false_alarm_rate)
@@ -137,21 +142,26 @@ class AdaptationMixin:
         self._drop_unused_adaptations()
 
     def set_adaptation(self, name: str | None) -> None:
-        """Switches the denoiser and the decoder to an adaptation, or with None to the base, for direct calls of
-        `inpaint`. An inspection switches by itself, to the adaptation of its category.
+        """Chooses the adaptation that direct calls of `inpaint` use; None, as at first: the base. An inspection
+        switches by itself, to the adaptation of its category.
 
         Raises:
             ValueError: if there is none of that name.
         """
         if name is not None:
             self._check_adaptation(name)
+        self._chosen_adaptation = name
+
+    def use_adaptation(self, name: str | None) -> None:
+        """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
+        pipeline may share them and have switched them since."""
         state = {} if name is None else self.adapters.state(name)
         switch_adapter(self.unet, state.get("denoiser"), self)
         switch_adapter(self.vae, state.get("decoder"), self)
 
     def use_adaptation_of(self, category: str | None) -> None:
         """Switches to the adaptation of a category; to the base for one that has none."""
-        self.set_adaptation(self.config.categories.get(category, {}).get("adaptation"))
+        self.use_adaptation(self.config.categories.get(category, {}).get("adaptation"))
 
     def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
         """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB.
@@ -184,14 +194,21 @@ class AdaptationMixin:
             The categories it brought.
 
         Raises:
-            ValueError: if it is missing, damaged or made for another base, or its categories are registered already.
+            ValueError: if it is missing, damaged or made for another base, or its categories are registered already,
+                or others rest on an adaptation of its name.
         """
-        found = read_adaptation(pretrained_adaptation_name_or_path, self.adaptation_base(), **hub)
+        found = read_adaptation(pretrained_adaptation_name_or_path, self, **hub)
         registered = [category for category in found.categories if category in self.config.categories]
         if registered and not overwrite:
             raise ValueError(
                 f"`pretrained_adaptation_name_or_path` brings {', '.join(map(repr, registered))}, which this pipeline "
                 "knows already; give `overwrite=True`, or remove them with `remove_category` first."
+            )
+        others = [category for category in self._categories_of(found.name) if category not in found.categories]
+        if others:
+            raise ValueError(
+                f"`pretrained_adaptation_name_or_path` brings an adaptation {found.name!r}, and on one of that name "
+                f"{', '.join(map(repr, others))} rest here; remove it with `remove_adaptation` first."
             )
         with self._undone_on_error():
             book = self.prompt_book
@@ -204,7 +221,6 @@ class AdaptationMixin:
                 self._store_category(category, **{**record, "adaptation": found.name})
             self._store_adaptation(found.name, found.record)
             self._drop_unused_adaptations()
-            self.set_adaptation(found.name)  # weights that do not fit are found out here, while it can be undone
         return list(found.categories)
 
     def adaptation_base(self) -> dict:
@@ -229,12 +245,21 @@ class AdaptationMixin:
         if name not in self.config.adaptations:
             raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")
 
-    def _check_adaptable(self, name: str, method: str) -> None:
-        check_category(name)
+    def _check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
+        try:
+            check_category(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`category`", "`name`")) from error
         if method == "full" and self.adaptations:
             raise ValueError(
                 f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
                 "them with `remove_adaptation`, or use a pipeline that is loaded anew."
+            )
+        others = [c for c in self._categories_of(name) if categories is not None and c not in categories]
+        if others:
+            raise ValueError(
+                f"`name` {name!r} is that of an adaptation on which {', '.join(map(repr, others))} rest; give another "
+                "name, or remove it with `remove_adaptation` first."
             )
 
     def _store_adaptation(self, name: str, record: dict) -> None:
@@ -247,15 +272,19 @@ class AdaptationMixin:
                 self.adapters.remove(name)
         kept = {name: record for name, record in self.config.adaptations.items() if name in used}
         self.register_to_config(adaptations=kept)
+        if self._chosen_adaptation not in kept:
+            self._chosen_adaptation = None
 
     def _replace_weights(self, weights: AdaptedWeights) -> None:
         """Puts fully trained weights in new modules: the old ones may be another pipeline's too."""
         if weights.denoiser is not None:
             unet = copy.deepcopy(self.unet)
+            take_out_adapters(unet)  # of adaptations that are gone, or of another pipeline
             unet.load_state_dict(weights.denoiser)
             self.register_modules(unet=unet)
         if weights.decoder is not None:
             vae = copy.deepcopy(self.vae)
+            take_out_adapters(vae)
             vae.load_state_dict(weights.decoder, strict=False)
             self.register_modules(vae=vae)
         for category in self.categories:
@@ -266,6 +295,7 @@ class AdaptationMixin:
         keys = ("categories", "prompts", "adaptations")
         before = {key: copy.deepcopy(self.config[key]) for key in keys}
         modules = {"unet": self.unet, "vae": self.vae, "bank": self.bank, "adapters": self.adapters}
+        chosen = self._chosen_adaptation
         # Work on copies, so that the originals can simply be put back.
         self.register_modules(bank=copy.deepcopy(self.bank), adapters=copy.deepcopy(self.adapters))
         try:
@@ -273,20 +303,24 @@ class AdaptationMixin:
         except BaseException:
             self.register_modules(**modules)
             self.register_to_config(**before)
+            self._chosen_adaptation = chosen
             raise
 
 
-def check_shots(normal_images: Mapping[str, object]) -> dict[str, list]:
+def check_shots(normal_images: Mapping[str, object], prompts: Mapping[str, object] | None = None) -> dict[str, list]:
     """Category to RGB pictures.
 
     Raises:
-        ValueError: if it is no mapping or empty, or a name or a picture is bad.
+        ValueError: if it is no mapping or empty, a name or a picture is bad, or `prompts` are of other categories.
     """
     if not isinstance(normal_images, Mapping) or not normal_images:
         raise ValueError(
             "`normal_images` must map at least one category to its pictures, such as {'hex nut': [...]}, got "
-            f"{type(normal_images).__name__}."
+            f"{'an empty one' if isinstance(normal_images, Mapping) else type(normal_images).__name__}."
         )
+    if prompts is not None and (not isinstance(prompts, Mapping) or not set(prompts) <= set(normal_images)):
+        given = list(prompts) if isinstance(prompts, Mapping) else type(prompts).__name__
+        raise ValueError(f"`prompts` must map categories of `normal_images` to their prompts, got {given}.")
     return {
         check_category(category): load_pictures(images, f"normal_images[{category!r}]")
         for category, images in normal_images.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -95,10 +96,14 @@ def switch_adapter(module: nn.Module, state: Mapping[str, Tensor] | None, pipe) 
             module.disable_adapters()
         return
     key = digest(state)
-    if key not in held:
+    if key in held:
+        held[key] = held.pop(key)  # the order in which they were used
+    else:
         if len(held) >= MAX_INJECTED:
             module.delete_adapters(next(iter(held)))
-        module.load_lora_adapter(dict(state), prefix=None, adapter_name=key, _pipeline=pipe)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
+            module.load_lora_adapter(dict(state), prefix=None, adapter_name=key, _pipeline=pipe)
     module.enable_adapters()
     module.set_adapter(key)
     module.requires_grad_(False)
@@ -108,6 +113,29 @@ def take_out_adapters(module: nn.Module) -> None:
     """Restores a module to the base as it was loaded, layer for layer."""
     if getattr(module, "_hf_peft_config_loaded", False):
         module.unload_lora()
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for anything but whole pairs of finite LoRA factors, each for a layer that the module has.
+
+    Other names must not pass: peft would put their weights in place of the base's.
+    """
+    layers = dict(module.named_modules())
+    targets = sorted({name.rpartition(".lora_")[0] for name in state})
+    for target in targets:
+        layer = layers.get(target)
+        layer = getattr(layer, "base_layer", layer)
+        down, up = state.get(f"{target}.lora_A.weight"), state.get(f"{target}.lora_B.weight")
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or down is None or up is None:
+            raise ValueError(f"no pair of weights for a layer of {type(module).__name__} at '{target[:80]}'")
+        outputs, *inputs = layer.weight.shape
+        expected = [[len(down), *inputs], [outputs, len(down), *(1 for _ in inputs[1:])]]
+        if not len(down) or [list(down.shape), list(up.shape)] != expected:
+            raise ValueError(f"weights of the shapes {list(down.shape)} and {list(up.shape)} at '{target}'")
+        if not all(weight.is_floating_point() and weight.isfinite().all() for weight in (down, up)):
+            raise ValueError(f"weights that are not finite at '{target}'")
+    if len(state) != 2 * len(targets):
+        raise ValueError(f"weights besides those of LoRA for {type(module).__name__}")
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
@@ -126,7 +154,9 @@ def fingerprint(components: Mapping[str, nn.Module]) -> dict[str, list[float]]:
         weights = {
             key.replace(".base_layer.", "."): value for key, value in module.named_parameters() if ".lora_" not in key
         }
-        chosen = sorted(weights)[:: max(1, len(weights) // 4)][:4]
+        # Matrices first: vectors such as those of normalizations may be alike in all networks.
+        ordered = sorted(weights, key=lambda key: (weights[key].ndim < 2, key))
+        chosen = ordered[:: max(1, len(ordered) // 4)][:4]
         marks[name] = [round(float(v), 6) for key in chosen for v in weights[key].detach().flatten()[:4]]
     return marks
 
@@ -135,6 +165,6 @@ def same_fingerprint(ours: Mapping, theirs: Mapping) -> bool:
     """Whether two fingerprints are of one base, up to the rounding of half precision."""
     return ours.keys() == theirs.keys() and all(
         len(ours[name]) == len(theirs[name])
-        and all(abs(a - b) <= 1e-3 + 0.01 * abs(b) for a, b in zip(ours[name], theirs[name], strict=True))
+        and all(abs(a - b) <= 2e-6 + 0.005 * abs(b) for a, b in zip(ours[name], theirs[name], strict=True))
         for name in ours
     )

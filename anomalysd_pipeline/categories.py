@@ -74,6 +74,7 @@ class CategoryMixin:
             rotations=rotations,
             noise_strength=noise_strength,
             adaptation=None,
+            prompt_design="hierarchical",
             calibration=None,
         )
         self._drop_unused_adaptations()

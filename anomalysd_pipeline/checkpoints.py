@@ -67,8 +67,8 @@ def find_checkpoints(folders: Sequence[Path], resume_from: str | None) -> list[P
     Args:
         folders: one for each stage.
         resume_from: None for none; "latest" for the last complete one of each folder (None where there is none yet);
-            or a name such as "checkpoint-500" for that one. Stages do not depend on each other, so a folder without
-            that name gives its last one.
+            or a name such as "checkpoint-500" for that one. A folder without that name gives its last one: all lead to
+            the same weights, because a run with other settings is refused.
 
     Raises:
         ValueError: a name that is in no folder.

@@ -1,4 +1,4 @@
-"""The command line: `anomalysd demo | detect | synth`.
+"""The command line: `anomalysd demo | detect | adapt | publish | synth`.
 
 Whatever needs torch is imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+
+from .train_options import add_arguments, positive
 
 DEMO_FAMILIES = "hex_nut,wood,washer"
 DEMO_SHOTS = 4
@@ -60,8 +62,30 @@ def _parser() -> argparse.ArgumentParser:
     detect.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
     detect.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     detect.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
+    detect.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
+    detect.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
     _add_model_options(detect)
     detect.set_defaults(run=_detect)
+
+    adapt = commands.add_parser(
+        "adapt",
+        help="learn your own parts from a few normal pictures",
+        description="Fine-tune on a few normal pictures, on one processor. For several, `accelerate launch -m "
+        "anomalysd_pipeline.train` takes the same options.",
+    )
+    add_arguments(adapt, report_to="none")
+    adapt.set_defaults(run=_adapt)
+
+    publish = commands.add_parser(
+        "publish",
+        help="upload a pipeline or an adaptation to the Hugging Face Hub",
+        description="Upload a folder. Log in with `hf auth login`, or set HF_TOKEN.",
+    )
+    publish.add_argument("folder", type=Path, metavar="DIR", help="a saved pipeline or adaptation")
+    publish.add_argument("repo_id", metavar="USER/NAME", help="repository, made if missing")
+    publish.add_argument("--private", action="store_true", help="a new repository is private")
+    publish.add_argument("--create-pr", action="store_true", help="propose the upload as a pull request")
+    publish.set_defaults(run=_publish)
 
     synth = commands.add_parser("synth", help="draw synthetic parts in the layout of MVTec-AD")
     synth.add_argument("out", type=Path, metavar="OUT", help="folder that gets one folder per family")
@@ -99,7 +123,7 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _load_pipeline(base: str | None, device: str):
+def _load_pipeline(base: str | None, device: str, **overrides):
     import torch
 
     from . import AnomalySDPipeline
@@ -108,7 +132,7 @@ def _load_pipeline(base: str | None, device: str):
         raise ValueError("`--device` is 'cuda', but PyTorch finds no CUDA GPU here; use 'cpu' or 'auto'.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = AnomalySDPipeline.from_pretrained(base).to(device)
+    pipe = AnomalySDPipeline.from_pretrained(base, **overrides).to(device)
     pipe.set_progress_bar_config(disable=True)  # one bar over all pictures says more than one per picture
     return pipe
 
@@ -207,7 +231,9 @@ def _detect(args: argparse.Namespace) -> int:
     if not names:
         raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
 
-    pipe = _load_pipeline(args.base, args.device)
+    pipe = _load_pipeline(args.base, args.device, **({"resolution": args.resolution} if args.resolution else {}))
+    if args.adaptation:
+        _load_adaptation(pipe, args.adaptation)
     options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
     pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
     with _progress(len(names) + bool(normals)) as bar:
@@ -233,6 +259,26 @@ def _detect(args: argparse.Namespace) -> int:
     if not folder.inspected:
         raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
     print(_summary(folder))
+    return 0
+
+
+def _load_adaptation(pipe, source: str) -> None:
+    try:
+        pipe.load_adaptation(source, overwrite=True)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`pretrained_adaptation_name_or_path`", "`--adaptation`")) from error
+
+
+def _adapt(args: argparse.Namespace) -> int:
+    from .train import run
+
+    return run(args)
+
+
+def _publish(args: argparse.Namespace) -> int:
+    from .publishing import push
+
+    print(push(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
     return 0
 
 
@@ -267,7 +313,7 @@ def _summary(folder) -> str:
     if any(verdicts):
         parts.append(f"{verdicts.count('defective')} defective, {verdicts.count('normal')} normal")
     else:
-        parts.append("no verdicts, because without --normal there is no threshold")
+        parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
     if len(folder.rows) > folder.inspected:
         parts.append(f"{len(folder.rows) - folder.inspected} could not be read")
     return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -54,7 +54,8 @@ def score_maps(
     pictures = pictures.to(device)
 
     # 1. The averaged prompt embedding
-    prompts = pipe.prompt_book.prompts(category or UNNAMED_CATEGORY)
+    design = pipe.config.categories.get(category, {}).get("prompt_design", "hierarchical")
+    prompts = pipe.prompt_book.prompts(category or UNNAMED_CATEGORY, design)
     text = (pipe.tokenizer, pipe.text_encoder)
     prompt_embeds = average_embedding(prompts, *text)  # [1, L, d]
     negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]

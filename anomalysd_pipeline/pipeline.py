@@ -47,7 +47,8 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
         noise_strength, prototype_weight, feature_weight: this checkpoint's defaults of the settings of the same name.
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
-        categories: settings of each registered category: `shots`, `noise_strength`, `adaptation`, `calibration`.
+        categories: settings of each registered category: `shots`, `noise_strength`, `adaptation`,
+            `prompt_design`, `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -323,6 +324,7 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             )
         if guidance_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("`negative_prompt_embeds` is needed where `guidance_scale` exceeds 1.")
+        self.use_adaptation(self._chosen_adaptation)
         device = self._execution_device
         images, masks = images.to(device), masks.to(device).expand(count, -1, -1, -1)
         latents = encode(self.vae, images)  # [N, 4, h, w]

@@ -199,7 +199,8 @@ def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, t
     """
     if settings.method == "full":
         twin = frozen_copy(module, list((module.get_submodule(part) if part else module).parameters()))
-        (twin.get_submodule(part) if part else twin).float().requires_grad_(True)
+        twin.float()  # all of it: the forward pass of `part` meets others, such as the convolution before a decoder
+        (twin.get_submodule(part) if part else twin).requires_grad_(True)
         return twin
     from peft import LoraConfig
 
@@ -223,10 +224,13 @@ def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, t
 
 
 def trained_state(stage: Stage, accelerator: Accelerator, names: list[str]) -> dict[str, Tensor]:
-    """The weights that train, float32 on the CPU, by their names in the unwrapped module; on every process."""
-    state = accelerator.get_state_dict(stage.module)
+    """The weights that train, float32 on the CPU, by their names in the unwrapped module; on every process, or where
+    the module is sharded on the main one alone."""
+    state = accelerator.get_state_dict(stage.module) or {}
     # Without the name that peft gives an adapter in training: it goes by another one where it is used.
-    return {name.replace(".default.", "."): state[name].detach().float().cpu().clone() for name in names}
+    return {
+        name.replace(".default.", "."): state[name].detach().float().cpu().clone() for name in names if name in state
+    }
 
 
 def checkpoint_only_trained(stage: Stage, accelerator: Accelerator, names: list[str]) -> list:

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline, synthetic
+
+from .tiny_adaptations import adapted_to, drawn, inspected, learned
+from .tiny_adaptations import pictures as part_pictures
 
 gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
@@ -24,6 +28,8 @@ def app(tiny_pipeline_folder, tmp_path_factory):
     pipe = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder)
     quick = {"num_inference_steps": 5, "mask_scales": [1, 2]}
     pipe.register_to_config(preset_overrides={"fast": quick, "paper": quick})  # they still differ in their grouping
+    short = {"steps": 2, "decoder_steps": 2, "train_batch_size": 1, "learning_rate": 0.02, "mixed_precision": "no"}
+    pipe.register_to_config(adaptation=short)
     folder = tmp_path_factory.mktemp("model")
     pipe.save_pretrained(folder)
     os.environ["ANOMALYSD_MODEL"] = str(folder)
@@ -67,9 +73,9 @@ def upload(path):
     return gradio_client.handle_file(str(path))
 
 
-def learn(client, pictures, count=2, name="ring", preset="fast"):
+def learn(client, pictures, count=2, name="ring", preset="fast", **options):
     return client.predict(
-        name, [upload(pictures / f"normal_{i}.png") for i in range(count)], preset, api_name="/learn"
+        name, [upload(pictures / f"normal_{i}.png") for i in range(count)], preset, api_name="/learn", **options
     )
 
 
@@ -120,6 +126,40 @@ class TestVisit:
         assert pixels(heat).shape == (96, 80, 3)
 
 
+class TestFineTuning:
+    def test_changes_the_repainting_of_that_visitors_part(self, client, pictures):
+        learn(client, pictures)
+        plain = inspect(client, "ring", pictures / "defective.png")
+        part, message = learn(client, pictures, fine_tune=True)
+        assert "ring" in str(part) and "Learned **ring** from 2 pictures" in message
+        tuned = inspect(client, "ring", pictures / "defective.png")
+        assert "× the threshold" in tuned[0]
+        assert not np.array_equal(pixels(tuned[3]), pixels(plain[3]))
+        learn(client, pictures)  # the fine-tuning is forgotten with the part that had it
+        assert np.array_equal(pixels(inspect(client, "ring", pictures / "defective.png")[3]), pixels(plain[3]))
+
+    def test_a_changed_preset_keeps_the_verdict(self, client, pictures):
+        learn(client, pictures, fine_tune=True)
+        assert "× the threshold" in inspect(client, "ring", pictures / "defective.png", preset="paper")[0]
+
+    def test_other_visitors_keep_theirs(self, app, address, client, pictures):
+        other = gradio_client.Client(address, verbose=False)
+        learn(other, pictures)
+        before = inspect(other, "ring", pictures / "defective.png")
+        learn(client, pictures, fine_tune=True)
+        inspect(client, "ring", pictures / "defective.png")  # leaves the adapter in modules that both share
+        after = inspect(other, "ring", pictures / "defective.png")
+        assert after[:2] == before[:2] and np.array_equal(pixels(after[3]), pixels(before[3]))
+        assert app.load_base().adaptations == app.load_base().categories == []
+
+    def test_a_refused_one_leaves_the_part(self, client, pictures):
+        learn(client, pictures)
+        before = inspect(client, "ring", pictures / "defective.png")
+        with pytest.raises(Exception, match="`category` must be a plain name"):
+            learn(client, pictures, name="../x", fine_tune=True)
+        assert inspect(client, "ring", pictures / "defective.png")[:2] == before[:2]
+
+
 class TestErrors:
     def test_a_text_file_is_named(self, client, pictures):
         with pytest.raises(Exception, match=r"'notes\.png' is damaged or not a picture") as error:
@@ -161,6 +201,20 @@ def test_sessions_share_weights_but_no_parts(tiny_pipeline_folder, app):
     mine.add_category("wood", synthetic.normal_images("wood", 1, seed=0, size=64))
     assert base.categories == ["ring"] and "wood" not in base.bank
     assert mine.config.resolution == base.config.resolution
+
+
+def test_sessions_keep_the_adaptations_of_the_checkpoint_and_their_own(app):
+    base = adapted_to("ring")
+    base.add_category("nut", part_pictures("nut"))
+    expected = inspected(base, "ring", "ring"), inspected(base, "nut")
+    mine, other = app.session_pipeline(base), app.session_pipeline(base)
+    assert mine.adaptations == ["ring"] and mine.adapters is not base.adapters and mine.vae is base.vae
+    mine.learn({"nut": part_pictures("nut")}, learned("nut"), calibrate=False)
+    other.learn({"nut": part_pictures("nut")}, drawn(1), calibrate=False)
+    maps = [inspected(pipe, "nut") for pipe in (base, mine, other)]
+    assert len({m.numpy().tobytes() for m in maps}) == 3 and torch.equal(maps[0], expected[1])
+    assert base.adaptations == ["ring"] and mine.adaptations == ["nut", "ring"]
+    assert all(torch.equal(inspected(pipe, "ring", "ring"), expected[0]) for pipe in (mine, base, other))
 
 
 def test_import_loads_no_model():

@@ -64,12 +64,15 @@ class TestArguments:
     def test_help_needs_no_torch(self):
         code = (
             "import sys; from anomalysd_pipeline.cli import main\n"
-            "try: main(['--help'])\n"
-            "finally: assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'heavy import'\n"
+            "for arguments in (['--help'], ['adapt', '--help']):\n"
+            "    try: main(arguments)\n"
+            "    except SystemExit as stop: assert stop.code == 0\n"
+            "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'heavy import'\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        assert all(command in done.stdout for command in ("demo", "detect", "synth"))
+        assert all(command in done.stdout for command in ("demo", "detect", "adapt", "publish", "synth"))
+        assert "--resume_from_checkpoint" in done.stdout
 
     @pytest.mark.parametrize(
         ("arguments", "part"),
@@ -77,6 +80,9 @@ class TestArguments:
             ([], "COMMAND"),
             (["paint"], "paint"),
             (["synth", "x", "--seed", "-1"], "--seed"),
+            (["adapt", "--output_dir", "x"], "--normal"),
+            (["adapt", "--synthetic", "ring"], "--output_dir"),
+            (["publish", "x"], "USER/NAME"),
             (["synth", "x", "--families", " , "], "--families"),
             (["detect", "--out", "x", "--category", "ring"], "--test"),
         ],

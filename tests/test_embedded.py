@@ -13,6 +13,7 @@ from anomalysd_pipeline.data import to_tensor
 from anomalysd_pipeline.inpainting import decode, encode
 from anomalysd_pipeline.metrics import pixel_metrics
 from anomalysd_pipeline.synthetic import normal_images, test_samples
+from scripts.recipe import DEFAULTS
 
 FOLDER = Path(EMBEDDED)
 
@@ -76,3 +77,21 @@ def test_its_facts_are_written_down():
         assert subject.lower() in text.lower()
     index = json.loads((FOLDER / "model_index.json").read_text(encoding="utf-8"))
     assert index["_class_name"] == "AnomalySDPipeline"
+
+
+def test_a_short_adaptation_repaints_unseen_normal_pictures_closer():
+    """What the loss on repainted pictures is for, on pictures of a product that were not trained on."""
+    pipe = AnomalySDPipeline.from_pretrained()
+    pipe.set_progress_bar_config(disable=True)
+    normals = normal_images("perforated_sheet", 4, seed=31, size=256)
+    pipe.add_category("perforated_sheet", normals[:2])
+    before = pipe(normals[2:], category="perforated_sheet", feature_weight=0.0)
+    pipe.adapt({"perforated_sheet": normals[:2]}, steps=8, decoder_steps=8, calibrate=False)
+    after = pipe(normals[2:], category="perforated_sheet", feature_weight=0.0)
+    assert after.anomaly_maps.mean() < 0.95 * before.anomaly_maps.mean()
+
+
+def test_its_way_of_adapting_is_the_recipes(pipe):
+    settings = pipe.adaptation_settings()
+    assert settings.to_dict() | DEFAULTS["adaptation"] == settings.to_dict()
+    assert settings.method == "lora" and settings.steps <= 300
