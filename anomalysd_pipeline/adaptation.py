@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .adaptation_settings import AdaptationSettings
-from .checkpoints import find_checkpoints, load_checkpoint, save_checkpoint
+from .checkpoints import check_checkpoint, checkpoint_step, find_checkpoints, save_checkpoint
 from .few_shot import FewShotDataset, GlobalBatches
 from .stages import DecoderStage, DenoiserStage, Stage, checkpoint_only_trained, frozen_copy, trained_state
+from .training_state import TrainingState
 
 
 @dataclass(frozen=True)
@@ -98,17 +99,20 @@ def fine_tune(
     Raises:
         ValueError: for settings that do not fit the pipeline, or a disk that cannot be written.
     """
-    state = _ResumableState()
-    accelerator.register_for_checkpointing(state)
     stages = make_stages(pipe, shots, settings, accelerator.device, prompts)
     totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
     if settings.decoder_latents == "repainted" and len(stages) == 2:
-        stages[1].facts["denoiser_steps"] = totals["denoiser"]  # the decoder depends on what the denoiser became
+        stages[1].facts["steps"] = totals["denoiser"]  # the decoder depends on what the denoiser became
     weights: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, list[float]] = {stage.name: [] for stage in stages}
     folders = [None if output_dir is None else Path(output_dir, stage.name) for stage in stages]
-    # Before any step: a misspelled name must not cost the training of the stages before it.
+    # Before any step: what is wrong with a later stage's checkpoint must not cost the training of the stages before.
     found = [None] * len(stages) if output_dir is None else find_checkpoints(folders, resume_from_checkpoint)
+    per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
+    facts = {stage.name: {**settings.course(), "total_batch_size": per_step, **stage.facts} for stage in stages}
+    for stage, checkpoint in zip(stages, found, strict=True):
+        if checkpoint is not None:
+            check_checkpoint(checkpoint, facts[stage.name], totals[stage.name])
     done = 0
     for stage, folder, checkpoint in zip(stages, folders, found, strict=True):
         total, clock = totals[stage.name], _Clock(totals[stage.name])
@@ -122,11 +126,13 @@ def fine_tune(
             if validate is not None:
                 validate(stage, step)
 
-        checkpointing = Checkpointing(folder, checkpointing_steps, checkpoints_total_limit, checkpoint)
+        checkpointing = Checkpointing(
+            folder, checkpointing_steps, checkpoints_total_limit, checkpoint, facts[stage.name]
+        )
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         with torch.random.fork_rng(devices):  # the caller's own draws go on as if nothing had been trained
             weights[stage.name] = train_stage(
-                stage, settings, accelerator, total, state, checkpointing, dataloader_num_workers, on_step
+                stage, settings, accelerator, total, checkpointing, dataloader_num_workers, on_step
             )
         done += total
         accelerator.free_memory()
@@ -135,27 +141,14 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where a stage's checkpoints go (None: nowhere), how often, how many stay, and from which to go on."""
+    """Where a stage's checkpoints go (None: nowhere), how often, how many stay, from which to go on, and what they say
+    about the run."""
 
     folder: Path | None
     every: int | None = None
     total_limit: int | None = None
     resume_from: Path | None = None
-
-
-class _ResumableState:
-    """The schedule and the average of the stage in training: accelerate keeps every object that is registered with it,
-    so one stands for those of all stages."""
-
-    def __init__(self):
-        self.parts: dict[str, object] = {}
-
-    def state_dict(self) -> dict:
-        return {name: part.state_dict() for name, part in self.parts.items()}
-
-    def load_state_dict(self, state: Mapping) -> None:
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+    facts: Mapping = field(default_factory=dict)
 
 
 class _Clock:
@@ -209,7 +202,6 @@ def train_stage(
     settings: AdaptationSettings,
     accelerator: Accelerator,
     steps: int,
-    state: _ResumableState,
     checkpointing: Checkpointing,
     dataloader_num_workers: int,
     on_step: Callable[[int, float], None],
@@ -220,25 +212,21 @@ def train_stage(
     names = stage.trained_names()
     trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(trained, stage.learning_rate, settings.use_8bit_adam)
-    state.parts = {
-        "schedule": get_scheduler(
-            settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
-        )
-    }
-    if settings.use_ema:
-        state.parts["average"] = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True)
-        stage.keep_average(state.parts["average"])
+    schedule = get_scheduler(
+        settings.lr_scheduler, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=steps
+    )
+    average = EMAModel(trained, decay=settings.ema_decay, use_ema_warmup=True) if settings.use_ema else None
+    stage.keep_average(average)
     stage.module, optimizer = accelerator.prepare(stage.module, optimizer)
     # Sharding puts other parameters in their place.
     trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
-    hooks = checkpoint_only_trained(stage, accelerator, names)
-    batch = settings.train_batch_size * accumulation * accelerator.num_processes
-    facts = {**settings.course(), "global_batch": batch, "pictures": stage.dataset.fingerprint(), **stage.facts}
+    hooks = checkpoint_only_trained(stage, accelerator, names, TrainingState(schedule, average))
     first = 0
     if checkpointing.resume_from is not None:
-        first = load_checkpoint(accelerator, checkpointing.resume_from, facts)
-    if settings.use_ema:
-        state.parts["average"].to(accelerator.device)  # one that was loaded is on the CPU
+        accelerator.load_state(str(checkpointing.resume_from))
+        first = checkpoint_step(checkpointing.resume_from)
+    if average is not None:
+        average.to(accelerator.device)  # one that was loaded is on the CPU
     stage.module.train()
     turns = GlobalBatches(
         settings.train_batch_size,
@@ -271,20 +259,20 @@ def train_stage(
                 f"`learning_rate` {stage.learning_rate:g} led to a loss of {value} in step {step + 1} of the "
                 f"{stage.name}; give a lower one, or another `mixed_precision`."
             )
-        state.parts["schedule"].step()
-        if settings.use_ema:
-            state.parts["average"].step(trained)
+        schedule.step()
+        if average is not None:
+            average.step(trained)
         step += 1
         # Before the checkpoint: what a resumed run does not do again has been reported.
         on_step(step, value)
         if checkpointing.folder is not None and (
             step == steps or (checkpointing.every and step % checkpointing.every == 0)
         ):
-            save_checkpoint(accelerator, checkpointing.folder, step, facts, checkpointing.total_limit)
+            save_checkpoint(accelerator, checkpointing.folder, step, checkpointing.facts, checkpointing.total_limit)
     for hook in hooks:
         hook.remove()
-    if settings.use_ema:
-        state.parts["average"].copy_to(trained)
+    if average is not None:
+        average.copy_to(trained)
     return trained_state(stage, accelerator, names)
 
 

@@ -23,7 +23,17 @@ from .settings import InspectionSettings
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
 EMBEDDED_NAME = "embedded"
 _FORMAT = 1
-_KEYS = {"format", "version", "name", "base_model", "base_fingerprint", "record", "categories", "prompts"}
+_KEYS = {
+    "format",
+    "version",
+    "name",
+    "base_model",
+    "base_fingerprint",
+    "resolution",
+    "record",
+    "categories",
+    "prompts",
+}
 _RECORD_KEYS = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """What a folder may hold that is replaced as a whole; the last is added where it is published."""
@@ -64,21 +74,27 @@ def is_adaptation_folder(path) -> bool:
     return Path(path, FACTS).is_file() and not Path(path, "model_index.json").is_file()
 
 
-def adaptation_base_of(folder) -> str:
-    """The base of an adaptation's folder: a path or a Hub id.
+def adaptation_base_of(folder) -> tuple[str, int]:
+    """The base of an adaptation's folder, a path or a Hub id, and the resolution that it was made at.
 
     Raises:
-        ValueError: if it was made on a folder of another machine, of which only the name is known.
+        ValueError: if the folder is damaged, or was made on a base of which only the name is known.
     """
-    name = json.loads(Path(folder, FACTS).read_text(encoding="utf-8")).get("base_model", "")
+    try:
+        facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
+        name, resolution = str(facts["base_model"]), int(facts["resolution"])
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{folder}' must hold a complete {FACTS} ({type(error).__name__})."
+        ) from error
     if name == EMBEDDED_NAME:
-        return EMBEDDED
+        return EMBEDDED, resolution
     if "/" not in name:
         raise ValueError(
             f"`pretrained_model_name_or_path` '{folder}' is an adaptation of the local base {name!r}; load that base, "
             "and then the adaptation with `load_adaptation`."
         )
-    return name
+    return name, resolution
 
 
 def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> None:
@@ -97,6 +113,7 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
         "name": name,
         "base_model": base_name(pipe),
         "base_fingerprint": pipe.adaptation_base(),
+        "resolution": pipe.config.resolution,
         "record": pipe.config.adaptations[name],
         "categories": {category: pipe.config.categories[category] for category in categories},
         "prompts": {category: pipe.config.prompts["categories"][category] for category in categories},
@@ -152,7 +169,13 @@ def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
     if later:
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' was written by a later version "
-            f"({facts.get('version')}); update the package anomalysd-pipeline."
+            f"({str(facts.get('version'))[:20]}); update the package anomalysd-pipeline."
+        )
+    if facts["resolution"] != pipe.config.resolution:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' was made for pictures of {facts['resolution']} pixels, "
+            f"and this pipeline inspects at {pipe.config.resolution}; load its base with "
+            f"`resolution={facts['resolution']}`."
         )
     if not fits:
         raise ValueError(
@@ -165,6 +188,8 @@ def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
 def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
     if facts.keys() != _KEYS or facts["record"].keys() != {"settings"}:
         raise ValueError(f"{FACTS} has other keys than an adaptation")
+    if type(facts["resolution"]) is not int or len(str(facts["base_model"])) > 200:
+        raise ValueError("its resolution is no whole number, or its base has no name")
     categories = facts["categories"]
     stored = StoredAdaptation(
         name=check_category(facts["name"]),

@@ -10,6 +10,7 @@ from .masks import MASK_DESIGNS
 from .prompts import PROMPT_DESIGNS
 
 METHODS = ("lora", "full")
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -102,6 +103,7 @@ class AdaptationSettings:
     def check(self) -> None:
         """Raises ValueError, naming the argument, for a value out of its range."""
         choices = {"method": METHODS, "mask_design": MASK_DESIGNS, "prompt_design": PROMPT_DESIGNS}
+        choices["lr_scheduler"] = SCHEDULERS
         choices["decoder_latents"] = ("encoded", "repainted")
         choices["mixed_precision"] = ("auto", "no", "bf16", "fp16")
         for name, allowed in choices.items():

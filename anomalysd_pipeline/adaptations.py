@@ -79,7 +79,7 @@ class AdaptationMixin:
 
         shots = check_shots(normal_images, prompts)
         chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
-        self._check_adaptable(name or default_name(shots), chosen.method, shots)
+        self.check_adaptable(name or default_name(shots), chosen.method, shots)
         prediction_threshold([1.0, 2.0], false_alarm_rate)  # a bad rate is refused before minutes of work
         if getattr(self, "_all_hooks", None):
             raise ValueError(
@@ -107,7 +107,7 @@ class AdaptationMixin:
         shots = check_shots(normal_images, prompts)
         name = name or default_name(shots)
         full = weights.settings.method == "full"
-        self._check_adaptable(name, weights.settings.method, shots)
+        self.check_adaptable(name, weights.settings.method, shots)
         with self._undone_on_error():
             if full:
                 self._replace_weights(weights)
@@ -245,7 +245,7 @@ class AdaptationMixin:
         if name not in self.config.adaptations:
             raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")
 
-    def _check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
+    def check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
         try:
             check_category(name)
         except ValueError as error:

@@ -30,7 +30,7 @@ def save_checkpoint(accelerator, folder: Path, step: int, facts: Mapping, total_
 
     Args:
         accelerator: its `save_state` writes weights, optimizer, schedule and averages.
-        facts: JSON-serializable settings that a run must share to go on from here; see `load_checkpoint`.
+        facts: JSON-serializable settings that a run must share to go on from here; see `check_checkpoint`.
         total_limit: how many checkpoints to keep, this one included; None: all.
 
     Raises:
@@ -71,11 +71,16 @@ def find_checkpoints(folders: Sequence[Path], resume_from: str | None) -> list[P
             the same weights, because a run with other settings is refused.
 
     Raises:
-        ValueError: a name that is in no folder.
+        ValueError: a name that is in no folder; or none, while there are checkpoints that a new run would mix with.
     """
-    if resume_from is None:
-        return [None] * len(folders)
     found = [list_checkpoints(folder) for folder in folders]
+    if resume_from is None:
+        if any(found):
+            raise ValueError(
+                f"`output_dir` '{folders[0].parent}' holds checkpoints of an earlier run; go on with "
+                "`resume_from_checkpoint` 'latest', or give another folder."
+            )
+        return [None] * len(folders)
     name = Path(resume_from).name
     names = sorted({path.name for paths in found for path in paths})
     if resume_from != "latest" and name not in names:
@@ -86,22 +91,27 @@ def find_checkpoints(folders: Sequence[Path], resume_from: str | None) -> list[P
     return [next((path for path in reversed(paths) if path.name == name), (paths or [None])[-1]) for paths in found]
 
 
-def load_checkpoint(accelerator, path: Path, facts: Mapping) -> int:
-    """Restores what `save_checkpoint` wrote and returns its step.
+def check_checkpoint(path: Path, facts: Mapping, steps: int) -> None:
+    """Checks that a run of `steps` steps may go on from a checkpoint.
 
     Raises:
-        ValueError: if it was written by a run with other `facts`: going on would give neither run's result.
+        ValueError: if it was written by a run with other `facts`, since going on would give neither run's result; or
+            after more steps than that.
     """
     written = json.loads((path / _FACTS).read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(dict(facts)))
-    for key in sorted(written.keys() | ours.keys()):
+    # In the order of our own, which has what a person chose before what follows from it.
+    for key in [*ours, *(key for key in written if key not in ours)]:
         if written.get(key) != ours.get(key):
             raise ValueError(
                 f"`{key}` is {ours.get(key)!r}, but '{path}' was written with {written.get(key)!r}; give the same "
                 "value, or start anew in another `output_dir`."
             )
-    accelerator.load_state(str(path))
-    return checkpoint_step(path)
+    if checkpoint_step(path) > steps:
+        raise ValueError(
+            f"`steps` leads to {steps} steps, but '{path}' was written after more; give at least "
+            f"{checkpoint_step(path)}, or start anew in another `output_dir`."
+        )
 
 
 class disk_errors:

@@ -50,7 +50,8 @@ class LoadingMixin:
             kwargs["dtype"] = kwargs.get("dtype") or torch.float32
         path = pretrained_model_name_or_path or EMBEDDED
         if is_adaptation_folder(path):
-            pipe = cls.from_pretrained(adaptation_base_of(path), **kwargs)
+            base, resolution = adaptation_base_of(path)
+            pipe = cls.from_pretrained(base, **{"resolution": resolution, **kwargs})
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)

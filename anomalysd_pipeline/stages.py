@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import itertools
+import json
 import math
 import re
 from collections.abc import Collection
@@ -20,6 +22,7 @@ from .few_shot import FewShotDataset
 from .inpainting import encode
 from .losses import Decoder, clean_latents, decoder_loss, noisy_latents, repainting_loss
 from .prompts import encode_prompts
+from .training_state import TrainingState
 
 _TRAINED = "trained.safetensors"
 _PROMPTS_AT_ONCE = 16
@@ -43,7 +46,8 @@ class Stage:
         self.dataset, self.settings = dataset, settings
         self.vae, self.scheduler, self.perceptual = pipe.vae, pipe.scheduler, pipe.perceptual
         self.learning_rate = settings.learning_rate
-        self.facts: dict = {}
+        base = json.dumps(pipe.adaptation_base(), sort_keys=True).encode()
+        self.facts: dict = {"pictures": dataset.fingerprint(), "base": hashlib.sha256(base).hexdigest()[:16]}
         self._average = None
 
     def steps(self, processes: int) -> int:
@@ -233,14 +237,17 @@ def trained_state(stage: Stage, accelerator: Accelerator, names: list[str]) -> d
     }
 
 
-def checkpoint_only_trained(stage: Stage, accelerator: Accelerator, names: list[str]) -> list:
-    """Makes the accelerator's checkpoints hold the weights that train instead of whole models; returns the hooks'
-    handles.
+def checkpoint_only_trained(stage: Stage, accelerator: Accelerator, names: list[str], state: TrainingState) -> list:
+    """Makes the accelerator's checkpoints hold `state`, and the weights that train instead of whole models.
+
+    Returns the handles of the hooks that do it.
 
     Sharded models (FSDP, DeepSpeed) are written by their own means, before these hooks have anything to do.
     """
 
     def save(models, weights, output_dir):
+        if accelerator.is_main_process:
+            state.save(output_dir)
         if weights:
             weights.clear()
             if accelerator.is_main_process:
@@ -248,6 +255,7 @@ def checkpoint_only_trained(stage: Stage, accelerator: Accelerator, names: list[
                 save_file({name: own[name].detach().contiguous() for name in names}, Path(output_dir, _TRAINED))
 
     def load(models, input_dir):
+        state.load(input_dir)
         if models:
             models.clear()
             own = dict(accelerator.unwrap_model(stage.module).named_parameters())
