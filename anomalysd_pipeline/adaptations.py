@@ -130,6 +130,34 @@ class AdaptationMixin:
                 for category, images in shots.items():
                     self.calibrate(category, images, false_alarm_rate)
 
+    def check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
+        """Checks what can be told to be wrong with an adaptation before it is trained.
+
+        Args:
+            name: of the adaptation.
+            method: "lora" or "full".
+            categories: those it is for.
+
+        Raises:
+            ValueError: for a bad name, one on which other categories rest, or a method that would change the base of
+                other adaptations.
+        """
+        try:
+            check_category(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`category`", "`name`")) from error
+        if method == "full" and self.adaptations:
+            raise ValueError(
+                f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
+                "them with `remove_adaptation`, or use a pipeline that is loaded anew."
+            )
+        others = [c for c in self._categories_of(name) if categories is not None and c not in categories]
+        if others:
+            raise ValueError(
+                f"`name` {name!r} is that of an adaptation on which {', '.join(map(repr, others))} rest; give another "
+                "name, or remove it with `remove_adaptation` first."
+            )
+
     def remove_adaptation(self, name: str) -> None:
         """Forgets an adaptation and the categories that rest on it.
 
@@ -244,23 +272,6 @@ class AdaptationMixin:
     def _check_adaptation(self, name: str) -> None:
         if name not in self.config.adaptations:
             raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")
-
-    def check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
-        try:
-            check_category(name)
-        except ValueError as error:
-            raise ValueError(str(error).replace("`category`", "`name`")) from error
-        if method == "full" and self.adaptations:
-            raise ValueError(
-                f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
-                "them with `remove_adaptation`, or use a pipeline that is loaded anew."
-            )
-        others = [c for c in self._categories_of(name) if categories is not None and c not in categories]
-        if others:
-            raise ValueError(
-                f"`name` {name!r} is that of an adaptation on which {', '.join(map(repr, others))} rest; give another "
-                "name, or remove it with `remove_adaptation` first."
-            )
 
     def _store_adaptation(self, name: str, record: dict) -> None:
         self.register_to_config(adaptations={**copy.deepcopy(dict(self.config.adaptations)), name: record})

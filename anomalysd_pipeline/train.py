@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
     pipe.to(state.device)
     settings = choose_settings(args, pipe, state.device)
     name = args.name or default_name(shots)
-    pipe._check_adaptable(name, settings.method, shots)
+    pipe.check_adaptable(name, settings.method, shots)
     accelerator = make_accelerator(args, settings)
 
     # 3. Training

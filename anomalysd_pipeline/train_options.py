@@ -10,7 +10,6 @@ import re
 from pathlib import Path
 
 DEFAULT_SHOTS = 4
-SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 
 # The settings whose option has the name that diffusers' training scripts use.
 _OPTIONS = {
@@ -120,7 +119,7 @@ def _add_settings(group) -> None:
     add_switch("gradient_checkpointing", help="less memory, more time")
     add("learning_rate", type=float, metavar="X", help="of Adam")
     add("decoder_learning_rate", type=float, metavar="X", help="of the decoder, if another")
-    add("lr_scheduler", choices=SCHEDULERS)
+    add("lr_scheduler", metavar="NAME", help="constant, constant_with_warmup, linear, cosine or another of diffusers'")
     add("lr_warmup_steps", type=int, metavar="N")
     add("max_grad_norm", type=float, metavar="X", help="gradients are scaled down to this length")
     add_switch("use_8bit_adam", help="needs bitsandbytes and a GPU")

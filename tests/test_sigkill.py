@@ -67,7 +67,7 @@ class TestKillsWhileWriting:
     def test_the_states_are_those_of_writing_and_deleting(self, told):
         states = [set(each["state"]) for each in told["states"]]
         partial, deleted = ".checkpoint-3.partial", ".checkpoint-1.deleted"
-        for file in ("trained.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl"):
+        for file in ("trained.safetensors", "optimizer.bin", "random_states_0.pkl", "training_state.json"):
             assert any(f"{partial}/{file}" in state and f"{partial}/training.json" not in state for state in states)
         assert any(f"{partial}/optimizer.bin (empty)" in state for state in states)
         assert any(f"{partial}/training.json" in state for state in states)
@@ -78,7 +78,8 @@ class TestKillsWhileWriting:
             "trained.safetensors",
             "optimizer.bin",
             "random_states_0.pkl",
-            "custom_checkpoint_0.pkl",
+            "training_state.json",
+            "average.safetensors",
             "training.json",
         }
         for state in states:
