@@ -79,10 +79,13 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
 
 
 def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
-    """Lines of a Markdown table: image / pixel AUROC, mean over categories, then mean and spread over seeds."""
-    lines = []
+    """Lines of a Markdown table: image / pixel AUROC, mean over categories, then mean and spread over the seeds that have
+    every category."""
+    lines, categories = [], {result["category"] for result in results}
     for row in rows:
         own = [result for result in results if result["row"] == row]
+        found = {seed: {r["category"] for r in own if r["seed"] == seed} for seed in {r["seed"] for r in own}}
+        own = [result for result in own if found[result["seed"]] == categories]
         cells = []
         for key in ("image", "pixel", "image_0", "pixel_0"):
             by_seed: dict[str, list[float]] = {}
@@ -91,7 +94,10 @@ def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
             means = [np.mean(values) for values in by_seed.values()]
             cells.append(f"{np.mean(means):.3f} ± {np.std(means):.3f}" if means else "")
         if own:
-            lines.append(f"| {row} | {' | '.join(cells)} | {len({result['seed'] for result in own})} |")
+            count = len({result["seed"] for result in own})
+            if count == 1:
+                cells = [cell.partition(" ")[0] for cell in cells]  # no spread of one
+            lines.append(f"| {row} | {' | '.join(cells)} | {count} |")
     return lines
 
 

@@ -25,6 +25,12 @@ def test_a_row_is_the_mean_over_categories_then_mean_and_spread_over_seeds():
     ]
 
 
+def test_a_seed_counts_when_every_category_is_there():
+    complete = [result("both", 0, "a", 0.9), result("both", 0, "b", 0.7)]
+    expected = ["| both | 0.800 | 0.500 | 0.500 | 0.500 | 1 |"]
+    assert ablations.table([*complete, result("both", 1, "a", 0.1)], ("both",)) == expected
+
+
 def test_the_report_has_the_papers_tables_and_every_category():
     results = [result(row, 0, "a", 0.9) for row in ablations.ROWS]
     text = ablations.report(results)
