@@ -79,8 +79,8 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
 
 
 def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
-    """Lines of a Markdown table: image / pixel AUROC, mean over categories, then mean and spread over the seeds that have
-    every category."""
+    """Lines of a Markdown table: AUROC as the mean over categories, then mean and spread over the seeds that have all
+    of them."""
     lines, categories = [], {result["category"] for result in results}
     for row in rows:
         own = [result for result in results if result["row"] == row]
