@@ -101,6 +101,9 @@ def fine_tune(
     """
     stages = make_stages(pipe, shots, settings, accelerator.device, prompts)
     totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
+    if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
+        for stage in stages:  # a rate that falls towards the end depends on where the end is
+            stage.facts["steps" if stage.name == "denoiser" else "decoder_steps"] = totals[stage.name]
     if settings.decoder_latents == "repainted" and len(stages) == 2:
         stages[1].facts["steps"] = totals["denoiser"]  # the decoder depends on what the denoiser became
     weights: dict[str, dict[str, Tensor]] = {}

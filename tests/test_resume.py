@@ -104,6 +104,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="`steps` is 2, but .* was written with 1"):
             train(tiny_pipeline, shots, settings, output_dir=tmp_path, resume_from_checkpoint="latest")
 
+    @pytest.mark.parametrize("part, argument", [("train_decoder", "steps"), ("train_denoiser", "decoder_steps")])
+    def test_another_end_of_a_falling_rate_is_refused(self, tiny_pipeline, shots, part, argument, tmp_path):
+        options = {part: False, "lr_scheduler": "cosine"}
+        train(tiny_pipeline, shots, tiny_settings(**{argument: 1}, **options), output_dir=tmp_path)
+        with pytest.raises(ValueError, match=f"`{argument}` is 2, but .* was written with 1"):
+            train(
+                tiny_pipeline,
+                shots,
+                tiny_settings(**{argument: 2}, **options),
+                output_dir=tmp_path,
+                resume_from_checkpoint="latest",
+            )
+
     def test_from_a_name_that_is_nowhere_is_refused_at_once(self, tiny_pipeline, shots, tmp_path):
         train(tiny_pipeline, shots, tiny_settings(), output_dir=tmp_path)
         told = []
