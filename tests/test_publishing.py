@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import close_session, constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -31,7 +32,9 @@ def run_loader(folder: Path, *arguments: str, hub: HubServer | None = None, pack
     """Runs `load_published.py` in `folder`, far from this repository; its facts, and what it found."""
     unwanted = ("HF_", "PYTHON", "TRANSFORMERS_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(unwanted)}
-    environment |= {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
+    # As many threads as here: with another number sums round otherwise, and the comparison is bit by bit.
+    threads = str(torch.get_num_threads())
+    environment |= {"HF_HOME": str(folder / "hf"), "OMP_NUM_THREADS": threads, "NO_PROXY": "127.0.0.1"}
     if hub is None:
         environment["HF_HUB_OFFLINE"] = "1"
     else:
