@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from . import EMBEDDED, __version__
 from .adapters import PARTS, check_fits, same_fingerprint
 from .calibration import Calibration, prediction_threshold
-from .checkpoints import disk_errors, flush
+from .checkpoints import disk_errors, written_whole
 from .prompts import PROMPT_DESIGNS, check_category
 from .settings import InspectionSettings
 
@@ -125,24 +124,9 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
     }
     # By number: a category may have any name.
     tensors |= {f"bank.{index}": pipe.bank[category].contiguous() for index, category in enumerate(categories)}
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    with disk_errors("save_directory", folder):
-        try:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
-            flush(partial)
-            if folder.exists():
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(folder, old)
-            os.replace(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            if old.exists() and not folder.exists():
-                os.rename(old, folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+    with disk_errors("save_directory", folder), written_whole(folder) as partial:
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
 
 
 def read_adaptation(source, pipe, **hub) -> StoredAdaptation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from .bundle import bundle_source, component_sources
-from .checkpoints import disk_errors, flush, remove
+from .checkpoints import disk_errors, written_whole
 from .model_card import PLACEHOLDER, hub_id, model_card
 
 INDEX, FACTS, CARD, CODE = "model_index.json", "adaptation.json", "README.md", "pipeline.py"
@@ -62,21 +61,12 @@ def export(
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (overwrite and earlier)):
         remedy = "give a new folder, or `overwrite=True`" if earlier else "give a new or empty folder"
         raise ValueError(f"`folder` '{folder}' holds something already; {remedy}.")
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    with disk_errors("folder", folder):
-        try:
-            partial.mkdir(parents=True)
-            if adaptation is None:
-                pipe.save_pretrained(partial)
-            else:
-                pipe.save_adaptation(partial, adaptation)
-            _complete(partial, repo_id, figures, license)
-            flush(partial)
-            remove(folder)
-            os.replace(partial, folder)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
+    with disk_errors("folder", folder), written_whole(folder) as partial:
+        if adaptation is None:
+            pipe.save_pretrained(partial)
+        else:
+            pipe.save_adaptation(partial, adaptation)
+        _complete(partial, repo_id, figures, license)
     return folder
 
 

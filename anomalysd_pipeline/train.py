@@ -23,7 +23,6 @@ import argparse
 import dataclasses
 import os
 import shlex
-import shutil
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -43,7 +42,7 @@ from .adaptation import AdaptedWeights, fine_tune, resolve_precision
 from .adaptation_settings import AdaptationSettings
 from .adaptations import default_name
 from .calibration import prediction_threshold
-from .checkpoints import disk_errors, flush, list_checkpoints, remove
+from .checkpoints import disk_errors, list_checkpoints, remove, written_whole
 from .pipeline import AnomalySDPipeline
 from .prompts import check_category
 from .train_data import Shots, read_prompts, read_shots
@@ -296,17 +295,9 @@ def save(args: argparse.Namespace, pipe: AnomalySDPipeline, name: str, weights: 
         pipe.save_adaptation(folder, name)
     else:
         folder, other = args.output_dir / PIPELINE, args.output_dir / ADAPTATION
-        partial = folder.with_name(f".{folder.name}.partial")
-        with disk_errors("output_dir", args.output_dir, "go on with `--resume_from_checkpoint latest`"):
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-                pipe.save_pretrained(partial)
-                flush(partial)
-                remove(folder)
-                os.replace(partial, folder)
-            except BaseException:
-                shutil.rmtree(partial, ignore_errors=True)
-                raise
+        remedy = "go on with `--resume_from_checkpoint latest`"
+        with disk_errors("output_dir", args.output_dir, remedy), written_whole(folder) as partial:
+            pipe.save_pretrained(partial)
     remove(other)  # of an earlier run with the other method
     return folder
 
