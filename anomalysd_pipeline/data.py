@@ -1,9 +1,8 @@
-"""Pictures in: safe loading, folders, MVTec-AD's layout, seeded few-shot draws, and the tensors made from them."""
+"""Pictures in: safe loading, folders, and the tensors made from them."""
 
 import os
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +39,10 @@ def load_image(source) -> Image.Image:
             type, or holds values that are not finite or out of range; the sentence names the source and the remedy.
     """
     if isinstance(source, Image.Image):
-        return _flatten(_decode(source, "`source`, a PIL image,"), "`source`, a PIL image,", "white")
+        return flatten(_decode(source, "`source`, a PIL image,"), "`source`, a PIL image,", "white")
     if isinstance(source, (str, os.PathLike)):
         name = f"`source` '{os.fspath(source)}'"
-        with _open(source, name) as image:
-            return _flatten(_decode(image, name), name, "white")
+        return flatten(open_image(source, name), name, "white")
     if isinstance(source, torch.Tensor):
         return _from_array(_channels_last(source), f"`source`, a tensor of shape {list(source.shape)},")
     if isinstance(source, np.ndarray):
@@ -52,6 +50,20 @@ def load_image(source) -> Image.Image:
     raise ValueError(
         f"`source` is a {type(source).__name__}; give a path, a PIL image, a NumPy array or a torch tensor instead."
     )
+
+
+def open_image(path: str | os.PathLike, name: str) -> Image.Image:
+    """Decodes a file's first frame with the checks of `load_image`: upright, in the mode it has in the file.
+
+    Args:
+        path: a picture file.
+        name: what an error calls it, such as "`path` 'mask.png'".
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    with _open(path, name) as image:
+        return _decode(image, name)
 
 
 def _open(path: str | os.PathLike, name: str) -> Image.Image:
@@ -108,8 +120,12 @@ def _too_large(name: str, size: str = "") -> str:
     return f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels{size}; scale it down or cut out the part."
 
 
-def _flatten(image: Image.Image, name: str, background: str) -> Image.Image:
-    """Any mode to RGB; transparent pixels show the `background` color."""
+def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
+    """Any mode to RGB, gray of any depth as `load_image` reads it; transparent pixels show the `background` color.
+
+    Raises:
+        ValueError: gray values are not finite or out of range; the sentence starts with `name`.
+    """
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_gray(np.asarray(image).astype(np.float64), name, 65535)
     if image.mode == "F":
@@ -173,7 +189,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         array = np.rint(array / 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"{name} has type {array.dtype}; give uint8, uint16, or float in [0, 1].")
-    return _flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
+    return flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
 
 
 def list_images(source) -> list[Path]:
@@ -240,86 +256,6 @@ def load_images(
     return loaded
 
 
-@dataclass(frozen=True)
-class TestImage:
-    """A test picture. `label`: True where defective. `defect`: its folder's name, "good" for a normal part.
-    `mask_path`: the ground truth, None for a normal part and where the dataset has no mask for the picture."""
-
-    __test__ = False  # the name is the field's, not a pytest class
-
-    path: Path
-    label: bool
-    defect: str
-    mask_path: Path | None
-
-
-@dataclass(frozen=True)
-class MVTecCategory:
-    """One category in MVTec-AD's layout: normal `train` pictures and labeled `test` pictures, each in path order."""
-
-    name: str
-    train: list[Path]
-    test: list[TestImage]
-
-
-def read_mvtec(root: str | os.PathLike, category: str) -> MVTecCategory:
-    """Lists a category: `train/good/*`, `test/<type>/*` and `ground_truth/<type>/<stem>_mask.png`.
-
-    Raises:
-        ValueError: the category, `train/good` or `test` is missing or holds no pictures, or a picture lies in `test`
-            itself. Ground truth may be missing: a dataset with labels alone still has image metrics.
-    """
-    folder = Path(root, category)
-    for required in (folder, folder / "train" / "good", folder / "test"):
-        if not os.path.isdir(required):
-            raise ValueError(
-                f"`root` '{root}' has no folder '{required.relative_to(root).as_posix()}'; give the folder that holds "
-                "'<category>/train/good' and '<category>/test/<type>' as `root`, and one of its names as `category`."
-            )
-    test = []
-    for path in list_images(folder / "test"):
-        defect, *inner = path.relative_to(folder / "test").parts
-        if not inner:
-            raise ValueError(f"`root` has '{path}' outside any defect type; move it to 'test/good' or 'test/<type>'.")
-        mask_path = folder / "ground_truth" / defect / f"{path.stem}_mask.png"
-        has_mask = defect != "good" and mask_path.is_file()
-        test.append(TestImage(path, defect != "good", defect, mask_path if has_mask else None))
-    return MVTecCategory(category, list_images(folder / "train" / "good"), test)
-
-
-def load_mask(path: str | os.PathLike, size: int | tuple[int, int] | None = None) -> np.ndarray:
-    """Reads a ground-truth mask as bool `[H, W]`, True on the defect.
-
-    Values are divided by 255, or by 1 where none exceeds 1, and binarized at 0.5; with `size` (a square's side, or
-    `(H, W)`) the binary mask is resized with antialiasing and binarized at 0.5 again. Transparency counts as black.
-
-    Raises:
-        ValueError: as `load_image`.
-    """
-    name = f"`path` '{os.fspath(path)}'"
-    with _open(path, name) as image:
-        gray = np.asarray(_flatten(_decode(image, name), name, "black").convert("L"))
-    mask = gray > 0.5 * (255 if gray.max() > 1 else 1)
-    height, width = mask.shape if size is None else (size, size) if isinstance(size, int) else size
-    soft = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(soft) > 0.5
-
-
-def draw_shots(paths: Iterable[str | os.PathLike], shots: int, seed: int) -> list[Path]:
-    """Draws `shots` pictures without replacement, the same for the same names and seed on every machine.
-
-    The paths are sorted first, so their order does not matter, and draws of one seed are nested: the first two of
-    four shots are the two shots.
-
-    Raises:
-        ValueError: `shots` is negative or exceeds the number of pictures.
-    """
-    ordered = sorted(map(Path, paths), key=Path.as_posix)
-    if not 0 <= shots <= len(ordered):
-        raise ValueError(f"`shots` is {shots} with {len(ordered)} pictures; give a number from 0 to {len(ordered)}.")
-    return [ordered[index] for index in np.random.default_rng(seed).permutation(len(ordered))[:shots]]
-
-
 def to_tensor(image: Image.Image, size: int | tuple[int, int]) -> torch.Tensor:
     """An RGB image as float32 `[3, H, W]` in [-1, 1].
 
@@ -383,3 +319,23 @@ def augment(
         return varied
     options = {"mode": "nearest", "padding_mode": "reflection", "align_corners": False}
     return varied, torch.nn.functional.grid_sample(mask[None, None].to(image), grid, **options)[0, 0] > 0.5
+
+
+def varied(images: torch.Tensor, copies: int, seed: int = 0) -> torch.Tensor:
+    """Normal pictures and `copies` varied ones of each, as `augment` varies them by default.
+
+    Args:
+        images: float `[K, 3, H, W]` in [-1, 1].
+        copies: 0 or more.
+        seed: of the variation; the copies of a picture are the same on every machine.
+
+    Returns:
+        float `[(1 + copies) K, 3, H, W]`: the pictures, then one copy of each after the other.
+
+    Raises:
+        ValueError: `copies` is negative.
+    """
+    if not isinstance(copies, int) or copies < 0:
+        raise ValueError(f"`copies` must be a whole number of at least 0, got {copies!r}.")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([images, *(torch.stack([augment(i, generator) for i in images]) for _ in range(copies))])

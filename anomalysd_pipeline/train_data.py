@@ -9,7 +9,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from .data import draw_shots, list_images, load_image, read_mvtec
+from .data import list_images, load_image
+from .datasets import draw_shots, read_dataset
 from .prompts import PromptBook, check_category
 from .synthetic import normal_images
 from .train_options import DEFAULT_SHOTS
@@ -55,15 +56,18 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
         except ValueError as error:
             raise ValueError(str(error).replace("`source`", "`--normal`")) from error
         return {args.category: _load(args.category, paths, args.shots, args.seed, "--normal", report)}
+    for name in args.categories or ():
+        _check_name(name, "--categories")
+    try:
+        found = read_dataset(args.data, args.categories)
+    except ValueError as error:
+        sentence = str(error).replace("`root`", "`--data`").replace("`category`", "`--categories`")
+        raise ValueError(sentence.replace("`categories`", "`--categories`")) from error
     shots: Shots = {}
-    for category in args.categories or _find_categories(args.data):
-        _check_name(category, "--categories")
-        try:
-            paths = read_mvtec(args.data, category).train
-        except ValueError as error:
-            raise ValueError(str(error).replace("`root`", "`--data`").replace("`source`", "`--data`")) from error
-        count = min(DEFAULT_SHOTS, len(paths)) if args.shots is None else args.shots
-        shots[category] = _load(category, paths, count, args.seed, "--data", report)
+    for name, category in found.items():
+        _check_name(name, "--data")
+        count = min(DEFAULT_SHOTS, len(category.train)) if args.shots is None else args.shots
+        shots[name] = _load(name, category.train, count, args.seed, "--data", report)
     return shots
 
 
@@ -105,16 +109,6 @@ def _check_name(category: str, option: str) -> None:
         check_category(category)
     except ValueError as error:
         raise ValueError(str(error).replace("`category`", f"`{option}`")) from error
-
-
-def _find_categories(root: Path) -> list[str]:
-    found = sorted(folder.parent.parent.name for folder in root.glob("*/train/good") if folder.is_dir())
-    if not found:
-        raise ValueError(
-            f"`--data` '{root}' has no folder of the form '<category>/train/good'; give a data set in the layout of "
-            "MVTec-AD, or plain pictures with `--normal` and `--category`."
-        )
-    return found
 
 
 def _load(

@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.data import draw_shots, load_image, load_mask, read_mvtec, to_tensor
+from anomalysd_pipeline.data import load_image, to_tensor
+from anomalysd_pipeline.datasets import draw_shots, load_mask, read_mvtec
 from anomalysd_pipeline.detection import score_maps
 from anomalysd_pipeline.images import resize
 from anomalysd_pipeline.metrics import image_metrics, pixel_metrics

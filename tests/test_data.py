@@ -1,4 +1,4 @@
-"""Pictures in: every kind that should load, every kind that should not, folders, draws and augmentation."""
+"""Pictures in: every kind that should load, every kind that should not, folders and augmentation."""
 
 import math
 import warnings
@@ -9,17 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.data import (
-    TestImage,
-    augment,
-    draw_shots,
-    list_images,
-    load_image,
-    load_images,
-    load_mask,
-    read_mvtec,
-    to_tensor,
-)
+from anomalysd_pipeline.data import augment, list_images, load_image, load_images, to_tensor
 
 
 @pytest.fixture(autouse=True)
@@ -262,71 +252,6 @@ class TestLists:
         assert [path for path, _ in reported] == [folder / "b.png"] and str(folder / "b.png") in reported[0][1]
         with pytest.raises(ValueError, match="b.png"):
             load_images([folder / "b.png", folder / "good.png"])
-
-
-class TestMVTec:
-    @pytest.fixture
-    def root(self, tmp_path):
-        for name in ("train/good/001.png", "train/good/000.png", "test/good/000.png", "test/scratch/000.png",
-                     "test/scratch/001.png", "ground_truth/scratch/000_mask.png"):  # fmt: skip
-            (tmp_path / "nut" / name).parent.mkdir(parents=True, exist_ok=True)
-            picture().save(tmp_path / "nut" / name)
-        return tmp_path
-
-    def test_layout(self, root):
-        category, folder = read_mvtec(root, "nut"), root / "nut"
-        assert category.name == "nut"
-        assert category.train == [folder / "train/good/000.png", folder / "train/good/001.png"]
-        assert category.test == [
-            TestImage(folder / "test/good/000.png", False, "good", None),
-            TestImage(folder / "test/scratch/000.png", True, "scratch", folder / "ground_truth/scratch/000_mask.png"),
-            TestImage(folder / "test/scratch/001.png", True, "scratch", None),
-        ]
-
-    def test_missing_folders(self, root):
-        with pytest.raises(ValueError, match="`root`.*'bolt'"):
-            read_mvtec(root, "bolt")
-        (root / "bolt/train").mkdir(parents=True)
-        with pytest.raises(ValueError, match="`root`.*'bolt/train/good'"):
-            read_mvtec(root, "bolt")
-
-    def test_unlabeled_test_picture(self, root):
-        picture().save(root / "nut/test/stray.png")
-        with pytest.raises(ValueError, match="stray.png"):
-            read_mvtec(root, "nut")
-
-    def test_load_mask(self, tmp_path):
-        gray = np.zeros((20, 30), np.uint8)
-        gray[5:15, 6:18] = 255
-        gray[0] = 127
-        gray[1] = 128
-        Image.fromarray(gray).save(tmp_path / "m.png")
-        mask = load_mask(tmp_path / "m.png")
-        assert mask.dtype == bool and np.array_equal(mask, gray >= 128)
-        twice = np.kron(gray >= 128, np.ones((2, 2), bool))
-        assert (load_mask(tmp_path / "m.png", (40, 60)) == twice).mean() > 0.97
-        assert load_mask(tmp_path / "m.png", 16).shape == (16, 16)
-        Image.fromarray((gray == 255).astype(np.uint8)).save(tmp_path / "labels.png")
-        assert np.array_equal(load_mask(tmp_path / "labels.png", (20, 30)), gray == 255)
-        with pytest.raises(ValueError, match="`path`.*nowhere"):
-            load_mask(tmp_path / "nowhere.png")
-
-
-class TestDrawShots:
-    names = [f"{index:03d}.png" for index in range(10)]
-
-    def test_depends_on_names_and_seed_alone(self):
-        drawn = draw_shots(self.names, 4, seed=1)
-        assert drawn == draw_shots(self.names[::-1], 4, seed=1)
-        assert len(set(drawn)) == 4 and {str(path) for path in drawn} <= set(self.names)
-        assert draw_shots(self.names, 2, seed=1) == drawn[:2]
-        assert len({tuple(draw_shots(self.names, 4, seed)) for seed in range(5)}) > 1
-        assert draw_shots(self.names, 0, seed=1) == []
-
-    @pytest.mark.parametrize("shots", [11, -1])
-    def test_bad_shots(self, shots):
-        with pytest.raises(ValueError, match="`shots`"):
-            draw_shots(self.names, shots, seed=0)
 
 
 class TestTensors:

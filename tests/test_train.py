@@ -17,7 +17,7 @@ from PIL import Image
 from anomalysd_pipeline import AnomalySDPipeline, synthetic, train
 from anomalysd_pipeline.adaptation_settings import AdaptationSettings
 from anomalysd_pipeline.checkpoints import list_checkpoints
-from anomalysd_pipeline.data import draw_shots
+from anomalysd_pipeline.datasets import draw_shots
 from anomalysd_pipeline.train_options import add_arguments, given_settings
 from anomalysd_pipeline.train_reports import LossCurve
 
@@ -340,7 +340,7 @@ class TestRefusals:
             ("--synthetic ring --categories ring", "`--categories` chooses"),
             ("--data empty", "'<category>/train/good'"),
             ("--data empty --categories ../ring", "`--categories` must be a plain name"),
-            ("--data empty --categories ring", "`--data` 'empty' has no folder 'ring'"),
+            ("--data empty --categories ring", "`--data` 'empty' has no folder of the form"),
             ("--synthetic ring --prompts gone.json", "`--prompts` 'gone.json' cannot be read"),
             ("--synthetic ring --prompts text.png", "`--prompts` 'text.png' cannot be read"),
             ("--synthetic wood --prompts ring.json", "has prompts for 'ring', but what is trained is 'wood'"),
