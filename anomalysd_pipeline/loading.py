@@ -8,9 +8,12 @@ import torch
 
 from . import EMBEDDED
 from .adaptation_folder import adaptation_base_of, is_adaptation_folder
+from .backbones import backbone_kind
 from .components import own_components
 from .prototypes import PrototypeExtractor
 from .scoring import PerceptualDistance
+
+_TIMM_MODEL = "tf_efficientnet_b6"
 
 
 class LoadingMixin:
@@ -21,7 +24,7 @@ class LoadingMixin:
         cls,
         pretrained_model_name_or_path=None,
         *,
-        timm_model: str = "tf_efficientnet_b6",
+        timm_model: str | None = None,
         timm_checkpoint: str | None = None,
         alexnet_checkpoint: str | None = None,
         lpips_checkpoint: str | None = None,
@@ -35,15 +38,19 @@ class LoadingMixin:
 
         Args:
             pretrained_model_name_or_path: Hub id or folder; None: the embedded checkpoint (`EMBEDDED`).
-            timm_model, timm_checkpoint: the extractor for a bare checkpoint, and its weights as a local file (None:
-                timm downloads them).
+            timm_model: the extractor, also in place of the checkpoint's own: a timm name such as
+                "vit_small_patch14_dinov2.lvd142m". None: the checkpoint's own, or "tf_efficientnet_b6" where it has
+                none.
+            timm_checkpoint: its weights as a local file; None: timm downloads them, unless the checkpoint's own
+                extractor is a `timm_model` already.
             alexnet_checkpoint, lpips_checkpoint: torchvision's AlexNet and LPIPS' layer weights as local files (None:
                 torchvision downloads the first, the second lies in the `lpips` package).
             **kwargs: those of `DiffusionPipeline.from_pretrained`, such as `dtype`, `variant`, `cache_dir`,
                 `local_files_only`, and components to use in place of the stored ones.
 
         Raises:
-            ValueError: for a UNet without 9 input channels or a weights file that does not fit.
+            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or a `timm_model` other
+                than that of the prototypes which the checkpoint holds.
         """
         if kwargs.get("torch_dtype") is None:
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
@@ -51,18 +58,26 @@ class LoadingMixin:
         path = pretrained_model_name_or_path or EMBEDDED
         if is_adaptation_folder(path):
             base, resolution = adaptation_base_of(path)
-            pipe = cls.from_pretrained(base, **{"resolution": resolution, **kwargs})
+            pipe = cls.from_pretrained(
+                base,
+                timm_model=timm_model,
+                timm_checkpoint=timm_checkpoint,
+                alexnet_checkpoint=alexnet_checkpoint,
+                lpips_checkpoint=lpips_checkpoint,
+                **{"resolution": resolution, **kwargs},
+            )
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
         pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
         made = {}
-        if pipe.extractor is None:
-            made["extractor"] = PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint)
+        if kwargs.get("extractor") is None and _wants_extractor(pipe, timm_model, timm_checkpoint):
+            made["extractor"] = _make_extractor(timm_model or _TIMM_MODEL, timm_checkpoint, pipe.config.resolution)
         if pipe.perceptual is None:
             made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
-        # Assignment would leave them unregistered, because they were registered as missing.
-        pipe.register_modules(**{name: module.to(pipe.unet.dtype) for name, module in made.items()})
+        # Assignment would leave those unregistered that were registered as missing.
+        made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
+        pipe.register_modules(**made)
         return pipe
 
     def push_to_hub(self, repo_id: str, **kwargs) -> str:
@@ -82,3 +97,41 @@ class LoadingMixin:
         from .publishing import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
+
+
+def _wants_extractor(pipe, timm_model: str | None, timm_checkpoint: str | os.PathLike | None) -> bool:
+    """Whether another extractor than the pipeline's own is asked for.
+
+    Raises:
+        ValueError: if prototypes were made with its own, or weights are given without saying of which model.
+    """
+    if pipe.extractor is None:
+        return True
+    own = pipe.extractor.config.model_name
+    if timm_model is None and timm_checkpoint is not None:
+        raise ValueError(
+            f"`timm_checkpoint` must come with a `timm_model`, because this checkpoint has an extractor ({own}); give "
+            "both to replace it, or neither."
+        )
+    if timm_model is None or (timm_model == own and timm_checkpoint is None):
+        return False
+    if pipe.bank.categories:
+        raise ValueError(
+            f"`timm_model` {timm_model!r} would replace the extractor {own}, which made the prototypes of "
+            f"{', '.join(map(repr, pipe.bank.categories))}; leave `timm_model` out, or first remove these parts by "
+            "`remove_category` and save the pipeline."
+        )
+    return True
+
+
+def _make_extractor(timm_model: str, timm_checkpoint: str | os.PathLike | None, resolution: int) -> PrototypeExtractor:
+    names = {"`model_name`": "`timm_model`", "`checkpoint_path`": "`timm_checkpoint`"}
+    try:
+        # A network that takes pictures of one size only is made for those that it will get.
+        image_size = None if backbone_kind(timm_model, {}).any_size else resolution
+        return PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint, image_size=image_size)
+    except ValueError as error:
+        message = str(error)
+        for theirs, ours in names.items():
+            message = message.replace(theirs, ours)
+        raise ValueError(message) from error

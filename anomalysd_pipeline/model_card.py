@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from . import EMBEDDED, __version__
-from .settings import InspectionSettings
+from .settings import InspectionSettings, checkpoint_settings
 
 PLACEHOLDER = "path/to/this/folder"
 """Stands in the code of a card where no repository is known yet."""
@@ -201,9 +201,8 @@ def _settings(facts: Mapping, kind: str) -> str:
     rows = []
     if kind == "pipeline":
         preset = facts["default_preset"]
-        checkpoint = {key: facts[key] for key in ("noise_strength", "prototype_weight", "feature_weight")}
         overrides = facts["preset_overrides"].get(preset, {})
-        chosen = InspectionSettings.resolve(preset, [{"guidance_scale": 1.0}, checkpoint, overrides])
+        chosen = InspectionSettings.resolve(preset, [{"guidance_scale": 1.0}, checkpoint_settings(facts), overrides])
         common = {"preset": preset, "resolution": f"{facts['resolution']} px", "rotations": facts["rotations"]}
         rows = [[f"`{key}`", value] for key, value in {**common, **chosen.to_dict()}.items()]
     own = {c: r["noise_strength"] for c, r in (facts.get("categories") or {}).items() if r.get("noise_strength")}

@@ -13,73 +13,102 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from .backbones import backbone_kind, create_backbone, load_weights
+from .coreset import greedy_coreset
+
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**24
 _ROUNDING = 1e-10
-_PROJECTED_DIM = 32
 _IMAGES_PER_PASS = 4
-
-
-def _create_features(model_name: str, out_indices: tuple[int, ...], model_kwargs: dict, **weights) -> nn.Module:
-    import timm
-
-    if not timm.is_model(model_name):
-        raise ValueError(f"`model_name` must be a model that timm knows, got {model_name!r}.")
-    model = timm.create_model(model_name, features_only=True, out_indices=out_indices, **weights, **model_kwargs)
-    if hasattr(model, "_stage_out_idx"):
-        # timm's EfficientNets run every stage whatever `out_indices` asks for; the later ones are most of the cost.
-        model.blocks = model.blocks[: max(model._stage_out_idx)]
-    return model
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
     """Frozen timm backbone that turns a picture into one feature vector per position, psi of Eq. (12).
 
     For EfficientNets the paper's second and third feature levels are timm's `out_indices` 1 and 2, at strides 4 and 8:
-    psi has stride 4, and 40 + 72 = 112 channels for B6. Plain vision transformers give every level at the patch
-    stride; they want an `image_size`.
+    psi has stride 4, and 40 + 72 = 112 channels for B6. Other CNNs and hierarchical transformers get the same two.
+
+    Plain vision transformers (ViT, DeiT, DINOv2, DINOv3, EVA, BEiT; not in the paper) give the patch tokens of their
+    last block after the final normalization, at unit length, so that E of Eq. (14) is 2 - 2 cos, in [0, 4]. Class and
+    register tokens are left out, and pictures are resized to the nearest multiples of the patch.
 
     A new object has random weights and is in eval mode, so that `forward` leaves BatchNorm's statistics alone; use
     [`from_timm`] or `from_pretrained` for trained weights.
 
     Args:
         model_name: timm model name, with or without a pretrained tag.
-        out_indices: timm feature levels, the one with the finest grid first.
-        image_size: Side in px to which pictures are resized first; None keeps theirs.
-        normalize: "none" (the paper), or "layer": every level's channel vectors are scaled to unit length.
+        out_indices: timm feature levels, the one with the finest grid first; None: (1, 2), or the last of a plain
+            transformer.
+        image_size: Side in px to which pictures are resized first; None keeps theirs, or takes the model's own where
+            it is made for one size only.
+        normalize: "none" (the paper), or "layer": every level's channel vectors are scaled to unit length; None:
+            "none", or "layer" for a plain transformer.
         model_kwargs: Further arguments of `timm.create_model`.
         mean: Per-channel mean of pictures in [0, 1]; None: the model's own.
         std: Per-channel standard deviation of pictures in [0, 1]; None: the model's own.
         color_weight: Where above 0, the colors of the 3 x 3 grid cells around each position, times this, are 27 more
             channels of psi (not in the paper): small backbones see less of a color than the eye does.
+        final_norm: Whether a plain transformer's last normalization is applied to each level; None: where
+            `out_indices` is None too.
 
     Raises:
-        ValueError: If timm does not know `model_name` or `normalize` is another word.
+        ValueError: If timm does not know `model_name`, the model has no such `out_indices`, `normalize` is another
+            word, `image_size` is not positive, or `final_norm` is asked of another network.
     """
 
     @register_to_config
     def __init__(
         self,
         model_name: str = "tf_efficientnet_b6",
-        out_indices: tuple[int, ...] = (1, 2),
+        out_indices: tuple[int, ...] | None = None,
         image_size: int | None = None,
-        normalize: str = "none",
+        normalize: str | None = None,
         model_kwargs: dict | None = None,
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         color_weight: float = 0.0,
+        final_norm: bool | None = None,
     ):
         super().__init__()
-        if normalize not in NORMALIZATIONS:
+        if normalize not in (None, *NORMALIZATIONS):
             raise ValueError(f"`normalize` must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}.")
-        self.model = _create_features(model_name, tuple(out_indices), dict(model_kwargs or {}), pretrained=False)
+        if image_size is not None and image_size < 1:
+            raise ValueError(
+                f"`image_size` must be at least 1 pixel, or None for the pictures' own, got {image_size}."
+            )
+        self.kind = backbone_kind(model_name, dict(model_kwargs or {}))
+        if final_norm and not self.kind.is_plain:
+            raise ValueError(f"`final_norm` must be left out for {model_name}, which is no plain vision transformer.")
+        if final_norm is None:
+            final_norm = self.kind.is_plain and out_indices is None
+        if out_indices is None:
+            out_indices = (-1,) if self.kind.is_plain else (1, 2)
+        depth = self.kind.depth
+        if not out_indices or not all(-depth <= index < depth for index in out_indices):
+            raise ValueError(
+                f"`out_indices` must name levels of {model_name}, which are 0 to {depth - 1}, got {list(out_indices)}."
+            )
+        if image_size is None and not self.kind.any_size:
+            image_size = self.kind.own_size
+        # In the config, so that a reload does not depend on the pretrained configurations of the installed timm.
+        self.register_to_config(
+            out_indices=[index % depth for index in out_indices],
+            image_size=image_size,
+            normalize=normalize or ("layer" if self.kind.is_plain else "none"),
+            final_norm=final_norm,
+        )
+        self.model = self._create(pretrained=False)
         mean = list(mean or self.model.pretrained_cfg["mean"])
         std = list(std or self.model.pretrained_cfg["std"])
-        # In the config, so that a reload does not depend on the pretrained configurations of the installed timm.
         self.register_to_config(mean=mean, std=std)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.eval()
+
+    def _create(self, **weights) -> nn.Module:
+        c = self.config
+        arguments = {**(c.model_kwargs or {}), **self.kind.size_arguments(c.image_size)}
+        return create_backbone(c.model_name, tuple(c.out_indices), c.final_norm, arguments, **weights)
 
     @classmethod
     def from_timm(
@@ -87,12 +116,13 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         model_name: str = "tf_efficientnet_b6",
         pretrained: bool = True,
         checkpoint_path: str | Path | None = None,
-        out_indices: tuple[int, ...] = (1, 2),
+        out_indices: tuple[int, ...] | None = None,
         image_size: int | None = None,
-        normalize: str = "none",
+        normalize: str | None = None,
         model_kwargs: dict | None = None,
+        final_norm: bool | None = None,
     ) -> "PrototypeExtractor":
-        """Create an extractor with ImageNet weights.
+        """Create an extractor with trained weights.
 
         Args:
             pretrained: Let timm download the weights; ignored with `checkpoint_path`.
@@ -101,30 +131,14 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         See the class for the others.
 
         Raises:
-            ValueError: If `checkpoint_path` does not exist or does not hold weights of `model_name`.
+            ValueError: If `checkpoint_path` does not exist or does not hold all weights of `model_name`.
         """
-        extractor = cls(model_name, out_indices, image_size, normalize, model_kwargs)
-        weights = {"pretrained": pretrained}
+        extractor = cls(model_name, out_indices, image_size, normalize, model_kwargs, final_norm=final_norm)
         if checkpoint_path is not None:
-            from timm.models import load_state_dict
-
-            if not Path(checkpoint_path).is_file():
-                raise ValueError(f"`checkpoint_path` must be an existing weights file, got {str(checkpoint_path)!r}.")
-            state = load_state_dict(str(checkpoint_path), device="cpu", weights_only=True)
-            weights = {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": state, "custom_load": False}}
-        if weights["pretrained"]:
-            mismatch = f"`checkpoint_path` must hold weights of {model_name}, got {str(checkpoint_path)!r}"
-            try:
-                loaded = _create_features(model_name, tuple(out_indices), dict(model_kwargs or {}), **weights)
-            except (RuntimeError, KeyError) as error:
-                if checkpoint_path is None:
-                    raise
-                raise ValueError(f"{mismatch}: {error}") from error
-            # timm loads feature extractors non-strictly: a file of another model could pass without filling anything.
-            if checkpoint_path is not None and not _shares_a_weight(loaded, state):
-                raise ValueError(f"{mismatch}.")
-            extractor.model.load_state_dict(loaded.state_dict())
-        return extractor
+            extractor.model = load_weights(checkpoint_path, model_name, extractor._create)
+        elif pretrained:
+            extractor.model = extractor._create(pretrained=True)
+        return extractor.eval()
 
     def forward(self, x: Tensor) -> Tensor:
         """psi(x) of Eq. (12): the levels, upsampled to the first one's grid and concatenated.
@@ -140,17 +154,16 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         """
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"`x` must be [N, 3, H, W], got {list(x.shape)}.")
+        wanted = x.shape[-2:] if self.config.image_size is None else (self.config.image_size,) * 2
+        size = tuple(self.kind.side(length) for length in wanted)
+        if x.shape[-2:] != size:
+            # In float32: CPUs cannot resize in half precision.
+            x = F.interpolate(x.float(), size=size, mode="bilinear", antialias=True)
         x = x.to(self.pixel_mean.dtype)
-        if self.config.image_size is not None and x.shape[-2:] != (self.config.image_size,) * 2:
-            x = F.interpolate(x, size=(self.config.image_size,) * 2, mode="bilinear", antialias=True)
         levels = []
-        for level, channels in zip(
-            self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std),
-            self.model.feature_info.channels(),
-            strict=False,
-        ):
-            if level.shape[1] != channels:
-                level = level.permute(0, 3, 1, 2)  # hierarchical transformers give [N, h, w, C]
+        for level in self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std):
+            if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
+                level = level.permute(0, 3, 1, 2)  # hierarchical transformers
             if self.config.normalize == "layer":
                 level = F.normalize(level.float(), dim=1).to(level.dtype)
             if levels and level.shape[-2:] != levels[0].shape[-2:]:
@@ -161,15 +174,6 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(len(x), -1, *cells.shape[-2:])
             levels.append(self.config.color_weight * around)  # [N, 27, h, w]
         return torch.cat(levels, dim=1)
-
-
-def _shares_a_weight(model: nn.Module, state: dict[str, Tensor]) -> bool:
-    return any(
-        weight.shape == other.shape and torch.equal(weight, other.to(weight.dtype))
-        for weight in model.parameters()
-        if weight.ndim > 1
-        for other in state.values()
-    )
 
 
 class PrototypeBank(ModelMixin, ConfigMixin):
@@ -288,45 +292,6 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             rounding = _ROUNDING * (part + center).square().sum(dim=1)
             nearest.append(torch.where(distance > rounding, distance, torch.zeros_like(distance)))
         return torch.cat(nearest).view(n, h, w)
-
-
-@torch.no_grad()
-def greedy_coreset(features: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Indices of a k-center coreset: start anywhere, then again and again take the vector farthest from those taken.
-
-    Its largest gap is at most twice the smallest possible (Gonzalez 1985). Vectors of more than 32 channels are
-    compared by a random projection to 32. Takes O(M * size) time and O(M) memory.
-
-    Args:
-        features: [M, C].
-        size: Vectors to keep, >= 1.
-        seed: Of the first vector and of the projection.
-
-    Returns:
-        int64 [K] of distinct indices, K = min(size, M), less where vectors are duplicates of those taken.
-
-    Raises:
-        ValueError: If `size` is less than 1.
-    """
-    if size < 1:
-        raise ValueError(f"`size` must be at least 1, got {size}.")
-    generator = torch.Generator().manual_seed(seed)
-    features = features.float()
-    current = torch.randint(len(features), (1,), generator=generator).to(features.device)
-    if features.shape[1] > _PROJECTED_DIM:
-        features = features @ torch.randn(features.shape[1], _PROJECTED_DIM, generator=generator).to(features.device)
-    size = min(size, len(features))
-    chosen = torch.empty(size, dtype=torch.int64, device=features.device)
-    gaps = torch.empty(size, device=features.device)
-    gap = torch.full((len(features),), torch.inf, device=features.device)
-    for step in range(size):
-        chosen[step] = current[0]
-        gaps[step] = gap[current[0]]
-        # Differences rather than products: a duplicate of a taken vector must come out at exactly zero.
-        distance = torch.cdist(features, features[current], compute_mode="donot_use_mm_for_euclid_dist")[:, 0]
-        gap = torch.minimum(gap, distance)
-        current = gap.argmax().unsqueeze(0)
-    return chosen[gaps > 0]
 
 
 @torch.no_grad()

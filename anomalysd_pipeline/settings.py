@@ -6,11 +6,29 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
+_FAST = {"num_inference_steps": 20, "mask_scales": (1, 2, 4, 8), "mask_grouping": "grouped"}
+
 PRESETS = {
-    "paper": {"num_inference_steps": 50, "mask_scales": (1, 2, 4, 8), "mask_grouping": "none"},
-    "fast": {"num_inference_steps": 20, "mask_scales": (1, 2, 4, 8), "mask_grouping": "grouped"},
+    "paper": {
+        "num_inference_steps": 50,
+        "mask_scales": (1, 2, 4, 8),
+        "mask_grouping": "none",
+        "feature_weight": 0.0,
+    },
+    "fast": {**_FAST, "feature_weight": 0.0},
+    # For features of unit length, see docs/features.md: there E lies in [0, 4] and outweighs the perceptual distance.
+    "sota": {**_FAST, "feature_weight": 1.0},
 }
 """What a preset sets where the checkpoint's own config does not say otherwise."""
+
+
+def checkpoint_settings(config: Mapping) -> dict:
+    """The settings that a checkpoint's config stores for all presets, as a layer of `InspectionSettings.resolve`.
+
+    Its `feature_weight` of 0, the default, stands for none of its own, so that a preset can bring one.
+    """
+    own = {key: config[key] for key in ("noise_strength", "prototype_weight", "feature_weight")}
+    return {**own, "feature_weight": own["feature_weight"] or None}
 
 
 @dataclass(frozen=True)

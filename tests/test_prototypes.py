@@ -1,8 +1,6 @@
 import numpy as np
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from scipy import ndimage
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
@@ -14,9 +12,6 @@ from anomalysd_pipeline.prototypes import (
     collect_prototypes,
     greedy_coreset,
 )
-
-VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
-SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}
 
 
 def pictures(n, height=64, width=64, seed=1):
@@ -31,112 +26,6 @@ def vectors(*shape, seed=0):
 def extractor():
     torch.manual_seed(0)
     return PrototypeExtractor("resnet10t")
-
-
-class TestPrototypeExtractor:
-    def test_efficientnet_levels_two_and_three(self):
-        torch.manual_seed(0)
-        full = timm.create_model("tf_efficientnet_b0", pretrained=False).eval()
-        for module in full.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.running_mean.normal_(0, 0.1)
-        extractor = PrototypeExtractor("tf_efficientnet_b0")
-        extractor.model.load_state_dict(full.state_dict(), strict=False)
-
-        x = pictures(2, 64, 96)
-        mean, std = np.array(full.pretrained_cfg["mean"]), np.array(full.pretrained_cfg["std"])
-        inputs = ((x.numpy() + 1) / 2 - mean[:, None, None]) / std[:, None, None]
-        hidden = full.bn1(full.conv_stem(torch.from_numpy(inputs).float()))
-        second = full.blocks[1](full.blocks[0](hidden))
-        third = full.blocks[2](second)
-        third_up = torch.nn.Upsample(scale_factor=2, mode="bilinear")(third)
-        psi = extractor(x)
-        assert psi.shape == (2, 24 + 40, 16, 24)
-        torch.testing.assert_close(psi, torch.cat([second, third_up], 1), atol=1e-5, rtol=1e-4)
-
-    def test_does_not_carry_stages_it_does_not_use(self):
-        extractor = PrototypeExtractor("tf_efficientnet_b0")
-        assert len(extractor.model.blocks) == 3
-
-    def test_layer_normalization(self):
-        torch.manual_seed(0)
-        extractor = PrototypeExtractor("resnet10t", normalize="layer")
-        levels = extractor.model(((pictures(1) + 1) / 2 - extractor.pixel_mean) / extractor.pixel_std)
-        psi = extractor(pictures(1))
-        expected = levels[0] / levels[0].norm(dim=1, keepdim=True)
-        torch.testing.assert_close(psi[:, : expected.shape[1]], expected)
-        assert (psi[:, expected.shape[1] :].norm(dim=1) <= 1 + 1e-5).all()
-
-    @pytest.mark.parametrize("normalize", ["none", "layer"])
-    def test_vision_transformer(self, normalize):
-        torch.manual_seed(0)
-        extractor = PrototypeExtractor("vit_tiny_patch16_224", (0, 2), 32, normalize, VIT)
-        assert extractor(pictures(2, 50, 70)).shape == (2, 24, 4, 4)
-
-    def test_hierarchical_transformer(self):
-        torch.manual_seed(0)
-        extractor = PrototypeExtractor("swin_tiny_patch4_window7_224", (0, 1), 64, "none", SWIN)
-        assert extractor(pictures(1)).shape == (1, 8 + 16, 16, 16)
-
-    def test_leaves_batch_norm_alone(self, extractor):
-        before = {name: buffer.clone() for name, buffer in extractor.named_buffers()}
-        first = extractor(pictures(2))
-        assert torch.equal(extractor(pictures(2)), first)
-        assert all(torch.equal(buffer, before[name]) for name, buffer in extractor.named_buffers())
-
-    @pytest.mark.parametrize(
-        "arguments",
-        [
-            ("resnet10t",),
-            ("tf_efficientnet_b0",),
-            ("vit_tiny_patch16_224", (0, 2), 32, "layer", VIT),
-            ("swin_tiny_patch4_window7_224", (0, 1), 64, "none", SWIN),
-        ],
-    )
-    def test_save_and_load(self, tmp_path, arguments):
-        extractor = PrototypeExtractor(*arguments)
-        extractor.save_pretrained(tmp_path)
-        loaded = PrototypeExtractor.from_pretrained(tmp_path)
-        assert not loaded.training
-        state, expected = loaded.state_dict(), extractor.state_dict()
-        assert state.keys() == expected.keys() and all(torch.equal(state[key], expected[key]) for key in expected)
-        # Not bit-equal: where a mapped file puts a weight in memory may change the order of a product's sums.
-        torch.testing.assert_close(loaded(pictures(1)), extractor(pictures(1)), atol=1e-5, rtol=1e-5)
-
-    def test_saved_mean_and_std_win(self, tmp_path):
-        PrototypeExtractor("resnet10t", mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)).save_pretrained(tmp_path)
-        loaded = PrototypeExtractor.from_pretrained(tmp_path)
-        assert list(loaded.config.mean) == [0.1, 0.2, 0.3]
-        np.testing.assert_allclose(loaded.pixel_std.flatten(), [1, 2, 3])
-
-    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
-    @pytest.mark.parametrize("name", ["tf_efficientnet_b0", "resnet10t"])
-    def test_from_timm_with_a_local_file(self, tmp_path, suffix, name):
-        torch.manual_seed(5)
-        state = timm.create_model(name, pretrained=False).state_dict()
-        path = tmp_path / f"weights.{suffix}"
-        save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
-        loaded = PrototypeExtractor.from_timm(name, checkpoint_path=path)
-        expected = timm.create_model(name, features_only=True, out_indices=(1, 2))
-        expected.load_state_dict(state, strict=False)
-        inputs = ((pictures(1) + 1) / 2 - loaded.pixel_mean) / loaded.pixel_std
-        first = expected.eval()(inputs)[0]
-        torch.testing.assert_close(loaded(pictures(1))[:, : first.shape[1]], first)
-
-    def test_from_timm_rejects_other_weights(self, tmp_path):
-        with pytest.raises(ValueError, match="`checkpoint_path` must be an existing"):
-            PrototypeExtractor.from_timm("resnet10t", checkpoint_path=tmp_path / "absent.pth")
-        save_file({"unrelated": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
-        with pytest.raises(ValueError, match="`checkpoint_path` must hold weights of resnet10t"):
-            PrototypeExtractor.from_timm("resnet10t", checkpoint_path=tmp_path / "other.safetensors")
-
-    def test_rejects(self, extractor):
-        with pytest.raises(ValueError, match="`model_name`"):
-            PrototypeExtractor("resnet_that_is_not")
-        with pytest.raises(ValueError, match="`normalize`"):
-            PrototypeExtractor("resnet10t", normalize="all")
-        with pytest.raises(ValueError, match="`x`"):
-            extractor(torch.zeros(3, 64, 64))
 
 
 class TestPrototypeBank:

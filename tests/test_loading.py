@@ -1,0 +1,114 @@
+"""Another extractor for a pipeline: where `from_pretrained` makes it, and where it must not."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from diffusers import StableDiffusionInpaintPipeline
+from safetensors.torch import save_file
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.prototypes import PrototypeExtractor
+
+from .conftest import make_tiny_pipeline
+from .tiny import tiny_components
+
+NAME = "vit_tiny_patch16_224"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    path = tmp_path_factory.mktemp("timm") / "vit.safetensors"
+    torch.manual_seed(0)
+    save_file(timm.create_model(NAME).state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory, nuts):
+    """A saved pipeline with a category, whose bank is of the features of its own extractor."""
+    folder = tmp_path_factory.mktemp("learned") / "pipeline"
+    pipe = make_tiny_pipeline()
+    pipe.add_category("nut", nuts[:1])
+    pipe.save_pretrained(folder)
+    return folder
+
+
+class TestTimmModel:
+    def test_a_bare_checkpoint(self, tmp_path, weights, nuts):
+        components = tiny_components()
+        bare = StableDiffusionInpaintPipeline(
+            **{key: components[key] for key in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+        bare.save_pretrained(tmp_path / "bare")
+        pipe = AnomalySDPipeline.from_pretrained(
+            tmp_path / "bare",
+            timm_model=NAME,
+            timm_checkpoint=weights,
+            resolution=64,
+            default_preset="sota",
+            perceptual=components["perceptual"],
+        )
+        pipe.set_progress_bar_config(disable=True)
+        pipe.add_category("nut", nuts[:1])
+        assert pipe.bank["nut"].shape == (4 * 4 * 4, 192)
+        torch.testing.assert_close(pipe.bank["nut"].norm(dim=1), torch.ones(64))
+        options = {"num_inference_steps": 3, "mask_scales": (1,)}
+        out = pipe(nuts[2], category="nut", **options)
+        without = pipe(nuts[2], category="nut", feature_weight=0, **options)
+        assert out.pred_scores[0] > without.pred_scores[0]
+        pipe.save_pretrained(tmp_path / "saved")
+        loaded = AnomalySDPipeline.from_pretrained(tmp_path / "saved")
+        loaded.set_progress_bar_config(disable=True)
+        assert loaded.config.default_preset == "sota" and loaded.extractor.config.model_name == NAME
+        again = loaded(nuts[2], category="nut", **options)
+        np.testing.assert_allclose(again.pred_scores, out.pred_scores, rtol=1e-4)
+
+    def test_takes_the_place_of_another(self, tiny_pipeline_folder, weights, nuts):
+        pipe = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder, timm_model=NAME, timm_checkpoint=weights)
+        assert pipe.extractor.config.model_name == NAME and pipe.config.extractor[1] == "PrototypeExtractor"
+        pipe.add_category("nut", nuts[:1])
+        assert pipe.bank["nut"].shape[1] == 192
+
+    def test_not_where_prototypes_are_of_the_other(self, learned, weights, tmp_path):
+        with pytest.raises(ValueError, match="`timm_model` 'vit_tiny.*resnet10t.*'nut'.*remove_category"):
+            AnomalySDPipeline.from_pretrained(learned, timm_model=NAME, timm_checkpoint=weights)
+        pipe = AnomalySDPipeline.from_pretrained(learned)
+        pipe.remove_category("nut")
+        pipe.save_pretrained(tmp_path / "emptied")
+        pipe = AnomalySDPipeline.from_pretrained(tmp_path / "emptied", timm_model=NAME, timm_checkpoint=weights)
+        assert pipe.extractor.config.model_name == NAME
+
+    def test_its_own_is_kept(self, learned):
+        own = AnomalySDPipeline.from_pretrained(learned)
+        named = AnomalySDPipeline.from_pretrained(learned, timm_model="resnet10t")
+        assert named.categories == ["nut"]
+        assert all(map(torch.equal, own.extractor.parameters(), named.extractor.parameters()))
+        given = PrototypeExtractor("resnet10t", normalize="layer")
+        assert AnomalySDPipeline.from_pretrained(learned, extractor=given, timm_model=NAME).extractor is given
+
+    def test_a_network_of_one_size_is_made_for_the_resolution(self, tiny_pipeline_folder, tmp_path):
+        save_file(timm.create_model("xcit_nano_12_p16_224").state_dict(), tmp_path / "xcit.safetensors")
+        pipe = AnomalySDPipeline.from_pretrained(
+            tiny_pipeline_folder, timm_model="xcit_nano_12_p16_224", timm_checkpoint=tmp_path / "xcit.safetensors"
+        )
+        assert pipe.extractor.config.image_size == 64
+        assert pipe.extractor(torch.zeros(1, 3, 64, 64)).shape == (1, 128, 4, 4)
+
+    def test_reaches_the_base_of_an_adaptation(self, tmp_path):
+        (tmp_path / "adaptation.json").write_text(json.dumps({"base_model": "embedded", "resolution": 256}))
+        with pytest.raises(ValueError, match="`timm_model` must be a model that timm knows, got 'absent'"):
+            AnomalySDPipeline.from_pretrained(tmp_path, timm_model="absent")
+
+    def test_rejects(self, tiny_pipeline_folder, weights, tmp_path):
+        with pytest.raises(ValueError, match="`timm_checkpoint` must come with a `timm_model`.*resnet10t"):
+            AnomalySDPipeline.from_pretrained(tiny_pipeline_folder, timm_checkpoint=weights)
+        with pytest.raises(ValueError, match="`timm_checkpoint` must be an existing weights file"):
+            AnomalySDPipeline.from_pretrained(
+                tiny_pipeline_folder, timm_model=NAME, timm_checkpoint=tmp_path / "absent.pth"
+            )
