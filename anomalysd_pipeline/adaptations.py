@@ -112,7 +112,8 @@ class AdaptationMixin:
             if full:
                 self._replace_weights(weights)
             for category, images in shots.items():
-                self.add_category(category, images, (prompts or {}).get(category))
+                copies = weights.settings.bank_copies
+                self.add_category(category, images, (prompts or {}).get(category), copies=copies)
                 # Inspected with the prompts that it was trained with.
                 design = weights.settings.prompt_design
                 self._store_category(category, adaptation=None if full else name, prompt_design=design)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,13 @@ UNNAMED_CATEGORY = "part"
 AT_ONCE = 4
 """Pictures whose features and latents are computed together: fixed, so that no batch size can change their
 rounding."""
+
+
+def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager:
+    """Computes in `mixed_precision`, "bf16" or "fp16", what can be; "no" leaves everything as it is."""
+    if mixed_precision == "no":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision])
 
 
 def score_maps(
@@ -96,28 +104,30 @@ def score_maps(
                     current = (changed or {}).get("latents", current)
                 return current
 
-            repainted = repaint(
-                pipe.unet,
-                pipe.vae,
-                pipe.scheduler,
-                pictures[indices],
-                latents[indices],
-                masks,
-                noise[indices],
-                prompt_embeds.expand(len(jobs), -1, -1),
-                None if negative_embeds is None else negative_embeds.expand(len(jobs), -1, -1),
-                noise_strength=settings.noise_strength,
-                num_inference_steps=settings.num_inference_steps,
-                guidance_scale=settings.guidance_scale,
-                on_step=on_step,
-            )  # [B, 3, R, R]
+            with autocast(device, pipe.mixed_precision):
+                repainted = repaint(
+                    pipe.unet,
+                    pipe.vae,
+                    pipe.scheduler,
+                    pictures[indices],
+                    latents[indices],
+                    masks,
+                    noise[indices],
+                    prompt_embeds.expand(len(jobs), -1, -1),
+                    None if negative_embeds is None else negative_embeds.expand(len(jobs), -1, -1),
+                    noise_strength=settings.noise_strength,
+                    num_inference_steps=settings.num_inference_steps,
+                    guidance_scale=settings.guidance_scale,
+                    on_step=on_step,
+                )  # [B, 3, R, R]
+                features = pipe.perceptual.features(repainted)
             done += steps
-            features = pipe.perceptual.features(repainted)
             for finished in [picture for picture in references if picture < indices.min()]:
                 del references[finished]
             for picture in indices.unique().tolist():
                 if picture not in references:
-                    references[picture] = pipe.perceptual.features(pictures[picture, None])
+                    with autocast(device, pipe.mixed_precision):
+                        references[picture] = pipe.perceptual.features(pictures[picture, None])
                 own = indices == picture
                 chosen = [level[own] for level in features]
                 difference = pipe.perceptual.distance_map(references[picture], chosen, (side, side))  # [b, R, R]

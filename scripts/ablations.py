@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.adaptation import resolve_precision
 from anomalysd_pipeline.synthetic import UNSEEN
 from scripts.evaluate_embedded import drawn, evaluate, from_folder
 
@@ -29,12 +30,14 @@ ROWS = {
     "foreground masks": {"mask_design": "foreground"},
     "no prompts": {"prompt_design": "none"},
     "simple prompts": {"prompt_design": "simple"},
+    "varied bank": {"bank_copies": 1},
 }
 """Row to what it changes in the checkpoint's own way of adapting; None: no adaptation."""
 
 TABLES = {
     "Fine-tuned parts": ("none", "decoder", "denoiser", "both"),
     "Training masks": ("random masks", "foreground masks", "both"),
+    "Prototypes": ("both", "varied bank"),
     "Prompts": ("no prompts", "simple prompts", "both"),
 }
 COLUMNS = ("row", "seed", "category", "image", "pixel", "image_0", "pixel_0", "adapt_seconds", "adapted_to")
@@ -62,6 +65,7 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
     """One adaptation to the categories in `jobs`, and the inspection of their test pictures."""
     pipe = AnomalySDPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
+    pipe.mixed_precision = resolve_precision(arguments.mixed_precision, pipe.device)
     changes, began = ROWS[row], time.perf_counter()
     if changes is not None:
         given = {"steps": arguments.steps, "decoder_steps": arguments.decoder_steps, **changes}
@@ -130,6 +134,12 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
     parser.add_argument("--steps", type=int, default=None, help="of the denoiser; default: the checkpoint's own")
     parser.add_argument("--decoder_steps", type=int, default=None)
+    parser.add_argument(
+        "--mixed_precision",
+        choices=("auto", "no", "bf16", "fp16"),
+        default="auto",
+        help="of inspections; auto: bf16 where the processor computes in it (default: %(default)s)",
+    )
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
     if arguments.threads:
