@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+TEST_STAMP := $(VENV)/.installed-for-tests
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo app test lint format clean
@@ -22,7 +23,12 @@ install: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt
 	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV) ..."
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app,test,train]"
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app]"
+	@touch $@
+
+# The tests also need what is optional: the trackers, the peers of the evaluation, its figures.
+$(TEST_STAMP): $(STAMP)
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	@touch $@
 
 demo: $(STAMP)
@@ -31,14 +37,14 @@ demo: $(STAMP)
 app: $(STAMP)
 	@$(RUN) app.py
 
-test: $(STAMP)
+test: $(TEST_STAMP)
 	@$(RUN) -m pytest -q
 
-lint: $(STAMP)
+lint: $(TEST_STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 
-format: $(STAMP)
+format: $(TEST_STAMP)
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 

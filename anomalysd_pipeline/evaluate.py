@@ -1,0 +1,63 @@
+"""Figures for a data set with labels, on one processor or many. See docs/evaluation.md.
+
+    accelerate launch -m anomalysd_pipeline.evaluate --data mvtec --shots 1 2 4 --out results/mvtec
+
+The folder holds `results.parquet` (a row per picture), `summary.json`, `report.md` and `figures/`. A run that was
+interrupted is completed by the same command, also by another number of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from accelerate import PartialState
+
+from .evaluation.options import add_arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one evaluation.
+
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit status: 0 on success, 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
+
+    Raises:
+        SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
+    """
+    parser = argparse.ArgumentParser(
+        prog="anomalysd_pipeline.evaluate", description="Evaluate on a data set with labels, with `accelerate launch`."
+    )
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError) as error:
+        # By every process: the first that ends has the launcher end the others.
+        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("anomalysd: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs an evaluation with parsed options, see `evaluation.options.add_arguments`; on every process.
+
+    Raises:
+        ValueError: for input that cannot be used; in one sentence, with the names of the options.
+    """
+    from .evaluation.run import evaluate
+
+    evaluate(args, report=lambda sentence: print(sentence, flush=True))
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    if status == 0:  # after a failure, the others may not be there to agree
+        PartialState().destroy_process_group()
+    sys.exit(status)

@@ -1,0 +1,399 @@
+"""PatchCore, PaDiM, WinCLIP and DRAEM: anomalib's own models, without its trainer: ours are features and seeding."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import trange
+
+from ..data import to_tensor
+from ..prompts import readable_name
+from ..prototypes import PrototypeExtractor
+from .backbones import PEERS_HINT, Backbone, import_anomalib, load_backbone, seeded
+from .detector import Prediction, TensorDetector, require_normals
+
+_SCAFFOLD = "resnet10t"
+_LEVEL = "features"
+
+
+class _Features(nn.Module):
+    """A `Backbone` where anomalib expects its own extractor: a dictionary of levels."""
+
+    def __init__(self, backbone: Backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def train(self, mode: bool = True) -> _Features:
+        """Nothing: anomalib's models collect in training mode, in which BatchNorm would learn the pictures."""
+        return self
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        return {f"{_LEVEL}{index}": level for index, level in enumerate(self.backbone(images))}
+
+
+class _FeaturePeer(TensorDetector):
+    """What PatchCore and PaDiM share: a backbone, and embeddings of the normal pictures and their rotations."""
+
+    one_model_per_category = False
+
+    def __init__(self, backbone, levels: Sequence[int], resolution: int, rotations: int | None, device):
+        super().__init__()
+        if resolution < 32 or rotations not in (None, 1, 2, 4):
+            raise ValueError(
+                f"`resolution` must be at least 32 and `rotations` 1, 2 or 4, got {resolution} and {rotations}."
+            )
+        self.backbone = load_backbone(backbone, levels, device)
+        self.device, self.resolution, self.rotations = self.backbone.device, resolution, rotations
+
+    def describe(self) -> dict:
+        return {
+            "detector": self.name,
+            "implementation": f"anomalib {version('anomalib')}",
+            **self.backbone.facts,
+            "resolution": self.resolution,
+        }
+
+    def _install(self, model: nn.Module) -> nn.Module:
+        """Gives an anomalib model our features in place of those it was made with."""
+        model.feature_extractor = _Features(self.backbone)
+        model.layers = [f"{_LEVEL}{index}" for index in range(len(self.backbone.channels))]
+        return model.to(self.device)
+
+    def _show(self, model: nn.Module, normals: Sequence[Image.Image], rotations: int) -> None:
+        """Passes the normal pictures through `model` in training mode, in which anomalib's models collect them."""
+        model.train()
+        for image in normals:
+            picture = to_tensor(image, self.resolution)[None].to(self.device)  # [1, 3, R, R]
+            for step in range(rotations):
+                model(picture.rot90(4 // rotations * step, dims=(2, 3)))
+        model.eval()
+
+    def _ask(self, model: nn.Module, image: Image.Image) -> Prediction:
+        found = model(to_tensor(image, self.resolution)[None].to(self.device))
+        return Prediction(found.pred_score.item(), found.anomaly_map.float().squeeze().cpu().numpy())
+
+
+class PatchCore(_FeaturePeer):
+    """PatchCore (Roth et al. 2022): a coreset of patch features, and the distance to the nearest of them.
+
+    Args:
+        backbone: see `load_backbone`.
+        levels: feature levels of a backbone that has none of its own; strides 8 and 16 as in the paper.
+        coreset_sampling_ratio: share of the patches that is kept; 1: all. anomalib's default is 0.1.
+        num_neighbors: neighbors in the weight of the image score; anomalib's default.
+        resolution: side in pixels.
+        rotations: copies of each normal picture; PatchCore itself uses none but the picture.
+        device: where it computes; a given extractor stays where it is.
+
+    Raises:
+        ValueError: for an option out of its range, or a package or weights that are missing.
+    """
+
+    name = "patchcore"
+
+    def __init__(
+        self,
+        backbone: str | PrototypeExtractor = "embedded",
+        levels: Sequence[int] = (2, 3),
+        coreset_sampling_ratio: float = 0.1,
+        num_neighbors: int = 9,
+        resolution: int = 256,
+        rotations: int = 1,
+        device: str | torch.device = "cpu",
+    ):
+        if not 0 < coreset_sampling_ratio <= 1 or num_neighbors < 1:
+            raise ValueError(
+                "`coreset_sampling_ratio` must be in (0, 1] and `num_neighbors` at least 1, got "
+                f"{coreset_sampling_ratio} and {num_neighbors}."
+            )
+        anomalib_model = import_anomalib("models.image.patchcore.torch_model").PatchcoreModel
+        super().__init__(backbone, levels, resolution, rotations, device)
+        self.coreset_sampling_ratio, self.num_neighbors = coreset_sampling_ratio, num_neighbors
+        self.model = self._install(
+            anomalib_model(layers=[0], backbone=_SCAFFOLD, pre_trained=False, num_neighbors=num_neighbors)
+        ).eval()
+
+    def describe(self) -> dict:
+        return super().describe() | {
+            "coreset_sampling_ratio": self.coreset_sampling_ratio,
+            "num_neighbors": self.num_neighbors,
+            "rotations": self.rotations,
+            "map": "anomalib's: nearest-neighbor upsampling, Gaussian of sigma 4",
+            "score": "anomalib's: largest patch distance, weighted by its neighborhood",
+        }
+
+    @torch.no_grad()
+    def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        require_normals(self.name, normals)
+        self.model.embedding_store.clear()
+        self._show(self.model, normals, self.rotations)
+        if self.coreset_sampling_ratio == 1:
+            bank = torch.vstack(self.model.embedding_store)
+            self.model.embedding_store.clear()
+        else:
+            # anomalib draws a progress bar, and warns of an argument that is not given.
+            with seeded(seed, self.device), contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model.subsample_embedding(self.coreset_sampling_ratio)
+            bank = self.model.memory_bank
+        self.remember(category, {"memory_bank": bank})
+
+    @torch.no_grad()
+    def predict(self, category: str, image: Image.Image) -> Prediction:
+        self.model.memory_bank = self.recall(category)["memory_bank"].to(self.device)
+        return self._ask(self.model, image)
+
+
+class PaDiM(_FeaturePeer):
+    """PaDiM (Defard et al. 2021): a Gaussian of features at every position, and the Mahalanobis distance to it.
+
+    Args:
+        backbone: see `load_backbone`.
+        levels: feature levels of a backbone that has none of its own; strides 4, 8 and 16 as in the paper.
+        n_features: channels kept, drawn by the seed; the paper's number for its smaller network, at most all.
+        resolution: side in pixels.
+        rotations: copies of each normal picture; None: four of a single picture, from which alone no covariance can be
+            estimated, else none but the pictures. anomalib adds 0.01 to the diagonal.
+        device: where it computes; a given extractor stays where it is.
+
+    Raises:
+        ValueError: for an option out of its range, or a package or weights that are missing.
+    """
+
+    name = "padim"
+
+    def __init__(
+        self,
+        backbone: str | PrototypeExtractor = "embedded",
+        levels: Sequence[int] = (1, 2, 3),
+        n_features: int = 100,
+        resolution: int = 256,
+        rotations: int | None = None,
+        device: str | torch.device = "cpu",
+    ):
+        if n_features < 1:
+            raise ValueError(f"`n_features` must be at least 1, got {n_features}.")
+        anomalib_model = import_anomalib("models.image.padim.torch_model").PadimModel
+        super().__init__(backbone, levels, resolution, rotations, device)
+        self.n_features = min(n_features, sum(self.backbone.channels))
+        self.model = self._install(
+            anomalib_model(backbone=_SCAFFOLD, layers=[0], pre_trained=False, n_features=1)
+        ).eval()
+
+    def describe(self) -> dict:
+        return super().describe() | {
+            "n_features": self.n_features,
+            "rotations": self.rotations or "4 with a single picture, else 1",
+            "covariance": "anomalib's: 0.01 added to the diagonal",
+            "map": "anomalib's: bilinear upsampling, Gaussian of sigma 4",
+            "score": "maximum of the map",
+        }
+
+    @torch.no_grad()
+    def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        require_normals(self.name, normals)
+        rotations = self.rotations or (4 if len(normals) == 1 else 1)
+        if len(normals) * rotations < 2:
+            raise ValueError(
+                f"`normals` must hold at least 2 pictures for `{self.name}` with `rotations` 1, got {len(normals)}."
+            )
+        total = sum(self.backbone.channels)
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.n_features]
+        self.model.idx = chosen.to(self.device)
+        self.model.memory_bank = []
+        self._show(self.model, normals, rotations)
+        self.model.fit()
+        gaussian = self.model.gaussian
+        # Off the GPU: a hundred megabytes and more for each category.
+        learned = {"idx": self.model.idx, "mean": gaussian.mean, "inv_covariance": gaussian.inv_covariance}
+        self.remember(category, {name: tensor.cpu() for name, tensor in learned.items()})
+
+    @torch.no_grad()
+    def predict(self, category: str, image: Image.Image) -> Prediction:
+        learned = {name: tensor.to(self.device) for name, tensor in self.recall(category).items()}
+        self.model.idx = learned["idx"]
+        self.model.gaussian.mean, self.model.gaussian.inv_covariance = learned["mean"], learned["inv_covariance"]
+        return self._ask(self.model, image)
+
+
+class WinCLIP(TensorDetector):
+    """WinCLIP (Jeong et al. 2023): CLIP's opinion of windows of the picture, in words and against normal pictures.
+
+    It needs its own weights, CLIP ViT-B/16+ at 240 px trained on LAION-400M: no other features will do.
+
+    Args:
+        checkpoint: those weights as a local file, for `open_clip`; None: downloaded by `open_clip`.
+        device: where it computes.
+
+    Raises:
+        ValueError: if a package or the weights are missing.
+    """
+
+    name = "winclip"
+    zero_shot = True
+    one_model_per_category = False
+
+    def __init__(self, checkpoint: str | os.PathLike | None = None, device: str | torch.device = "cpu"):
+        super().__init__()
+        anomalib_module = import_anomalib("models.image.winclip.torch_model")
+        preprocessor = import_anomalib("models.image.winclip").WinClip.configure_pre_processor()
+        if checkpoint is not None and not os.path.isfile(checkpoint):
+            raise ValueError(f"`checkpoint` must be an existing file of CLIP weights, got '{checkpoint}'.")
+        self.device, self.transform = torch.device(device), preprocessor.transform
+        self.weights = "laion400m_e31, downloaded by open_clip" if checkpoint is None else os.path.basename(checkpoint)
+        # anomalib takes the weights' name from its module alone.
+        default = anomalib_module.PRETRAINED
+        try:
+            anomalib_module.PRETRAINED = default if checkpoint is None else os.fspath(checkpoint)
+            self.model = anomalib_module.WinClipModel().eval().to(self.device)
+        except ImportError as error:
+            raise ValueError(
+                f"`peer` 'winclip' needs open_clip, which is not installed; run `{PEERS_HINT}`."
+            ) from error
+        # What a failed download raises is left to huggingface_hub and the network beneath it.
+        except Exception as error:
+            raise ValueError(
+                f"`peer` 'winclip' could not load its CLIP weights ({error}); let open_clip download them "
+                "once, or give a local file as `checkpoint`."
+            ) from error
+        finally:
+            anomalib_module.PRETRAINED = default
+
+    def describe(self) -> dict:
+        return {
+            "detector": self.name,
+            "implementation": f"anomalib {version('anomalib')}",
+            "backbone": self.model.backbone,
+            "weights": self.weights,
+            "resolution": 240,
+            "window_scales": list(self.model.scales),
+            "temperature": self.model.temperature,
+            "score": "anomalib's: text score, averaged with the map's maximum where there are normal pictures",
+        }
+
+    def _picture(self, image: Image.Image) -> Tensor:
+        pixels = (to_tensor(image, (image.height, image.width)) + 1) / 2  # [3, H, W] in [0, 1]
+        return self.transform(pixels)[None].to(self.device)  # [1, 3, 240, 240]
+
+    @torch.no_grad()
+    def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        model = self.model
+        model.reference_images = None  # anomalib keeps those of the category before
+        model.setup(
+            readable_name(category), torch.cat([self._picture(image) for image in normals]) if normals else None
+        )
+        learned = {"text": model.text_embeddings}
+        if normals:
+            learned |= {"patches": model.patch_embeddings}
+            learned |= {f"windows_{index}": windows for index, windows in enumerate(model.visual_embeddings)}
+        self.remember(category, learned)
+
+    @torch.no_grad()
+    def predict(self, category: str, image: Image.Image) -> Prediction:
+        if category not in self:
+            self.fit(category, [], 0)
+        model, learned = self.model, {name: t.to(self.device) for name, t in self.recall(category).items()}
+        model._text_embeddings = learned["text"]
+        model.k_shot = len(learned.get("patches", ()))
+        if model.k_shot:
+            model._patch_embeddings = learned["patches"]
+            model._visual_embeddings = [learned[f"windows_{index}"] for index in range(len(model.scales))]
+        found = model(self._picture(image))
+        return Prediction(found.pred_score.item(), found.anomaly_map[0].float().cpu().numpy())
+
+
+class DRAEM(TensorDetector):
+    """DRAEM (Zavrtanik et al. 2021): learns to repair painted-on defects and to tell where they were.
+    A full-shot method, trained from nothing for each category.
+
+    Args:
+        steps: training steps. The paper trains 700 epochs of the whole training set; 1000 steps are what a GPU does in
+            minutes. The learning rate falls tenfold after 4/7 and after 6/7 of them, as in the paper.
+        batch_size: pictures per step, drawn with replacement; the paper's.
+        textures: folder of pictures from which defects are cut, the Describable Textures Dataset in the paper; None:
+            Perlin noise.
+        resolution: side in pixels, a multiple of 32.
+        device: where it computes.
+        progress: whether to show training's progress.
+
+    Raises:
+        ValueError: for an option out of its range or a missing package.
+    """
+
+    name = "draem"
+
+    def __init__(
+        self,
+        steps: int = 1000,
+        batch_size: int = 8,
+        textures: str | os.PathLike | None = None,
+        resolution: int = 256,
+        device: str | torch.device = "cpu",
+        progress: bool = False,
+    ):
+        super().__init__()
+        if steps < 1 or batch_size < 1 or resolution < 32 or resolution % 32:
+            raise ValueError(
+                "`steps` and `batch_size` must be at least 1 and `resolution` a multiple of 32, got "
+                f"{steps}, {batch_size} and {resolution}."
+            )
+        if textures is not None and not os.path.isdir(textures):
+            raise ValueError(f"`textures` must be an existing folder of pictures, got '{textures}'.")
+        self._model = import_anomalib("models.image.draem.torch_model").DraemModel
+        self._loss = import_anomalib("models.image.draem.loss").DraemLoss
+        self._augmenter = import_anomalib("data.utils.generators.perlin").PerlinAnomalyGenerator
+        self.steps, self.batch_size, self.textures = steps, batch_size, textures
+        self.resolution, self.device, self.progress = resolution, torch.device(device), progress
+        self._loaded: tuple[dict, nn.Module] | None = None
+
+    def describe(self) -> dict:
+        return {
+            "detector": self.name,
+            "implementation": f"anomalib {version('anomalib')}",
+            "weights": "trained from nothing on each category's normal pictures",
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "defect_textures": "Perlin noise" if self.textures is None else os.path.basename(self.textures),
+            "resolution": self.resolution,
+            "score": "maximum of the map, which is the probability of a defect",
+        }
+
+    def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        require_normals(self.name, normals)
+        pictures = torch.stack([to_tensor(image, self.resolution) for image in normals]).add(1).div(2)  # [K, 3, R, R]
+        with seeded(seed, self.device), torch.enable_grad():
+            model = self._model().train().to(self.device)
+            augmenter, criterion = self._augmenter(self.textures, blend_factor=(0.1, 1.0)), self._loss()
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+            milestones = [round(self.steps * share) for share in (4 / 7, 6 / 7)]
+            schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
+            for _ in trange(self.steps, desc=f"draem, {category}", disable=not self.progress):
+                batch = pictures[torch.randint(len(pictures), (self.batch_size,))]
+                painted, masks = augmenter(batch)
+                repaired, predicted = model(painted.to(self.device))
+                loss = criterion(batch.to(self.device), repaired, masks.to(self.device), predicted)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+        self.remember(category, {name: tensor.cpu() for name, tensor in model.state_dict().items()})
+
+    @torch.no_grad()
+    def predict(self, category: str, image: Image.Image) -> Prediction:
+        learned = self.recall(category)
+        # The weights are some 400 MB: they are put into a network once for all pictures of a category.
+        if self._loaded is None or self._loaded[0] is not learned:
+            with seeded(0, self.device):
+                model = self._model()
+            model.load_state_dict(learned)
+            self._loaded = (learned, model.eval().to(self.device))
+        found = self._loaded[1](to_tensor(image, self.resolution)[None].add(1).div(2).to(self.device))
+        return Prediction(found.pred_score.item(), found.anomaly_map[0].cpu().numpy())

@@ -1,0 +1,179 @@
+"""The pictures of an evaluation, from its options: which are tested, and which are drawn to learn from."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..data import load_image
+from ..datasets import Category, Shots, TestImage, draw_all, read_dataset, read_folder, read_shots
+from .options import DEFAULT_SEEDS, DEFAULT_SHOTS, named
+from .store import PICTURES, Draw
+
+_SYNTHETIC = {"train": 16, "good": 12, "defective": 12}
+_FOLDERS = ("normal_dir", "abnormal_dir", "mask_dir", "normal_test_dir")
+
+
+def check_data_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for options about pictures that do not go together."""
+    if args.categories and not args.data:
+        raise ValueError("`--categories` chooses among the folders of `--data`; give both, or neither.")
+    if args.normal_dir and args.category is None:
+        raise ValueError("`--normal_dir` needs `--category`; give the name of the part in the pictures.")
+    for name in ("category", "abnormal_dir", "mask_dir", "normal_test_dir"):
+        if getattr(args, name) is not None and not args.normal_dir:
+            raise ValueError(f"`--{name}` goes with `--normal_dir`; give both, or neither.")
+    if args.shots_file and (tuple(args.shots) != DEFAULT_SHOTS or tuple(args.seeds) != DEFAULT_SEEDS):
+        raise ValueError("`--shots_file` has the numbers of shots and the seeds; leave out `--shots` and `--seeds`.")
+    if args.synthetic:
+        from ..synthetic import FAMILIES
+
+        unknown = next((family for family in args.synthetic if family not in FAMILIES), None)
+        if unknown is not None:
+            raise ValueError(f"`--synthetic` has {unknown!r}; choose among {', '.join(FAMILIES)}.")
+
+
+def read_categories(args: argparse.Namespace) -> tuple[Path, dict[str, Category]]:
+    """The data set that the options name, and the folder that all of its paths are in.
+
+    Categories come by name, whatever their order in the options. Drawn parts are written to `pictures` in the folder
+    of the evaluation.
+
+    Raises:
+        ValueError: as the readers in `datasets`.
+    """
+    if args.synthetic:
+        root, families = args.out / PICTURES, sorted(set(args.synthetic))
+        for family in families:
+            if not (root / family).exists():
+                _draw(root, family)
+        return root, read_dataset(root, families)
+    if args.normal_dir:
+        # Absolute, because they have no folder in common where one is relative and another is not.
+        folders = {name: path and Path(os.path.abspath(path)) for name in _FOLDERS for path in [getattr(args, name)]}
+        with named(**{name: name for name in _FOLDERS}):
+            category = read_folder(args.category, **folders)
+        given = [folder for folder in folders.values() if folder is not None]
+        return Path(os.path.commonpath(given)), {args.category: category}
+    with named(root="data", categories="categories"):
+        found = read_dataset(args.data, args.categories)
+    return args.data, dict(sorted(found.items()))
+
+
+def limited(categories: Mapping[str, Category], limit: int | None) -> dict[str, Category]:
+    """At most `limit` normal and `limit` defective test pictures of each, spread over what there is."""
+    if limit is None:
+        return dict(categories)
+    chosen = {}
+    for name, category in categories.items():
+        kept = []
+        for label in (False, True):
+            own = [test for test in category.test if test.label == label]
+            places = sorted({round(place) for place in np.linspace(0, len(own) - 1, min(limit, len(own)))})
+            kept += [own[place] for place in places]
+        chosen[name] = Category(name, category.train, kept)
+    return chosen
+
+
+def choose_shots(args: argparse.Namespace, root: Path, categories: Mapping[str, Category]) -> Shots:
+    """The draws of the options: those of a file, or drawn. For zero shots there is one draw, since there is nothing to
+    choose.
+
+    Args:
+        categories: with all of their test pictures, none of which may be learned from.
+
+    Raises:
+        ValueError: as `datasets.draw_all` and `datasets.read_shots`.
+    """
+    if args.shots_file is None:
+        with named(shots="shots"):
+            shots = draw_all(categories, sorted(set(args.shots)), sorted(set(args.seeds)))
+    else:
+        with named(path="shots_file"):
+            shots = read_shots(args.shots_file, root, categories)
+    in_order = {count: dict(sorted(by_seed.items())) for count, by_seed in sorted(shots.items())}
+    return {count: dict(list(by_seed.items())[:1]) if count == 0 else by_seed for count, by_seed in in_order.items()}
+
+
+def load_picture(path: Path) -> Image.Image:
+    """A picture of the data set, RGB.
+
+    Raises:
+        ValueError: as `load_image`, in the words of a person who gave a folder.
+    """
+    try:
+        return load_image(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`source`", "the picture")) from error
+
+
+def load_truth(test: TestImage, size: tuple[int, int] | None = None) -> np.ndarray | None:
+    """The mask of a test picture, bool [H, W], of a `size` (H, W) or its own; None where there is none.
+
+    Raises:
+        ValueError: as `datasets.load_mask`, in the words of a person who gave a folder.
+    """
+    try:
+        return test.mask(size)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`path`", "the mask")) from error
+
+
+def describe_pictures(
+    args: argparse.Namespace, root: Path, categories: Mapping[str, Category], shots: Shots, draws: Sequence[Draw]
+) -> tuple[dict, dict]:
+    """Facts about the data set, and those of the protocol that are about pictures; JSON-serializable.
+
+    Pictures count by name and label alone, so that a damaged one may be replaced.
+    """
+    counts = {
+        name: {
+            "normal": sum(not test.label for test in category.test),
+            "defective": sum(test.label for test in category.test),
+            "masks": sum(test.mask_path is not None for test in category.test),
+        }
+        for name, category in categories.items()
+    }
+    tested = [
+        f"{name} {test.path.relative_to(root).as_posix()} {test.label} {test.defect}"
+        for name, category in categories.items()
+        for test in category.test
+    ]
+    drawn = [
+        f"{draw} {name} {path.relative_to(root).as_posix()}"
+        for draw in draws
+        for name, paths in shots[draw.shots][draw.seed].items()
+        for path in paths
+    ]
+    name = "synthetic" if args.synthetic else args.category if args.normal_dir else root.resolve().name
+    dataset = {"name": name, "categories": counts, "test_pictures": _digest(tested)}
+    protocol = {
+        "shots": list(shots),
+        "seeds": sorted({draw.seed for draw in draws}),
+        "drawn_pictures": _digest(drawn),
+    }
+    return dataset, protocol
+
+
+def _draw(root: Path, family: str) -> None:
+    """Draws a family; its folder is complete or not there."""
+    from ..synthetic import write_dataset
+
+    partial = root / f".{uuid.uuid4().hex}"
+    try:
+        write_dataset(partial, [family], seed=0, **_SYNTHETIC)
+        os.replace(partial / family, root / family)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _digest(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

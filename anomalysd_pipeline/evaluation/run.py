@@ -1,0 +1,353 @@
+"""One evaluation from its options to its report, on one process or several that share a folder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+
+from ..calibration import prediction_threshold
+from ..checkpoints import disk_errors, written_whole
+from ..datasets import write_shots
+from ..metrics import check_fpr_limit
+from ..train import on_cpu
+from . import costs
+from . import store as names
+from .data import (
+    check_data_options,
+    choose_shots,
+    describe_pictures,
+    limited,
+    load_picture,
+    load_truth,
+    read_categories,
+)
+from .detector import Detector
+from .figures import best_and_worst
+from .options import named
+from .processes import alone
+from .report import write_report
+from .store import Draw, Store
+from .summary import evaluate_class, resize_map, summarize
+from .systems import make_system, needs_new_system
+
+_PATIENCE = timedelta(hours=24)  # one process may have to adapt to a whole data set while the others wait
+_CASES = 2  # of each kind and category
+
+
+def evaluate(args: argparse.Namespace, report: Callable[[str], None] = lambda sentence: None) -> dict:
+    """Runs or completes an evaluation; on every process.
+
+    A process that fails leaves the others waiting; it is for the launcher to end them, as those of accelerate and
+    torchrun do.
+
+    Args:
+        args: parsed options, see `options.add_arguments`.
+        report: called with a sentence when something is done; on the main process.
+
+    Returns:
+        The summary, as in `summary.json`.
+
+    Raises:
+        ValueError: for options or data that cannot be used, with the names of the options.
+    """
+    check_options(args)
+    state = PartialState(cpu=on_cpu(args), timeout=_PATIENCE)
+    try:
+        return _Evaluation(args, state, report).run()
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "the GPU's memory does not suffice; give a lower `--resolution` or `--mixed_precision` bf16, and the same "
+            "other options."
+        ) from error
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for what can be told to be wrong before anything is read."""
+    check_data_options(args)
+    with named():
+        check_fpr_limit(args.fpr_limit)
+        prediction_threshold([1.0, 2.0], args.false_alarm_rate)
+    try:
+        import pyarrow  # noqa: F401 (found out now rather than after hours)
+    except ImportError as error:
+        raise ValueError("pyarrow is not installed; run `pip install 'anomalysd-pipeline[evaluate]'`.") from error
+    if args.adapt and (args.peer or args.adaptation):
+        raise ValueError("`--adapt` fine-tunes AnomalySD to each draw; leave out `--peer` and `--adaptation`.")
+    if args.adapt and 0 in args.shots and args.shots_file is None:
+        raise ValueError("`--adapt` needs normal pictures, but `--shots` has 0; give 1 or more.")
+    if args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"`--out` '{args.out}' is a file; give a folder.")
+
+
+class _Evaluation:
+    """The parts of `evaluate`, which share the options, the data and the folder."""
+
+    def __init__(self, args: argparse.Namespace, state: PartialState, report: Callable[[str], None]):
+        self.args, self.state, self.report = args, state, report
+        self.store = Store(args.out)
+        with state.main_process_first():
+            if state.is_main_process and args.synthetic:
+                self.store.claim()  # the parts are drawn into it
+            self.root, categories = read_categories(args)
+        self.shots = choose_shots(args, self.root, categories)
+        self.categories = limited(categories, args.limit)
+        self.draws = [Draw(count, seed) for count, by_seed in self.shots.items() for seed in by_seed]
+        self.numbers = {name: number for number, name in enumerate(self.categories)}
+        self.detector: Detector | None = None
+        self.fit_seconds, self.loaded_for = 0.0, None
+
+    def run(self) -> dict:
+        # 1. Everything that may be refused, before anything is written or removed
+        self._load(self.draws[0])
+        self._check_shots()
+        facts = self._facts()
+        if not self.args.overwrite:
+            self.store.check_facts(facts)
+        self.state.wait_for_everyone()
+
+        # 2. The folder
+        if self.state.is_main_process:
+            self.store.claim()
+            if self.args.overwrite or not self.store.is_begun():
+                self.store.discard()
+            with named(path="out"):
+                write_shots(self.args.out / names.SHOTS, self.shots, self.root)
+            self.store.begin(facts)
+        self.state.wait_for_everyone()
+
+        # 3. Each draw, all processes together
+        for draw in [draw for draw in self.draws if not self._is_complete(draw)]:
+            self._evaluate_draw(draw)
+
+        # 4. What they have found
+        summary = self._summarize(facts) if self.state.is_main_process else None
+        self.state.wait_for_everyone()
+        return summary or self.store.read_json(names.SUMMARY)
+
+    # One draw of normal pictures
+
+    def _is_complete(self, draw: Draw) -> bool:
+        return all(self.store.has(self.store.class_path(draw, number)) for number in self.numbers.values())
+
+    def _evaluate_draw(self, draw: Draw) -> None:
+        missing = self._missing(draw)
+        self.state.wait_for_everyone()  # all have read what is there before one adds to it
+        jobs = [(name, index) for name, indices in missing.items() for index in indices]
+        if jobs:
+            self._load(draw)
+            self._prepare(draw, [name for name, indices in missing.items() if indices])
+            self._inspect(draw, jobs[self.state.process_index :: self.state.num_processes])
+            self.store.add_costs(costs.measure(self.state, self.fit_seconds))
+            self.state.wait_for_everyone()
+        rows = self.store.rows(draw)
+        for name in list(missing)[self.state.process_index :: self.state.num_processes]:
+            number = self.numbers[name]
+            of_class = [row for key, row in rows.items() if key[2] == number]
+            options = (self.args.fpr_limit, self.args.connectivity)
+            figures = evaluate_class(self.store, draw, number, self.categories[name], of_class, *options)
+            if draw == self.draws[-1]:
+                self._keep_cases(draw, name, of_class)
+            self.store.write_json(self.store.class_path(draw, number), figures)
+        self.state.wait_for_everyone()
+        if self.state.is_main_process:
+            self.store.clear(draw, maps=not self.args.keep_maps)
+            self.report(f"{draw.shots} shots, seed {draw.seed}: {len(self.categories)} categories done")
+
+    def _missing(self, draw: Draw) -> dict[str, list[int]]:
+        """The categories without metrics, and which of their pictures are not inspected yet."""
+        done = self.store.rows(draw)
+        return {
+            name: [
+                index
+                for index in range(len(self.categories[name].test))
+                # A map may be gone where a machine lost its power.
+                if (draw.shots, draw.seed, number, index) not in done
+                or not self.store.map_path(draw, number, index).exists()
+            ]
+            for name, number in self.numbers.items()
+            if not self.store.has(self.store.class_path(draw, number))
+        }
+
+    def _load(self, draw: Draw) -> None:
+        if self.detector is None or needs_new_system(self.args, self.loaded_for, draw):
+            with self.state.local_main_process_first():
+                self.detector = make_system(self.args, draw, self.state.device)
+            self.loaded_for = draw
+
+    def _check_shots(self) -> None:
+        """What can be told to be wrong with the shots and the detector that is loaded."""
+        for draw in self.draws:
+            if draw.shots == 0 and not self.detector.zero_shot:
+                raise ValueError(f"`--shots` is 0, but {self.detector.name} needs a normal picture; give 1 or more.")
+            if hasattr(self.detector, "check_shots") and not needs_new_system(self.args, self.loaded_for, draw):
+                for name in self.categories:
+                    self.detector.check_shots(name, draw.shots)
+
+    def _prepare(self, draw: Draw, categories: Sequence[str]) -> None:
+        """Learns categories of a draw, each in one process if what is learned can be shared."""
+        began, detector, drawn = time.perf_counter(), self.detector, self.shots[draw.shots][draw.seed]
+        if hasattr(detector, "begin"):
+            detector.begin(draw.seed)
+        with named():
+            if getattr(detector, "adaptation", None) is not None and draw.shots:
+                self._adapt(draw)
+            elif detector.shareable:
+                self._fit_together(draw, categories)
+            else:
+                for name in categories:
+                    detector.fit(name, [load_picture(path) for path in drawn[name]], draw.seed)
+        self.fit_seconds = time.perf_counter() - began
+
+    def _adapt(self, draw: Draw) -> None:
+        folder = self.store.prepared(draw) / "adaptation"
+        if self.state.is_main_process and not folder.exists():
+            drawn = self.shots[draw.shots][draw.seed]
+            # To all categories, whatever is missing: they share one model.
+            normals = {name: [load_picture(path) for path in paths] for name, paths in drawn.items()}
+            with alone():
+                self.detector.adapt(normals, draw.seed)
+            with self._writing():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                self.detector.save_adaptation(folder)
+        self.state.wait_for_everyone()
+        self.detector.load_adaptation(folder)  # by all: a saved adaptation is in half precision
+
+    def _fit_together(self, draw: Draw, categories: Sequence[str]) -> None:
+        """Each category by one process, and none that an interrupted run has learned."""
+        banks, drawn = self.store.prepared(draw) / "banks", self.shots[draw.shots][draw.seed]
+        own = categories[self.state.process_index :: self.state.num_processes]
+        for name in own:
+            folder = banks / str(self.numbers[name])
+            if not folder.exists():
+                self.detector.fit(name, [load_picture(path) for path in drawn[name]], draw.seed)
+                with self._writing(), written_whole(folder) as partial:
+                    self.detector.save(name, partial / "state.safetensors")
+        self.state.wait_for_everyone()
+        for name in categories:  # those just learned, too: as saved, whoever inspects
+            self.detector.load(name, banks / str(self.numbers[name]) / "state.safetensors")
+
+    def _inspect(self, draw: Draw, jobs: Sequence[tuple[str, int]]) -> None:
+        title = f"{draw.shots} shots, seed {draw.seed}"
+        bar = tqdm(jobs, desc=title, unit="picture", disable=None if self.state.is_main_process else True)
+        for name, index in bar:
+            test = self.categories[name].test[index]
+            image = load_picture(test.path)
+            began = time.perf_counter()
+            found = self.detector.predict(name, image)
+            seconds = time.perf_counter() - began
+            row = {
+                "shots": draw.shots,
+                "seed": draw.seed,
+                "category": name,
+                "number": self.numbers[name],
+                "index": index,
+                "image": test.path.relative_to(self.root).as_posix(),
+                "defect": test.defect,
+                "label": test.label,
+                "score": found.score,
+                "threshold": found.threshold,
+                "seconds": seconds,
+            }
+            side = self.args.map_resolution
+            size = (image.height, image.width) if side == "original" else (side, side)
+            self.store.add(row, resize_map(found.anomaly_map, size))
+
+    def _keep_cases(self, draw: Draw, name: str, rows: Sequence[Mapping]) -> None:
+        """Maps of the pictures that the report shows, since the others are removed."""
+        folder = self.store.folder / names.CASES
+        # The color scale where there is no threshold: one for all pictures of the category.
+        maximum = max(max(row["score"] for row in rows), float(np.finfo(np.float32).tiny))
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, indices in best_and_worst(rows, _CASES).items():
+                for place, index in enumerate(indices):
+                    row = rows[index]
+                    anomaly_map = np.load(self.store.map_path(draw, row["number"], row["index"]))
+                    facts = np.array(json.dumps({"kind": kind, "maximum": maximum, **row}))
+                    np.savez(folder / f"{row['number']:04d}-{kind}-{place}.npz", anomaly_map=anomaly_map, facts=facts)
+
+    # Facts and figures
+
+    def _facts(self) -> dict:
+        """What makes two evaluations the same one; JSON-serializable."""
+        dataset, protocol = describe_pictures(self.args, self.root, self.categories, self.shots, self.draws)
+        system = {"name": self.detector.name, **self.detector.describe()}
+        if self.args.peer is None:
+            # As given, because they stand for one of each draw.
+            given = {"base": self.args.base, "adaptation": self.args.adaptation}
+            system |= {key: value for key, value in given.items() if value and (key not in system or "{" in value)}
+        protocol |= {
+            "resolution": self.args.map_resolution,
+            "fpr_limit": self.args.fpr_limit,
+            "connectivity": self.args.connectivity,
+        }
+        return {"system": system, "dataset": dataset, "protocol": protocol}
+
+    def _summarize(self, facts: Mapping) -> dict:
+        """Writes the table of pictures, the summary and the report."""
+        found = {
+            (draw, name): self.store.read_json(self.store.class_path(draw, number))
+            for draw in self.draws
+            for name, number in self.numbers.items()
+        }
+        parts = (facts["system"], facts["dataset"], facts["protocol"])
+        summary = summarize(*parts, self.draws, found, list(self.categories))
+        rows = list(self.store.rows().values())
+        curves = {(draw.shots, draw.seed, name): entry["curves"] for (draw, name), entry in found.items()}
+        cases = self._cases()
+        with self._writing():
+            write_parquet(self.args.out / names.RESULTS, rows)
+            write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
+            self.store.write_json(names.SUMMARY, summary)
+            for draw in self.draws:
+                self.store.clear(draw, maps=not self.args.keep_maps)
+            self.store.tidy()
+        self.report(f"Results in {self.args.out / names.REPORT}")
+        return summary
+
+    def _cases(self) -> list[dict]:
+        cases = []
+        for path in sorted((self.store.folder / names.CASES).glob("*.npz")):
+            with np.load(path) as archive:
+                row, anomaly_map = json.loads(str(archive["facts"])), archive["anomaly_map"]
+            test = self.categories[row["category"]].test[row["index"]]
+            cases.append(
+                {
+                    "category": row["category"],
+                    "image": load_picture(test.path),
+                    "mask": load_truth(test),
+                    "anomaly_map": anomaly_map,
+                    "score": row["score"],
+                    "threshold": row["threshold"],
+                    "label": row["label"],
+                    "caption": f"{test.path.name}, {row['kind'].replace('_', ' ').rstrip('s')}",
+                    "maximum": row["maximum"],
+                }
+            )
+        return cases
+
+    def _writing(self) -> disk_errors:
+        return disk_errors("--out", self.args.out, "give the same command to go on")
+
+
+def write_parquet(path: Path, rows: Sequence[Mapping]) -> None:
+    """A row per picture and draw, complete or not at all."""
+    import pyarrow
+    import pyarrow.parquet
+
+    texts, numbers = ("category", "image", "defect"), ("score", "threshold", "seconds")
+    fields = [("shots", pyarrow.int64()), ("seed", pyarrow.int64()), *((name, pyarrow.string()) for name in texts)]
+    fields += [("label", pyarrow.bool_()), *((name, pyarrow.float64()) for name in numbers)]
+    kept = [{name: row[name] for name, _ in fields} for row in rows]
+    partial = path.with_name(f".{path.name}.partial")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept, pyarrow.schema(fields)), partial)
+    partial.replace(path)

@@ -1,0 +1,270 @@
+"""The folder of an evaluation: what is done stays done, whoever did it and however it ended.
+
+    run.json                     what was asked for; a run goes on only with the same
+    shots.json                   which normal pictures each category was learned from
+    pictures/                    drawn parts, where these are what is evaluated on
+    prepared/k1-s0/              what was learned from them, for the other processes and for later
+    rows/<process>.jsonl         one line per inspected picture, appended
+    maps/k1-s0/<n>/<index>.npy   anomaly maps, until the metrics of the draw are known
+    classes/k1-s0/<n>.json       metrics and curves of a category
+    cases/<n>-<kind>-<i>.npz     maps of the pictures shown in the report
+    costs/<process>.jsonl        time and memory, which no two runs share
+    results.parquet, summary.json, report.md, figures/
+
+All processes, on however many machines, must see the same folder, and see what another has closed before they met at
+a barrier. Nothing else is asked of the file system: no locks, and no file that two processes append to. Every file
+but the `.jsonl` is complete or not there; of those, a last line that was cut short counts as not written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..checkpoints import disk_errors
+
+RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.parquet", "report.md"
+ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS = "rows", "maps", "classes", "cases", "prepared", "costs"
+FIGURES, PICTURES = "figures", "pictures"
+_KEY = "evaluation"
+_REMEDY = "give the same command to go on"
+_FIGURES = ("curves_*.png", "cases.png")
+
+# What a person gave, for the sentence that says in what two evaluations differ.
+_OPTIONS = {
+    "system.name": "--peer",
+    "system.adaptation": "--adaptation",
+    "system.base": "--base",
+    "system.weights": "--base",
+    "system.model_resolution": "--resolution",
+    "dataset.name": "--data",
+    "dataset.categories": "--categories",
+    "protocol.shots": "--shots",
+    "protocol.seeds": "--seeds",
+    "protocol.resolution": "--map_resolution",
+    "protocol.fpr_limit": "--fpr_limit",
+    "protocol.connectivity": "--connectivity",
+}
+_PICTURES = {"dataset.test_pictures": "test pictures", "protocol.drawn_pictures": "normal pictures to learn from"}
+
+
+@dataclass(frozen=True, order=True)
+class Draw:
+    """One draw of normal pictures: `shots` of each category, chosen by `seed`."""
+
+    shots: int
+    seed: int
+
+    def __str__(self) -> str:
+        return f"k{self.shots}-s{self.seed}"
+
+
+class Store:
+    """Reads and writes the folder of an evaluation.
+
+    Args:
+        folder: made if missing, with the first write.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        # By a number that no other process has, so that two never write into one file, on any machine.
+        self._own = f"{uuid.uuid4().hex}.jsonl"
+        self._rows_file = None
+
+    # What was asked for
+
+    def claim(self) -> None:
+        """Makes the folder that of an evaluation, by one process before anything else is written.
+
+        Raises:
+            ValueError: if it is a file, cannot be written, or holds what an evaluation would write over and no
+                evaluation wrote.
+        """
+        with disk_errors("--out", self.folder, _REMEDY):
+            if self.folder.exists() and not self.folder.is_dir():
+                raise ValueError(f"`--out` '{self.folder}' is a file; give a folder.")
+            if self._record() is None:
+                names = (RUN, SHOTS, SUMMARY, RESULTS, REPORT, ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS)
+                found = [name for name in (*names, FIGURES, PICTURES) if (self.folder / name).exists()]
+                if found:
+                    raise ValueError(
+                        f"`--out` '{self.folder}' holds {', '.join(map(repr, found))} of something else, which an "
+                        "evaluation would write over; give a new or empty folder."
+                    )
+                self.write_json(RUN, {_KEY: None})
+
+    def is_begun(self) -> bool:
+        """Whether the folder holds an evaluation that may be gone on with."""
+        return bool((self._record() or {}).get(_KEY))
+
+    def check_facts(self, facts: Mapping) -> None:
+        """Checks that a run with `facts` may go on in this folder.
+
+        Raises:
+            ValueError: if the folder holds an evaluation of something else, naming the first difference.
+        """
+        written, asked = (self._record() or {}).get(_KEY), json.loads(json.dumps(facts))
+        if not written or written == asked:
+            return
+        name, before, now = _first_difference("", written, asked)
+        what = f"{_OPTIONS.get(name, name)} = {before!r}, but {now!r} is asked for now"
+        if name in _PICTURES:
+            what = f"other {_PICTURES[name]} than are asked for now"
+        raise ValueError(
+            f"`--out` '{self.folder}' holds an evaluation with {what}; give the same options to go on with it, "
+            "--overwrite to start anew, or another folder."
+        )
+
+    def begin(self, facts: Mapping) -> None:
+        """Writes down what is evaluated."""
+        self.write_json(RUN, {_KEY: facts})
+
+    def discard(self) -> None:
+        """Removes an earlier evaluation, and nothing else that lies in the folder; drawn parts stay."""
+        with disk_errors("--out", self.folder, _REMEDY):
+            self.write_json(RUN, {_KEY: None})  # first: what is left of the rest belongs to no evaluation
+            for name in (ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS):
+                if (self.folder / name).exists():
+                    shutil.rmtree(self.folder / name)
+            for name in (SHOTS, SUMMARY, RESULTS, REPORT):
+                (self.folder / name).unlink(missing_ok=True)
+            figures = self.folder / FIGURES
+            for path in [path for pattern in _FIGURES for path in figures.glob(pattern)]:
+                path.unlink()
+            if figures.exists() and not any(figures.iterdir()):
+                figures.rmdir()
+
+    def _record(self) -> dict | None:
+        try:
+            record = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            return None  # not ours: ours is written whole
+        return record if isinstance(record, dict) and _KEY in record else None
+
+    # Pictures
+
+    def add(self, row: dict, anomaly_map: np.ndarray) -> None:
+        """Keeps what was found on a picture; its row is there only if its map is.
+
+        Args:
+            row: JSON-serializable, with `shots`, `seed`, `category`, `number` (of the category) and `index`.
+            anomaly_map: float32 [h, w].
+        """
+        path = self.map_path(Draw(row["shots"], row["seed"]), row["number"], row["index"])
+        with disk_errors("--out", self.folder, _REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{uuid.uuid4().hex}")
+            with open(partial, "wb") as file:
+                np.save(file, anomaly_map)
+            os.replace(partial, path)
+            if self._rows_file is None:
+                rows = self.folder / ROWS / self._own
+                rows.parent.mkdir(parents=True, exist_ok=True)
+                self._rows_file = open(rows, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+            self._rows_file.write(json.dumps(row) + "\n")
+            self._rows_file.flush()
+
+    def rows(self, draw: Draw | None = None) -> dict[tuple[int, int, int, int], dict]:
+        """What was found so far, by `(shots, seed, number, index)`, in this order; of one draw or of all.
+
+        A line that a killed process left unfinished counts as not done.
+        """
+        found = {}
+        for row in self._lines(ROWS):
+            if draw is None or (row["shots"], row["seed"]) == (draw.shots, draw.seed):
+                found[row["shots"], row["seed"], row["number"], row["index"]] = row
+        return dict(sorted(found.items()))
+
+    def map_path(self, draw: Draw, number: int, index: int) -> Path:
+        """Where the map of a picture is. By numbers: a category may have any name."""
+        return self.folder / MAPS / str(draw) / str(number) / f"{index:06d}.npy"
+
+    def prepared(self, draw: Draw) -> Path:
+        """The folder for what is learned from a draw."""
+        return self.folder / PREPARED / str(draw)
+
+    def clear(self, draw: Draw, maps: bool) -> None:
+        """Removes what nobody needs after the metrics of a draw: what was learned, and with `maps` the maps, too."""
+        shutil.rmtree(self.prepared(draw), ignore_errors=True)
+        if maps:
+            shutil.rmtree(self.folder / MAPS / str(draw), ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Removes files that a killed process left unfinished, by one process when all are done."""
+        names = (RUN, SHOTS, SUMMARY, RESULTS, REPORT)
+        unfinished = [path for name in names for path in self.folder.glob(f".{name}.*")]
+        unfinished += [path for name in (MAPS, CLASSES) for path in (self.folder / name).rglob(".*")]
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+        for path in (self.folder / PICTURES).glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for name in (MAPS, PREPARED):  # empty, unless maps are kept
+            if (self.folder / name).exists() and not any((self.folder / name).iterdir()):
+                (self.folder / name).rmdir()
+
+    # Categories
+
+    def class_path(self, draw: Draw, number: int) -> str:
+        """Where the metrics of a category are, below the folder."""
+        return f"{CLASSES}/{draw}/{number}.json"
+
+    def has(self, name: str) -> bool:
+        """Whether a file has been written."""
+        return (self.folder / name).exists()
+
+    def write_json(self, name: str, content) -> None:
+        """Writes a file, complete or not at all."""
+        path = self.folder / name
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        with disk_errors("--out", self.folder, _REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, path)
+
+    def read_json(self, name: str):
+        """Reads a file that `write_json` wrote."""
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    # Costs
+
+    def add_costs(self, costs: Mapping) -> None:
+        """Keeps what this process used; appended, since no process knows the others."""
+        with disk_errors("--out", self.folder, _REMEDY):
+            path = self.folder / COSTS / self._own
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(costs) + "\n")
+
+    def costs(self) -> list[dict]:
+        """What all processes used."""
+        return list(self._lines(COSTS))
+
+    def _lines(self, name: str) -> Iterator[dict]:
+        for path in sorted((self.folder / name).glob("*.jsonl")):
+            with open(path, encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        yield json.loads(line)
+                    except json.JSONDecodeError:
+                        continue
+
+
+def _first_difference(name: str, before, now) -> tuple[str, object, object]:
+    """Down to the innermost key, so that the sentence is short."""
+    while isinstance(before, dict) and isinstance(now, dict):
+        if name == "dataset.categories" and list(before) != list(now):
+            return name, list(before), list(now)
+        key = next(k for k in [*now, *before] if before.get(k) != now.get(k))
+        name, before, now = f"{name}.{key}".lstrip("."), before.get(key), now.get(key)
+    return name, before, now

@@ -1,0 +1,158 @@
+"""This package's pipeline as a detector under evaluation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from ..adaptation_folder import base_name
+from .detector import Detector, Prediction, require_normals
+
+
+class AnomalySDDetector(Detector):
+    """`AnomalySDPipeline`, not adapted, adapted before, or adapted to each draw.
+
+    Args:
+        pipe: an `AnomalySDPipeline`. A category that it has registered is inspected with the bank, threshold and
+            adaptation that it has, if these were learned from as many pictures as the evaluation gives.
+        options: settings of an inspection, see `AnomalySDPipeline.settings`; `preset` among them.
+        prompt_design: "hierarchical", "simple" or "none".
+        calibrate: whether a threshold is set from the normal pictures.
+        false_alarm_rate: see `AnomalySDPipeline.calibrate`.
+        adaptation: None: no fine-tuning; else the options of `AnomalySDPipeline.adapt` with which all categories of a
+            draw are learned together.
+    """
+
+    name = "anomalysd"
+    zero_shot = True
+    one_model_per_category = False
+    shareable = True
+
+    def __init__(
+        self,
+        pipe,
+        options: Mapping | None = None,
+        prompt_design: str = "hierarchical",
+        calibrate: bool = True,
+        false_alarm_rate: float = 0.05,
+        adaptation: Mapping | None = None,
+    ):
+        self.pipe, self.options, self.prompt_design = pipe, dict(options or {}), prompt_design
+        self.calibrate, self.false_alarm_rate, self.adaptation = calibrate, false_alarm_rate, adaptation
+        self._own, self._weights = set(pipe.categories), _digest(pipe)
+        self._seed = 0
+        pipe.settings(**self.options)  # a wrong option is refused before hours of work
+
+    def describe(self) -> dict:
+        pipe = self.pipe
+        facts = {
+            "base": base_name(pipe),
+            "weights": self._weights,
+            "features": pipe.extractor.config.model_name,
+            "model_resolution": pipe.config.resolution,
+            "dtype": str(pipe.unet.dtype).removeprefix("torch."),
+            "mixed_precision": pipe.mixed_precision,
+            "prompt_design": self.prompt_design,
+            "false_alarm_rate": self.false_alarm_rate if self.calibrate else None,
+            **pipe.settings(**self.options).to_dict(),
+        }
+        if self.adaptation is not None:
+            facts["adapted"] = pipe.adaptation_settings(**self.adaptation).to_dict()
+        elif self._own:
+            facts["learned before"] = sorted(self._own)
+        return facts
+
+    def begin(self, seed: int) -> None:
+        """Starts a draw: `seed` chooses the noise, as it chose the pictures."""
+        self._seed = seed
+
+    def check_shots(self, category: str, shots: int) -> None:
+        """Checks that a category may be evaluated with a number of shots.
+
+        Raises:
+            ValueError: if it was learned before, from another number of pictures.
+        """
+        if category in self._own and self.adaptation is None:
+            known = self.pipe.config.categories[category]["shots"]
+            if known != shots:
+                raise ValueError(
+                    f"`--shots` is {shots}, but {category!r} was learned from {known} picture{'s' * (known != 1)} "
+                    f"before; evaluate with --shots {known}, or with a model that has not learned it."
+                )
+
+    def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        self.check_shots(category, len(normals))
+        if category in self._own:
+            return
+        if not normals:
+            if category in self.pipe.bank:
+                self.pipe.remove_category(category)
+            self.pipe._store_category(category, prompt_design=self.prompt_design)
+            return
+        self.pipe.add_category(category, list(normals))
+        self.pipe._store_category(category, prompt_design=self.prompt_design)
+        if self.calibrate:
+            self._calibrate(category, normals, seed)
+
+    def adapt(self, normals: Mapping[str, Sequence[Image.Image]], seed: int) -> None:
+        """Fine-tunes to all categories of a draw together and calibrates them, in place of `fit`."""
+        require_normals(self.name, [image for images in normals.values() for image in images])
+        self._forget_adaptations()
+        shots = {category: list(images) for category, images in normals.items()}
+        self.pipe.adapt(shots, seed=seed, calibrate=False, **self.adaptation)
+        if self.calibrate:
+            for category, images in shots.items():
+                self._calibrate(category, images, seed)
+
+    def save_adaptation(self, folder: Path) -> None:
+        """Writes what `adapt` learned."""
+        self.pipe.save_adaptation(folder)
+
+    def load_adaptation(self, folder: Path) -> None:
+        """Reads what `save_adaptation` wrote, in place of `adapt`."""
+        self._forget_adaptations()
+        self.pipe.load_adaptation(folder, overwrite=True)
+
+    def predict(self, category: str, image: Image.Image) -> Prediction:
+        generator = torch.Generator().manual_seed(self._seed)
+        out = self.pipe(image, category=category, generator=generator, **self.options)
+        return Prediction(float(out.pred_scores[0]), out.anomaly_maps[0], out.thresholds[0], out.inpainted[0])
+
+    def save(self, category: str, path: str | Path) -> None:
+        record = self.pipe.config.categories.get(category)
+        if record is None:
+            raise ValueError(f"`category` must be one that was fitted, got {category!r}.")
+        tensors = {"bank": self.pipe.bank[category].cpu().contiguous()} if category in self.pipe.bank else {}
+        # A file without tensors is none, so zero shots have an empty bank.
+        save_file(tensors or {"bank": torch.zeros(0)}, path, metadata={"record": json.dumps(record)})
+
+    def load(self, category: str, path: str | Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            bank, record = file.get_tensor("bank"), json.loads(file.metadata()["record"])
+        if len(bank):
+            self.pipe.bank.to(self.pipe._execution_device).add(category, bank)
+        self.pipe._store_category(category, **record)
+
+    def _calibrate(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
+        self.pipe.calibrate(category, list(normals), self.false_alarm_rate, seed, **self.options)
+
+    def _forget_adaptations(self) -> None:
+        for name in self.pipe.adaptations:
+            self.pipe.remove_adaptation(name)
+
+
+def _digest(pipe) -> str:
+    """A short mark of the weights, those of adaptations among them, and of the categories that were learned."""
+    mark = hashlib.sha256(json.dumps([pipe.adaptation_base(), pipe.config.categories], sort_keys=True).encode())
+    for name in pipe.adaptations:
+        for part, weights in sorted(pipe.adapters.state(name).items()):
+            for key, value in sorted(weights.items()):
+                mark.update(f"{name} {part} {key} ".encode() + value.detach().float().cpu().numpy().tobytes())
+    return mark.hexdigest()[:16]

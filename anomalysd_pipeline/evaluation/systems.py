@@ -1,0 +1,101 @@
+"""From options to the detector under evaluation."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from .detector import Detector
+from .options import INSPECTION, named
+from .store import Draw
+
+
+def make_system(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
+    """The detector that the options name, as it is before it learns anything of a draw.
+
+    Args:
+        args: parsed options, see `options.add_arguments`.
+        draw: fills `{shots}` and `{seed}` in the names of a base and an adaptation.
+        device: where it computes.
+
+    Raises:
+        ValueError: for options out of their range, a base that cannot be used, or a package that is missing; with the
+            names of the options.
+    """
+    with named():
+        return _make_peer(args, draw, device) if args.peer else _make_own(args, draw, device)
+
+
+def _make_own(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
+    from .system import AnomalySDDetector
+
+    options = {name: getattr(args, name) for name in INSPECTION if getattr(args, name) is not None}
+    adaptation = None
+    if args.adapt:
+        # Low-rank, whatever the checkpoint prefers: all weights cannot be shared with the other processes.
+        adaptation = {"method": "lora", "prompt_design": args.prompt_design}
+        adaptation |= {"steps": args.adapt_steps, "decoder_steps": args.adapt_decoder_steps}
+    return AnomalySDDetector(
+        load_pipeline(args, draw, device),
+        options,
+        args.prompt_design,
+        calibrate=not args.no_calibration,
+        false_alarm_rate=args.false_alarm_rate,
+        adaptation=adaptation,
+    )
+
+
+def needs_new_system(args: argparse.Namespace, before: Draw, now: Draw) -> bool:
+    """Whether a detector made for one draw does not serve another."""
+    return args.peer in (None, "plain_inpainting") and any(
+        _filled(name, before) != _filled(name, now) for name in (args.base, args.adaptation)
+    )
+
+
+def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
+    """The pipeline that the options name, with its adaptation."""
+    from .. import AnomalySDPipeline
+    from ..adaptation import resolve_precision
+
+    given = {
+        "revision": args.revision,
+        "variant": args.variant,
+        "resolution": args.resolution,
+        "timm_model": args.timm_model,
+        "timm_checkpoint": None if args.timm_checkpoint is None else str(args.timm_checkpoint),
+    }
+    base = _filled(args.base, draw)
+    try:
+        pipe = AnomalySDPipeline.from_pretrained(
+            base,
+            dtype=getattr(torch, args.dtype),
+            **{name: value for name, value in given.items() if value is not None},
+        ).to(device)
+    except OSError as error:  # what the libraries below raise for a missing or incomplete checkpoint
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"`--base` '{base}' cannot be loaded ({cause}); give a checkpoint's folder or its id on the Hub."
+        ) from error
+    pipe.set_progress_bar_config(disable=True)
+    pipe.mixed_precision = resolve_precision(args.mixed_precision, device)
+    if args.adaptation:
+        pipe.load_adaptation(_filled(args.adaptation, draw), overwrite=True)
+    return pipe
+
+
+def _make_peer(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
+    if args.peer == "plain_inpainting":
+        from .floors import PlainInpaintingFloor
+
+        given = {name: getattr(args, name) for name in ("noise_strength", "num_inference_steps")}
+        given = {name: value for name, value in given.items() if value is not None}
+        return PlainInpaintingFloor(load_pipeline(args, draw, device), **given)
+    from .peers import make_detector
+
+    return make_detector(args.peer, backbone=args.backbone, device=device)
+
+
+def _filled(name: str | None, draw: Draw) -> str | None:
+    # Not `format`: a folder's name may have other braces.
+    return name and name.replace("{shots}", str(draw.shots)).replace("{seed}", str(draw.seed))
