@@ -1,4 +1,4 @@
-"""The command line: `anomalysd demo | detect | adapt | publish | synth`.
+"""The command line: `anomalysd demo | detect | adapt | evaluate | publish | synth`.
 
 Whatever needs torch is imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from .train_options import add_arguments, positive
+from . import detect_options, train_options
+from .evaluation import options as evaluation_options
 
 DEMO_FAMILIES = "hex_nut,wood,washer"
 DEMO_SHOTS = 4
@@ -50,21 +51,16 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="learn and inspect drawn parts, with pictures and a table of the outcome")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
     demo.add_argument("--families", type=_names, default=DEMO_FAMILIES, metavar="A,B", help="default: %(default)s")
-    _add_model_options(demo)
+    detect_options.add_model_options(demo)
     demo.set_defaults(run=_demo)
 
-    detect = commands.add_parser("detect", help="inspect your own pictures")
-    detect.add_argument("--normal", nargs="+", default=[], metavar="PATH", help="pictures or folders of good parts")
-    detect.add_argument("--test", nargs="+", required=True, metavar="PATH", help="pictures or folders to inspect")
-    detect.add_argument("--category", required=True, metavar="NAME", help="what the part is called, such as 'hex nut'")
-    detect.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    detect.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
-    detect.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
-    detect.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
-    detect.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
-    detect.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
-    detect.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
-    _add_model_options(detect)
+    detect = commands.add_parser(
+        "detect",
+        help="inspect your own pictures",
+        description="Inspect any number of pictures, on one processor. For several, `accelerate launch -m "
+        "anomalysd_pipeline.detect` takes the same options.",
+    )
+    detect_options.add_arguments(detect)
     detect.set_defaults(run=_detect)
 
     adapt = commands.add_parser(
@@ -73,8 +69,17 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tune on a few normal pictures, on one processor. For several, `accelerate launch -m "
         "anomalysd_pipeline.train` takes the same options.",
     )
-    add_arguments(adapt, report_to="none")
+    train_options.add_arguments(adapt, report_to="none")
     adapt.set_defaults(run=_adapt)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="figures for a data set with labels",
+        description="Evaluate on a data set with labels, on one processor. For several, `accelerate launch -m "
+        "anomalysd_pipeline.evaluate` takes the same options.",
+    )
+    evaluation_options.add_arguments(evaluate)
+    evaluate.set_defaults(run=_evaluate)
 
     publish = commands.add_parser(
         "publish",
@@ -94,26 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--good", type=int, default=8, metavar="N", help="normal test pictures (default: 8)")
     synth.add_argument("--defective", type=int, default=8, metavar="N", help="defective test pictures (default: 8)")
     synth.add_argument("--size", type=int, default=256, help="side in pixels (default: 256)")
-    _add_seed(synth)
+    detect_options.add_seed(synth)
     synth.set_defaults(run=_synth)
     return parser
-
-
-def _add_model_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
-    command.add_argument("--preset", choices=("paper", "fast"), help="default: the checkpoint's own")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    _add_seed(command)
-
-
-def _add_seed(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--seed", type=_seed, default=0, metavar="S", help="same seed, same result (default: 0)")
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, but '{text}' was given")
-    return int(text)
 
 
 def _names(text: str) -> list[str]:
@@ -121,20 +109,6 @@ def _names(text: str) -> list[str]:
     if not names:
         raise argparse.ArgumentTypeError("must be names with commas between them, but none was given")
     return names
-
-
-def _load_pipeline(base: str | None, device: str, **overrides):
-    import torch
-
-    from . import AnomalySDPipeline
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("`--device` is 'cuda', but PyTorch finds no CUDA GPU here; use 'cpu' or 'auto'.")
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = AnomalySDPipeline.from_pretrained(base, **overrides).to(device)
-    pipe.set_progress_bar_config(disable=True)  # one bar over all pictures says more than one per picture
-    return pipe
 
 
 def _progress(total: int):
@@ -160,14 +134,14 @@ def _demo(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from . import synthetic
-    from .inspection import caption, inspect, register, table_values, write_table
+    from .inspection import caption, inspect, load_pipeline, register, table_values, write_table
     from .visualize import montage
 
     normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
     counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
     tests = {family: synthetic.test_samples(family, **counts, seed=args.seed) for family in args.families}
     args.out.mkdir(parents=True, exist_ok=True)
-    pipe = _load_pipeline(args.base, args.device)
+    pipe = load_pipeline(args.base, args.device, args.mixed_precision)
 
     results, rows, pictures, labels = {}, [], [], []
     with _progress(len(normals) + sum(map(len, tests.values()))) as bar:
@@ -182,9 +156,9 @@ def _demo(args: argparse.Namespace) -> int:
                 results[family].append(result)
                 defect = sample.defect or "good"
                 facts = {"family": family, "index": index, "defect": defect, "label": int(sample.defect is not None)}
-                rows.append(facts | table_values(result))
+                rows.append(facts | table_values(result.score, result.threshold, result.seconds))
                 pictures.append([result.image, Image.fromarray(sample.mask), result.inpainted, result.overlay()])
-                labels.append(caption(f"{family}\n{defect}", result))
+                labels.append(caption(f"{family}\n{defect}", result.score, result.threshold))
                 bar.update()
     write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
     titles = ["input", "true defect", "repainted", "heatmap"]
@@ -216,61 +190,19 @@ def _demo_table(tests: dict, results: dict) -> str:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from .data import load_image
-    from .inspection import ResultFolder, gather, inspect, register
-    from .prompts import check_category
+    from .detect import run
 
-    # What a person may have mistyped is checked before the model is loaded.
-    folder = ResultFolder(args.out, args.overwrite, args.maps)
-    check_category(args.category)
-    normals = _read_normals(args.normal)
-    names, errors = gather(args.test, skip=args.out)
-    for source, sentence in errors.items():
-        folder.fail(source, _as_option(sentence, "--test"))
-        _report(folder.rows[-1]["error"])
-    if not names:
-        raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
-
-    pipe = _load_pipeline(args.base, args.device, **({"resolution": args.resolution} if args.resolution else {}))
-    if args.adaptation:
-        _load_adaptation(pipe, args.adaptation)
-    options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
-    pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
-    with _progress(len(names) + bool(normals)) as bar:
-        if normals:
-            bar.set_description(f"learning {args.category}")
-            register(pipe, args.category, normals, args.seed, **options)
-            bar.update()
-        bar.set_description("inspecting")
-        try:
-            for path, name in names.items():
-                try:
-                    image = load_image(path)
-                except ValueError as error:
-                    folder.fail(path, _as_option(error, "--test"))
-                    with bar.external_write_mode(file=sys.stderr):
-                        _report(folder.rows[-1]["error"])
-                else:
-                    folder.add(path, name, inspect(pipe, image, args.category, args.seed, **options))
-                bar.update()
-        finally:
-            if folder.rows:  # an interrupted run keeps what it has found
-                folder.finish()
-    if not folder.inspected:
-        raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
-    print(_summary(folder))
-    return 0
-
-
-def _load_adaptation(pipe, source: str) -> None:
-    try:
-        pipe.load_adaptation(source, overwrite=True)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`pretrained_adaptation_name_or_path`", "`--adaptation`")) from error
+    return run(args)
 
 
 def _adapt(args: argparse.Namespace) -> int:
     from .train import run
+
+    return run(args)
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from .evaluate import run
 
     return run(args)
 
@@ -280,40 +212,3 @@ def _publish(args: argparse.Namespace) -> int:
 
     print(push(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
     return 0
-
-
-def _read_normals(sources: list[str]) -> list:
-    """The pictures of `--normal` that can be read, as RGB; the others are reported."""
-    from .data import list_images, load_images
-
-    if not sources:
-        return []
-    try:
-        paths = list_images(sources)
-    except ValueError as error:
-        raise ValueError(_as_option(error, "--normal")) from error
-    loaded = load_images(paths, lambda _, sentence: _report(_as_option(sentence, "--normal")))
-    if not loaded:
-        raise ValueError("`--normal` holds no picture that can be read; give at least one, or leave the option out.")
-    return [image for _, image in loaded]
-
-
-def _as_option(sentence: object, option: str) -> str:
-    """The library's sentence with the name that a person at the command line knows."""
-    return str(sentence).replace("`source`", f"`{option}`")
-
-
-def _report(sentence: str) -> None:
-    print(f"anomalysd: {sentence}", file=sys.stderr)
-
-
-def _summary(folder) -> str:
-    verdicts = [row.get("verdict") for row in folder.rows]
-    parts = [f"{folder.inspected} inspected"]
-    if any(verdicts):
-        parts.append(f"{verdicts.count('defective')} defective, {verdicts.count('normal')} normal")
-    else:
-        parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
-    if len(folder.rows) > folder.inspected:
-        parts.append(f"{len(folder.rows) - folder.inspected} could not be read")
-    return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -1,9 +1,9 @@
-"""From normal pictures to a folder of results: what `anomalysd demo` and `anomalysd detect` share."""
+"""One part learned and one picture inspected: what `anomalysd demo`, `anomalysd detect` and the app share."""
 
 from __future__ import annotations
 
 import csv
-import heapq
+import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,15 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from .data import list_images
-from .visualize import contour, montage, overlay, verdict_text
+from .visualize import contour, overlay, verdict_text
 
 UNCALIBRATED_MAXIMUM = 1.0
 """The map value drawn in the hottest color where there is no threshold; fixed, so that such heatmaps compare."""
-MONTAGE_ROWS = 24
-RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
-_CELL = 176  # pixels, the side of a picture in the montage
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Inspection:
     @property
     def verdict(self) -> str:
         """One word for a table: "defective", "normal", or nothing where the category is not calibrated."""
-        return {True: "defective", False: "normal", None: ""}[self.is_defective]
+        return _verdict(self.score, self.threshold)
 
     @property
     def sentence(self) -> str:
@@ -107,62 +105,97 @@ def inspect(pipe, image: Image.Image, category: str, seed: int = 0, **options) -
     )
 
 
-def gather(sources: Iterable[str | os.PathLike], skip: Path) -> tuple[dict[Path, str], dict[str, str]]:
-    """Lists the pictures of folders and files, and names the outputs of each.
+def save_part(pipe, category: str, path: Path) -> None:
+    """Writes what `register` has learned, for other processes and later runs: prototypes, threshold and settings.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    record = json.dumps(pipe.config.categories[category])
+    save_file({"bank": pipe.bank[category].contiguous().cpu()}, path, metadata={"record": record})
+
+
+def load_part(pipe, category: str, path: Path) -> None:
+    """Registers a category as `save_part` found it; the pipeline's own prompts for it are kept, as by `register`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record, bank = json.loads(file.metadata()["record"]), file.get_tensor("bank")
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}', what an earlier run has learned, cannot be read ({error}); delete it, and it is learned anew."
+        ) from error
+    book = pipe.prompt_book
+    book.add(category)
+    pipe.bank.to(pipe.device).add(category, bank.to(pipe.device))
+    pipe.register_to_config(prompts=book.to_dict())
+    pipe._store_category(category, **record)
+
+
+def load_pipeline(base: str | None, device: str | torch.device, mixed_precision: str = "no", **overrides):
+    """A pipeline on a device, without a progress bar of its own: one over all pictures says more than one for each.
 
     Args:
-        sources: folders, searched with their subfolders, and files.
-        skip: a folder whose pictures are left out: where results go, which may lie in one of the folders.
+        base: Hub id or folder; None: the embedded checkpoint.
+        device: "auto" takes a CUDA GPU if there is one.
+        mixed_precision: see `AnomalySDPipeline.mixed_precision`; "auto": "bf16" where the processor computes in it.
+        overrides: of the checkpoint's config, such as `resolution`; None where it is the checkpoint's.
 
-    Returns:
-        - picture to name: a relative path without suffix, "/" between its parts. It starts below its source, carries
-          what else is needed to be unlike every other one (the suffix, then a number), and never leaves the folder it
-          is put in.
-        - source to the sentence that says why it has no pictures.
+    Raises:
+        ValueError: there is no such device here.
+        OSError: for a base that cannot be loaded.
     """
-    skip = skip.resolve()
-    below: dict[Path, Path] = {}
-    errors: dict[str, str] = {}
-    for source in map(Path, sources):
-        try:
-            found = list_images(source)
-        except ValueError as error:
-            errors[str(source)] = str(error)
-            continue
-        for path in found:
-            if skip not in path.resolve().parents:
-                below.setdefault(path, path.relative_to(source) if path != source else Path(path.name))
+    from . import AnomalySDPipeline
+    from .adaptation import resolve_precision
 
-    names: dict[Path, str] = {}
-    taken: set[str] = set()
-    for path, relative in below.items():
-        plain = relative.with_suffix("").as_posix()
-        candidates = [plain, relative.as_posix()]
-        candidates += [f"{plain}_{number}" for number in range(2, len(below) + 2)]
-        # Compared without case, because some file systems do not tell "A" from "a".
-        name = next(candidate for candidate in candidates if candidate.casefold() not in taken)
-        taken.add(name.casefold())
-        names[path] = name
-    return names, errors
+    device = choose_device(device)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.mixed_precision = resolve_precision(mixed_precision, device)
+    return pipe
 
 
-def table_values(result: Inspection) -> dict[str, str]:
+def choose_device(device: str | torch.device) -> torch.device:
+    """What "auto" stands for.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("`--device` is 'cuda', but PyTorch finds no CUDA GPU here; use 'cpu' or 'auto'.")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(device)
+
+
+def table_values(score: float, threshold: float | None, seconds: float) -> dict[str, str]:
     """The columns that every table of results has: `score`, `threshold`, `verdict` and `seconds`."""
     return {
-        "score": f"{result.score:.6g}",
-        "threshold": "" if result.threshold is None else f"{result.threshold:.6g}",
-        "verdict": result.verdict,
-        "seconds": f"{result.seconds:.2f}",
+        "score": f"{score:.6g}",
+        "threshold": "" if threshold is None else f"{threshold:.6g}",
+        "verdict": _verdict(score, threshold),
+        "seconds": f"{seconds:.2f}",
     }
 
 
-def caption(first: str, result: Inspection) -> str:
+def _verdict(score: float, threshold: float | None) -> str:
+    if threshold is None:
+        return ""
+    return "defective" if score > threshold else "normal"
+
+
+def caption(first: str, score: float, threshold: float | None) -> str:
     """The text beside a row of a montage: a name, and the verdict broken where a line may end."""
-    return f"{first}\n{result.sentence.replace(': ', chr(10))}"
+    return f"{first}\n{verdict_text(score, threshold).replace(': ', chr(10))}"
 
 
-def write_table(path: str | os.PathLike, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Writes rows as CSV (UTF-8, comma, header), complete or not at all; a missing or None value is an empty cell.
+def write_table(path: str | os.PathLike, rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Writes rows as CSV (UTF-8, comma, header), complete or not at all; a missing or None value is an empty cell. A
+    file name that is no text keeps its bytes.
 
     Raises:
         ValueError: a row has a key that is not one of `columns`.
@@ -170,80 +203,10 @@ def write_table(path: str | os.PathLike, rows: Sequence[Mapping[str, object]], c
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with open(unfinished, "w", newline="", encoding="utf-8") as file:
+        with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-
-
-class ResultFolder:
-    """A folder with the results of many pictures: `results.csv`, `heatmaps/`, `maps/` and `montage.png`.
-
-    Heatmaps and maps are written as they come; the table and the montage by `finish`, which may be called after a part
-    of the pictures too. Memory does not grow with the number of pictures but for a line each.
-
-    Args:
-        folder: made if missing, with the first result.
-        overwrite: whether the results of an earlier run may be replaced. Files of other names stay.
-        maps: whether every anomaly map is saved as `maps/<name>.npy`, float32 [H, W].
-
-    Raises:
-        ValueError: `folder` holds a `results.csv` already and `overwrite` is False, or it is a file.
-    """
-
-    def __init__(self, folder: str | os.PathLike, overwrite: bool = False, maps: bool = False):
-        self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"`--out` '{folder}' is a file; give a folder.")
-        if (self.folder / "results.csv").exists() and not overwrite:
-            raise ValueError(f"`--out` '{folder}' already holds results; give another folder, or add --overwrite.")
-        self.rows: list[dict[str, str]] = []
-        self.inspected = 0
-        self._maps = maps
-        self._shown: list[tuple[float, int, list[Image.Image], str]] = []
-
-    def add(self, path: Path, name: str, result: Inspection) -> None:
-        """Keeps the result of the picture at `path`; `name` is the one that `gather` gave it."""
-        heat = result.overlay()
-        heat.save(self._place("heatmaps", f"{name}.png"))
-        if self._maps:
-            np.save(self._place("maps", f"{name}.npy"), result.anomaly_map)
-        self.rows.append({"file": str(path), **table_values(result)})
-        self.inspected += 1
-        small = [_thumbnail(picture) for picture in (result.image, result.inpainted, heat)]
-        entry = (result.score, -self.inspected, small, caption(name, result))
-        if len(self._shown) < MONTAGE_ROWS:
-            heapq.heappush(self._shown, entry)
-        else:
-            heapq.heappushpop(self._shown, entry)
-
-    def fail(self, path: str | os.PathLike, sentence: str) -> None:
-        """Keeps the reason why a picture could not be inspected."""
-        self.rows.append({"file": str(path), "error": sentence})
-
-    def finish(self) -> None:
-        """Writes the table, and the montage of the `MONTAGE_ROWS` highest scores, highest first."""
-        write_table(self._place("results.csv"), self.rows, RESULT_COLUMNS)
-        if self._shown:
-            shown = sorted(self._shown, key=lambda entry: entry[:2], reverse=True)
-            figure = montage(
-                [entry[2] for entry in shown],
-                ["input", "repainted", "heatmap"],
-                [entry[3] for entry in shown],
-                cell=_CELL,
-            )
-            figure.save(self._place("montage.png"))
-
-    def _place(self, *parts: str) -> Path:
-        path = self.folder.joinpath(*parts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path
-
-
-def _thumbnail(image: Image.Image) -> Image.Image:
-    """A copy that fits a montage's cell."""
-    ratio = min(1.0, _CELL / max(image.size))
-    return image.resize([max(1, round(length * ratio)) for length in image.size], Image.Resampling.LANCZOS)

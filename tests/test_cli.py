@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalysd_pipeline import synthetic
 from anomalysd_pipeline.cli import main
-from anomalysd_pipeline.inspection import Inspection, ResultFolder, gather, write_table
+from anomalysd_pipeline.inspection import Inspection, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +64,7 @@ class TestArguments:
     def test_help_needs_no_torch(self):
         code = (
             "import sys; from anomalysd_pipeline.cli import main\n"
-            "for arguments in (['--help'], ['adapt', '--help']):\n"
+            "for arguments in (['--help'], ['adapt', '--help'], ['detect', '--help']):\n"
             "    try: main(arguments)\n"
             "    except SystemExit as stop: assert stop.code == 0\n"
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'heavy import'\n"
@@ -72,7 +72,7 @@ class TestArguments:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         assert all(command in done.stdout for command in ("demo", "detect", "adapt", "publish", "synth"))
-        assert "--resume_from_checkpoint" in done.stdout
+        assert "--resume_from_checkpoint" in done.stdout and "--resume " in done.stdout
 
     @pytest.mark.parametrize(
         ("arguments", "part"),
@@ -85,6 +85,7 @@ class TestArguments:
             (["publish", "x"], "USER/NAME"),
             (["synth", "x", "--families", " , "], "--families"),
             (["detect", "--out", "x", "--category", "ring"], "--test"),
+            (["detect", "--out", "x", "--category", "ring", "--test", "y", "--resume", "--overwrite"], "--overwrite"),
         ],
     )
     def test_wrong_arguments_exit_with_2(self, arguments, part, capsys):
@@ -227,26 +228,6 @@ class TestDetect:
         assert row["error"]
 
 
-class TestGather:
-    def test_names_differ_and_results_are_skipped(self, tmp_path):
-        files = ["x/a.png", "x/a.jpg", "x/sub/A.png", "y/a.png", "y/A_2.png", "x/out/old.png"]
-        for file in files:
-            (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / file).touch()
-        names, errors = gather([tmp_path / "x", tmp_path / "y", tmp_path / "y" / "a.png"], skip=tmp_path / "x" / "out")
-        assert not errors
-        assert {path.relative_to(tmp_path).as_posix() for path in names} == set(files) - {"x/out/old.png"}
-        assert len({name.casefold() for name in names.values()}) == len(names)
-        assert names[tmp_path / "x/sub/A.png"] == "sub/A"
-
-    def test_names_stay_inside_the_folder(self, tmp_path, monkeypatch):
-        (tmp_path / "work").mkdir()
-        (tmp_path / "a.png").touch()
-        monkeypatch.chdir(tmp_path / "work")
-        names, _ = gather(["../a.png", ".."], skip=tmp_path / "out")
-        assert all(".." not in name for name in names.values())
-
-
 class TestResults:
     def test_table_is_complete_or_not_there(self, tmp_path):
         path = tmp_path / "results.csv"
@@ -257,16 +238,6 @@ class TestResults:
             write_table(path, [{"file": "c.png"}, {"colour": "red"}], ["file", "score", "error"])
         assert path.read_bytes() == before
         assert list(tmp_path.iterdir()) == [path]
-
-    def test_montage_shows_the_highest_scores(self, tmp_path):
-        folder = ResultFolder(tmp_path / "out")
-        for index in range(30):
-            folder.add(Path(f"{index}.png"), str(index), result(score=(index * 7) % 30 / 10 + 0.1))
-        folder.finish()
-        assert len(list((tmp_path / "out" / "heatmaps").iterdir())) == 30
-        assert len(read_table(tmp_path / "out" / "results.csv")) == 30
-        shown = [entry[0] for entry in folder._shown]
-        assert sorted(shown) == pytest.approx([0.7 + i / 10 for i in range(24)])
 
     def test_overlay_is_calm_below_the_threshold(self):
         normal, defective = result(score=0.2), result(score=1.9)

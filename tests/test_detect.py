@@ -1,0 +1,298 @@
+"""Inspections of many pictures: results as they come, interruptions, several processes, and data sets as sources."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from anomalysd_pipeline import detect, synthetic
+
+from .conftest import make_tiny_pipeline
+from .detect_driver import table
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As in the other processes: the last digits of a score depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny pipeline with few passes, saved."""
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    quick = {"fast": {"num_inference_steps": 3, "mask_scales": [1, 2]}}
+    make_tiny_pipeline(preset_overrides=quick).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Drawn rings: two in `normal`, five in `test`, the third of which is no picture."""
+    folder = tmp_path_factory.mktemp("parts")
+    for name in ("normal", "test"):
+        (folder / name).mkdir()
+    for index, image in enumerate(synthetic.normal_images("ring", 2, seed=3, size=64)):
+        image.save(folder / "normal" / f"{index}.png")
+    for index, sample in enumerate(synthetic.test_samples("ring", 2, 3, seed=3, size=64)):
+        Image.fromarray(sample.image).save(folder / "test" / f"{index}.png")
+    (folder / "test" / "2.png").write_text("no picture")
+    return folder
+
+
+def arguments(parts, base, out, *more):
+    fixed = ["--normal", parts / "normal", "--test", parts / "test", "--category", "ring", "--device", "cpu"]
+    return [str(argument) for argument in (*fixed, "--base", base, "--out", out, *more)]
+
+
+@pytest.fixture(scope="module")
+def whole(parts, base, tmp_path_factory):
+    """The folder of an uninterrupted run by this process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert detect.main(arguments(parts, base, out, "--maps")) == 0
+    return out
+
+
+@pytest.fixture
+def half(whole, tmp_path):
+    """That folder as an earlier run left it: with a result of the first picture, half a row of the second, and no
+    table."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (rows,) = out.glob("rows/*.jsonl")
+    first, second, *_ = rows.read_bytes().splitlines(keepends=True)
+    rows.write_bytes(first + second[: len(second) // 2])
+    (out / "results.csv").unlink()
+    return out
+
+
+def rows_of(out):
+    return [json.loads(line) for path in out.glob("rows/*.jsonl") for line in path.read_bytes().splitlines(True)]
+
+
+class TestResume:
+    def test_only_what_is_missing_is_done(self, half, whole, parts, base, capsys):
+        earlier = rows_of(whole)
+        before = (half / "part.safetensors").stat().st_mtime_ns
+        assert detect.main(arguments(parts, base, half, "--maps", "--resume")) == 0
+        assert table(half) == table(whole)
+        new = sorted(half.glob("rows/*.jsonl"), key=lambda path: path.stat().st_mtime_ns)[-1]
+        files = [Path(json.loads(line)["file"]).name for line in new.read_text().splitlines()]
+        assert files == ["1.png", "2.png", "3.png", "4.png"] and len(earlier) == 5
+        assert (half / "part.safetensors").stat().st_mtime_ns == before
+        assert "4 inspected" in capsys.readouterr().out
+
+    def test_a_finished_run_is_only_told_again(self, whole, parts, base, tmp_path, capsys):
+        shutil.copytree(whole, tmp_path / "out")
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--maps", "--resume")) == 0
+        assert table(tmp_path / "out") == table(whole)
+        assert "4 inspected" in capsys.readouterr().out
+        results = [row for row in rows_of(tmp_path / "out") if "error" not in row]
+        assert len(results) == 4
+
+    def test_a_new_folder_is_begun(self, whole, parts, base, tmp_path):
+        assert detect.main(arguments(parts, base, tmp_path / "new", "--resume")) == 0
+        assert table(tmp_path / "new") == table(whole)
+
+    def test_more_pictures_are_added(self, whole, parts, base, tmp_path):
+        shutil.copytree(whole, tmp_path / "out")
+        shutil.copy(parts / "test" / "4.png", tmp_path / "5.png")
+        given = arguments(parts, base, tmp_path / "out", "--maps", "--resume")
+        given[given.index("--test") + 1 : given.index("--category")] = [str(tmp_path / "5.png"), str(parts / "test")]
+        assert detect.main(given) == 0
+        rows = table(tmp_path / "out")
+        assert len(rows) == 6 and rows[1:] == table(whole)
+        assert rows[0]["score"] == rows[5]["score"]
+
+    @pytest.mark.parametrize(
+        ("change", "part"),
+        [
+            (("--seed", "1"), "`--seed` gives '1', but the results"),
+            (("--category", "other ring"), "`--category` gives 'other ring'"),
+            (("--noise-strength", "0.7"), "`--noise-strength` gives '0.7'"),
+            (("--preset", "paper"), "`--preset` gives 'paper'"),
+            (("--resolution", "32"), "`--resolution` gives '32'"),
+            (("--normal", "{parts}/normal/0.png"), "`--normal` gives"),
+        ],
+    )
+    def test_other_settings_are_refused(self, change, part, half, parts, base, capsys):
+        option, value = change
+        more = ["--maps", "--resume", option, value.format(parts=parts)]
+        assert detect.main(arguments(parts, base, half, *more)) == 2
+        error = capsys.readouterr().err
+        assert part in error and "--overwrite" in error
+        assert not (half / "results.csv").exists()
+
+    def test_without_maps_is_refused(self, half, parts, base, capsys):
+        assert detect.main(arguments(parts, base, half, "--resume")) == 2
+        assert "`--maps` gives 'off'" in capsys.readouterr().err
+
+    def test_another_base_is_refused(self, half, parts, tiny_pipeline_folder, tmp_path, capsys):
+        from .tiny import tiny_components
+
+        make_tiny_pipeline(**tiny_components(seed=1)).save_pretrained(tmp_path / "base")
+        assert detect.main(arguments(parts, tmp_path / "base", half, "--maps", "--resume")) == 2
+        assert "`--base` gives" in capsys.readouterr().err
+
+    def test_an_existing_folder_names_both_ways(self, half, parts, base, capsys):
+        assert detect.main(arguments(parts, base, half)) == 2
+        error = capsys.readouterr().err
+        assert "--resume" in error and "--overwrite" in error
+
+    @pytest.mark.parametrize("content", ["", "[]", '{"facts": 1}'])
+    def test_unreadable_settings_are_one_sentence(self, content, half, parts, base, capsys):
+        (half / "run.json").write_text(content)
+        assert detect.main(arguments(parts, base, half, "--maps", "--resume")) == 2
+        assert "run.json that cannot be read" in capsys.readouterr().err
+
+    def test_results_of_unknown_origin_are_not_gone_on_with(self, half, parts, base, capsys):
+        (half / "run.json").unlink()
+        assert detect.main(arguments(parts, base, half, "--maps", "--resume")) == 2
+        assert "without a run.json" in capsys.readouterr().err
+
+    def test_an_interrupted_run_leaves_a_table(self, whole, parts, base, tmp_path, monkeypatch, capsys):
+        calls = []
+
+        def interrupted(*args, **options):
+            calls.append(args)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return inspect(*args, **options)
+
+        inspect = detect.inspect
+        monkeypatch.setattr(detect, "inspect", interrupted)
+        assert detect.main(arguments(parts, base, tmp_path / "out")) == 130
+        assert "--resume" in capsys.readouterr().err
+        assert table(tmp_path / "out") == table(whole)[:3]
+
+
+@pytest.fixture(scope="module")
+def told(parts, tmp_path_factory):
+    """What became of a run killed before each of its operations on the folder of results, and resumed."""
+    work = tmp_path_factory.mktemp("killed")
+    tests = [parts / "test" / f"{index}.png" for index in (0, 2, 4)]
+    given = ["--normal", parts / "normal" / "0.png", "--test", *tests, "--category", "ring"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.detect_driver", str(work), *map(str, given)],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
+class TestKilled:
+    def test_every_resumed_run_gives_the_results_of_a_whole_one(self, told):
+        for each in told:
+            assert each["killed"] and each["status"] == 0, each
+            assert each["equal"] and each["montage"], each
+            assert not each["partial"], each
+
+    def test_no_result_is_computed_twice(self, told):
+        # The picture that cannot be read is tried again.
+        assert {each["repeated"] for each in told} == {0, 1}
+
+    def test_they_fall_into_all_of_a_run(self, told):
+        assert {each["rows"] for each in told} == {0, 1, 2, 3}
+        assert {each["operation"] for each in told} == {"open", "os.rename", "os.remove", "row"}
+
+
+@pytest.fixture(scope="module")
+def sources(parts, tmp_path_factory):
+    """The folder of pictures, and a data set of one file with three of them, the second damaged."""
+    datasets = pytest.importorskip("datasets")
+    folder = tmp_path_factory.mktemp("table")
+    cells = [(parts / "test" / f"{index}.png").read_bytes() for index in (4, 2, 0)]
+    rows = {"image": [{"bytes": cell, "path": f"{index}.png"} for index, cell in enumerate(cells)]}
+    features = datasets.Features({"image": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / "parts.parquet")
+    return [parts / "test", folder / "parts.parquet"]
+
+
+@pytest.fixture(scope="module")
+def given(parts, base, sources):
+    def make(out, *more):
+        found = arguments(parts, base, out, *more)
+        at = found.index("--test")
+        return [*found[: at + 1], *map(str, sources), *found[at + 2 :]]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def together(given, tmp_path_factory):
+    """The folder of a run by two processes, over gloo, and what they printed."""
+    out = tmp_path_factory.mktemp("together") / "out"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    done = subprocess.run(
+        [sys.executable, *launch.split(), "-m", "anomalysd_pipeline.detect", *given(out)],
+        cwd=ROOT,
+        env={**ENVIRONMENT, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out, done.stdout
+
+
+class TestProcesses:
+    def test_two_give_the_results_of_one(self, together, given, tmp_path):
+        out, said = together
+        assert detect.main(given(tmp_path / "alone")) == 0
+        assert table(out) == table(tmp_path / "alone")
+        assert len(table(out)) == 8
+        assert (out / "montage.png").read_bytes() == (tmp_path / "alone" / "montage.png").read_bytes()
+        assert said.count("6 inspected") == 1 and said.count("Results in") == 1
+
+    def test_both_have_worked(self, together):
+        shares = {}
+        for path in together[0].glob("rows/*.jsonl"):
+            files = [Path(json.loads(line).get("file", "end")).name for line in path.read_text().splitlines()]
+            shares[path.name[0]] = [file for file in files if file != "end"]
+        assert sorted(shares) == ["0", "1"]
+        assert [len(share) for _, share in sorted(shares.items())] == [4, 4]
+        assert shares["0"][0] == "0.png" and shares["1"][0] == "1.png"
+
+    def test_one_goes_on_where_two_were_killed(self, together, given, tmp_path):
+        out = tmp_path / "out"
+        shutil.copytree(together[0], out)
+        expected = table(out)
+        (out / "results.csv").unlink()
+        for path in out.glob("rows/*.jsonl"):
+            lines = path.read_bytes().splitlines(keepends=True)
+            path.write_bytes(b"".join(lines[:2]) + lines[2][:-1])
+        assert detect.main(given(out, "--resume")) == 0
+        assert table(out) == expected
+
+    def test_pictures_of_a_table_equal_those_of_files(self, together):
+        rows = table(together[0])
+        assert [row["score"] for row in rows[5:]] == [rows[4]["score"], "", rows[0]["score"]]
+        assert rows[5]["file"].endswith("parts.parquet#0:0.png") and "damaged" in rows[6]["error"]
+
+
+def test_columns_are_as_ever(whole):
+    with open(whole / "results.csv", newline="", encoding="utf-8") as file:
+        header, first, *_ = csv.reader(io.StringIO(file.read()))
+    assert header == ["file", "score", "threshold", "verdict", "seconds", "error"]
+    assert float(first[4]) >= 0
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"results.csv", "montage.png", "heatmaps", "maps", "part.safetensors", "run.json", "rows"}

@@ -1,0 +1,162 @@
+"""The folder of results, and what was learned from normal pictures as a file."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from anomalysd_pipeline.inspection import Inspection, load_part, register, save_part
+from anomalysd_pipeline.picture import Picture
+from anomalysd_pipeline.results import MONTAGE_ROWS, ResultFolder
+from anomalysd_pipeline.sources import Files, Listing
+
+from .conftest import make_tiny_pipeline
+from .detect_driver import table
+
+
+def rows_of(out):
+    return [json.loads(line) for path in out.glob("rows/*.jsonl") for line in path.read_bytes().splitlines(True)]
+
+
+def picture(name, row=0):
+    return Picture(f"{name}.png", name, "x", 0, row, f"{name}.png")
+
+
+def result(score=0.5, threshold=1.0, size=(20, 16)):
+    image = Image.new("RGB", size, (90, 120, 150))
+    anomaly_map = np.full(size[::-1], score, np.float32)
+    return Inspection(image, image, anomaly_map, score, threshold, None if threshold is None else score > threshold, 1)
+
+
+def listing(names):
+    return Listing({0: Files("x", [f"{name}.png" for name in names], names)}, {})
+
+
+class TestFolder:
+    def test_the_table_is_in_the_order_of_the_listing(self, tmp_path):
+        names = [str(i) for i in range(7)]
+        folders = [ResultFolder(tmp_path / "out", rank=rank) for rank in range(3)]
+        folders[0].begin({"--seed": 0}, {})
+        for index in (5, 3, 6, 0, 1, 4):
+            folders[index % 3].add(picture(names[index]), result(index / 4 + 0.1))
+        folders[1].fail(picture("2"), "torn")
+        counts = folders[0].finish(listing(names))
+        rows = table(tmp_path / "out")
+        assert [row["file"] for row in rows] == [f"{name}.png" for name in names]
+        assert [row["score"] for row in rows] == ["0.1", "0.35", "", "0.85", "1.1", "1.35", "1.6"]
+        assert [row["verdict"] for row in rows] == ["normal"] * 2 + [""] + ["normal"] + ["defective"] * 3
+        assert (counts.inspected, counts.defective, counts.failed, counts.verdicts) == (6, 3, 1, True)
+
+    def test_the_montage_shows_the_highest_scores_of_all_processes(self, tmp_path):
+        names = [str(i) for i in range(40)]
+        folders = [ResultFolder(tmp_path / "out", rank=rank) for rank in range(2)]
+        folders[0].begin({}, {})
+        scores = [(index * 7) % 40 / 10 + 0.1 for index in range(40)]
+        for index, score in enumerate(scores):
+            folders[index % 2 if index < 36 else 0].add(picture(names[index]), result(score))
+        folders[0].finish(listing(names))
+        assert len(list((tmp_path / "out" / "heatmaps").iterdir())) == 40
+        kept = {row["file"] for row in rows_of(tmp_path / "out") if self.strip(tmp_path / "out", row)}
+        highest = sorted(range(40), key=lambda index: -scores[index])[:MONTAGE_ROWS]
+        assert {f"{index}.png" for index in highest} <= kept
+        assert len(list((tmp_path / "out" / "rows").glob("*.png"))) == len(kept) <= 2 * MONTAGE_ROWS - 8
+
+    def strip(self, out, row):
+        return "shown" in row and (out / "rows" / row["shown"]).is_file()
+
+    def test_the_montage_does_not_depend_on_who_inspected(self, tmp_path):
+        names = [str(i) for i in range(5)]
+        figures = []
+        for processes in (1, 2):
+            out = tmp_path / str(processes)
+            folders = [ResultFolder(out, rank=rank) for rank in range(processes)]
+            folders[0].begin({}, {})
+            for index, name in enumerate(names):
+                folders[index % processes].add(picture(name), result(0.3 + 0.4 * (index % 2)))
+            folders[0].finish(listing(names))
+            figures.append((out / "montage.png").read_bytes())
+        assert figures[0] == figures[1]
+
+    def test_a_picture_without_a_thumbnail_is_shown_by_its_heatmap(self, tmp_path):
+        folder = ResultFolder(tmp_path / "out")
+        folder.begin({}, {})
+        folder.add(picture("a"), result())
+        for strip in (tmp_path / "out" / "rows").glob("*.png"):
+            strip.unlink()
+        assert folder.finish(listing(["a"])).inspected == 1
+        assert (tmp_path / "out" / "montage.png").is_file()
+
+    def test_pictures_that_are_not_listed_any_more_are_left_out(self, tmp_path):
+        folder = ResultFolder(tmp_path / "out")
+        folder.begin({}, {})
+        for name in "abc":
+            folder.add(picture(name), result())
+        assert folder.finish(listing(["c", "a"])).inspected == 2
+        assert [row["file"] for row in table(tmp_path / "out")] == ["c.png", "a.png"]
+
+    def test_without_a_row_nothing_is_written(self, tmp_path):
+        folder = ResultFolder(tmp_path / "out")
+        assert folder.finish(listing(["a"])) is None
+        assert not (tmp_path / "out").exists()
+
+    def test_a_name_that_is_no_text_keeps_its_bytes(self, tmp_path):
+        name = os.fsdecode(b"\xff")
+        folder = ResultFolder(tmp_path / "out")
+        folder.begin({}, {})
+        folder.fail(picture(name), "torn")
+        folder.finish(listing([name]))
+        assert b"\n\xff.png," in (tmp_path / "out" / "results.csv").read_bytes()
+
+    def test_a_failure_is_replaced_by_a_result_and_tried_again(self, tmp_path):
+        first = ResultFolder(tmp_path / "out")
+        first.begin({"--seed": 0}, {})
+        first.fail(picture("a"), "torn")
+        first.close()
+        second = ResultFolder(tmp_path / "out", resume=True)
+        assert not second.earlier().names
+        second.begin({"--seed": 0}, {})
+        second.add(picture("a"), result())
+        assert second.finish(listing(["a"])).failed == 0
+
+    def test_shards_are_done_when_every_picture_is(self, tmp_path):
+        first = ResultFolder(tmp_path / "out")
+        first.begin({}, {})
+        for shard, row in ((0, 0), (0, 1), (1, 0)):
+            first.add(Picture(f"d#{shard}/{row}", f"d/{shard}-{row}", "d", shard, row, None), result())
+        for shard in range(2):
+            first.end("d", shard, 2)
+        first.close()
+        assert ResultFolder(tmp_path / "out", resume=True).earlier().shards == {("d", 0)}
+
+    def test_starting_anew_forgets_the_rows(self, tmp_path):
+        first = ResultFolder(tmp_path / "out")
+        first.begin({"--seed": 0}, {})
+        first.add(picture("a"), result())
+        first.keep_part(lambda path: path.write_text("old"))
+        first.finish(listing(["a"]))
+        second = ResultFolder(tmp_path / "out", overwrite=True)
+        second.begin({"--seed": 1}, {})
+        assert not second.part.exists() and not rows_of(tmp_path / "out")
+        assert json.loads((tmp_path / "out" / "run.json").read_text())["facts"] == {"--seed": 1}
+
+
+class TestPart:
+    def test_it_is_what_was_registered(self, nuts, tmp_path):
+        first, second = make_tiny_pipeline(), make_tiny_pipeline()
+        register(first, "hex nut", nuts[:2], preset="fast")
+        save_part(first, "hex nut", tmp_path / "part")
+        load_part(second, "hex nut", tmp_path / "part")
+        assert torch.equal(first.bank["hex nut"], second.bank["hex nut"])
+        assert first.config.categories == second.config.categories
+        assert first.config.prompts == second.config.prompts
+        one, other = (pipe(nuts[2], category="hex nut", preset="fast") for pipe in (first, second))
+        assert one.pred_scores == other.pred_scores and one.thresholds == other.thresholds != [None]
+
+    @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      "])
+    def test_a_damaged_one_is_one_sentence(self, content, tiny_pipeline, tmp_path):
+        (tmp_path / "part").write_bytes(content)
+        with pytest.raises(ValueError, match="delete it"):
+            load_part(tiny_pipeline, "ring", tmp_path / "part")
