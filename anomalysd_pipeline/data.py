@@ -13,7 +13,7 @@ MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Pillow knows dozens of formats, some of which start other programs (EPS); an upload may only reach these decoders.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
 
 
@@ -76,7 +76,7 @@ def _open(path: str | os.PathLike, name: str) -> Image.Image:
         # Pillow warns about large and odd headers on stderr; what matters of it is said in our own sentence.
         warnings.simplefilter("ignore")
         try:
-            return Image.open(path, formats=_FORMATS)
+            return Image.open(path, formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise ValueError(_too_large(name)) from error
         except UnidentifiedImageError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .data import _FORMATS, load_image
+from .data import FORMATS, load_image
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     # Decoders meet damaged bytes with nearly every exception there is.
     except Exception as error:
         raise ValueError(

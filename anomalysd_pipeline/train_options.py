@@ -68,7 +68,7 @@ def as_options(sentence: object, settings: list[str]) -> str:
 
 def _add_data(group) -> None:
     source = group.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, metavar="ROOT", help="data set in the layout of MVTec-AD")
+    source.add_argument("--data", type=Path, metavar="ROOT", help="MVTec-AD, VisA or a data set in their layout")
     source.add_argument(
         "--normal", nargs="+", metavar="PATH", help="pictures or folders of good parts of one category"
     )
