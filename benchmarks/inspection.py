@@ -3,7 +3,8 @@
     python benchmarks/inspection.py [--model DIR|ID] [--preset fast] [--pictures 8] [--threads 2]
 
 Prints the device, seconds to load, to register 4 normal pictures, and per inspected picture (median), and the peak
-memory of the process. The first inspection is left out of the median: it pays for memory that is then reused.
+memory of the process. Where the processor computes in bfloat16, each picture is inspected in full and in mixed
+precision, one after the other. The first picture is left out of the median: it pays for memory that is then reused.
 """
 
 import argparse
@@ -24,6 +25,7 @@ def main() -> None:
     import torch
 
     from anomalysd_pipeline import AnomalySDPipeline
+    from anomalysd_pipeline.adaptation import resolve_precision
     from anomalysd_pipeline.synthetic import normal_images
 
     if arguments.threads:
@@ -38,11 +40,13 @@ def main() -> None:
     registering = time.perf_counter()
     pipe.add_category("hex_nut", pictures[:4])
     registered = time.perf_counter()
-    seconds = []
+    seconds = {precision: [] for precision in ("no", resolve_precision("auto", pipe.device))}
     for picture in pictures[4:]:
-        began = time.perf_counter()
-        pipe(picture, category="hex_nut", preset=arguments.preset)
-        seconds.append(time.perf_counter() - began)
+        for precision, own in seconds.items():
+            pipe.mixed_precision = precision
+            began = time.perf_counter()
+            pipe(picture, category="hex_nut", preset=arguments.preset)
+            own.append(time.perf_counter() - began)
     settings = pipe.settings(preset=arguments.preset, category="hex_nut")
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"device               {name}")
@@ -50,7 +54,9 @@ def main() -> None:
     print(f"import               {imported - start:.2f} s")
     print(f"load                 {loaded - imported:.2f} s")
     print(f"register 4 pictures  {registered - registering:.2f} s")
-    print(f"inspect one picture  {statistics.median(seconds[1:]):.2f} s (median of {len(seconds) - 1})")
+    for precision, own in seconds.items():
+        words = "inspect one picture" if precision == "no" else f"  the same in {precision}"
+        print(f"{words}  {statistics.median(own[1:]):.2f} s (median of {len(own) - 1})")
     print(f"peak memory          {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 

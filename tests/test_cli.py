@@ -64,14 +64,14 @@ class TestArguments:
     def test_help_needs_no_torch(self):
         code = (
             "import sys; from anomalysd_pipeline.cli import main\n"
-            "for arguments in (['--help'], ['adapt', '--help'], ['detect', '--help']):\n"
+            "for arguments in (['--help'], ['adapt', '--help'], ['detect', '--help'], ['evaluate', '--help']):\n"
             "    try: main(arguments)\n"
             "    except SystemExit as stop: assert stop.code == 0\n"
             "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules), 'heavy import'\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr
-        assert all(command in done.stdout for command in ("demo", "detect", "adapt", "publish", "synth"))
+        assert all(command in done.stdout for command in ("demo", "detect", "adapt", "evaluate", "publish", "synth"))
         assert "--resume_from_checkpoint" in done.stdout and "--resume " in done.stdout
 
     @pytest.mark.parametrize(
@@ -85,6 +85,9 @@ class TestArguments:
             (["publish", "x"], "USER/NAME"),
             (["synth", "x", "--families", " , "], "--families"),
             (["detect", "--out", "x", "--category", "ring"], "--test"),
+            (["evaluate", "--data", "x"], "--out"),
+            (["evaluate", "--out", "x"], "--data"),
+            (["evaluate", "--out", "x", "--data", "y", "--map_resolution", "0"], "--map_resolution"),
             (["detect", "--out", "x", "--category", "ring", "--test", "y", "--resume", "--overwrite"], "--overwrite"),
         ],
     )
@@ -93,6 +96,13 @@ class TestArguments:
             main(arguments)
         assert stop.value.code == 2
         assert part in capsys.readouterr().err
+
+    def test_evaluate_runs_what_its_options_say(self, tmp_path, capsys):
+        common = ["--shots", "1", "--seeds", "0", "--limit", "1", "--peer", "color_patches", "--out", str(tmp_path)]
+        assert main(["evaluate", "--synthetic", "ring", *common]) == 0
+        assert (tmp_path / "report.md").is_file()
+        assert main(["evaluate", "--synthetic", "ring", *common, "--connectivity", "4"]) == 2
+        assert "connectivity" in capsys.readouterr().err
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
     def test_interrupt_exits_with_130(self, tmp_path):

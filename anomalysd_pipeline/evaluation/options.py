@@ -113,7 +113,7 @@ def _add_model(group) -> None:
     group.add_argument("--revision", help="of a checkpoint on the Hub")
     group.add_argument("--variant", help="of the weight files, such as fp16")
     group.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
-    group.add_argument("--timm_model", metavar="NAME", help="features of the prototypes: a model of timm")
+    group.add_argument("--timm_model", metavar="NAME", help="features of the prototypes: a model of timm, or imagenet")
     group.add_argument(
         "--timm_checkpoint", type=Path, metavar="FILE", help="its weights (default: downloaded by timm)"
     )

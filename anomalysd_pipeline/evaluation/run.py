@@ -159,7 +159,8 @@ class _Evaluation:
             self.store.write_json(self.store.class_path(draw, number), figures)
         self.state.wait_for_everyone()
         if self.state.is_main_process:
-            self.store.clear(draw, maps=not self.args.keep_maps)
+            with self._writing():
+                self.store.clear(draw, maps=not self.args.keep_maps)
             self.report(f"{draw.shots} shots, seed {draw.seed}: {len(self.categories)} categories done")
 
     def _missing(self, draw: Draw) -> dict[str, list[int]]:
@@ -179,6 +180,7 @@ class _Evaluation:
 
     def _load(self, draw: Draw) -> None:
         if self.detector is None or needs_new_system(self.args, self.loaded_for, draw):
+            self.detector = None  # its memory may be needed for the next
             with self.state.local_main_process_first():
                 self.detector = make_system(self.args, draw, self.state.device)
             self.loaded_for = draw
@@ -309,7 +311,7 @@ class _Evaluation:
             write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
             self.store.write_json(names.SUMMARY, summary)
             for draw in self.draws:
-                self.store.clear(draw, maps=not self.args.keep_maps)
+                self.store.clear(draw, maps=False)
             self.store.tidy()
         self.report(f"Results in {self.args.out / names.REPORT}")
         return summary

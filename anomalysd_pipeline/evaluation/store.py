@@ -145,7 +145,7 @@ class Store:
     def _record(self) -> dict | None:
         try:
             record = json.loads((self.folder / RUN).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (UnicodeDecodeError, json.JSONDecodeError):
             return None  # not ours: ours is written whole
@@ -195,19 +195,23 @@ class Store:
 
     def clear(self, draw: Draw, maps: bool) -> None:
         """Removes what nobody needs after the metrics of a draw: what was learned, and with `maps` the maps, too."""
-        shutil.rmtree(self.prepared(draw), ignore_errors=True)
-        if maps:
-            shutil.rmtree(self.folder / MAPS / str(draw), ignore_errors=True)
+        for folder in (self.prepared(draw), *([self.folder / MAPS / str(draw)] if maps else [])):
+            if folder.exists():
+                # So that kept maps and those whose removal was interrupted are told apart.
+                doomed = folder.with_name(f".{uuid.uuid4().hex}")
+                os.replace(folder, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Removes files that a killed process left unfinished, by one process when all are done."""
+        """Removes what a killed process left unfinished, by one process when all are done."""
         names = (RUN, SHOTS, SUMMARY, RESULTS, REPORT)
         unfinished = [path for name in names for path in self.folder.glob(f".{name}.*")]
-        unfinished += [path for name in (MAPS, CLASSES) for path in (self.folder / name).rglob(".*")]
-        for path in unfinished:
-            path.unlink(missing_ok=True)
-        for path in (self.folder / PICTURES).glob(".*"):
-            shutil.rmtree(path, ignore_errors=True)
+        unfinished += [path for name in (MAPS, CLASSES, PREPARED) for path in (self.folder / name).rglob(".*")]
+        for path in [*unfinished, *(self.folder / PICTURES).glob(".*")]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         for name in (MAPS, PREPARED):  # empty, unless maps are kept
             if (self.folder / name).exists() and not any((self.folder / name).iterdir()):
                 (self.folder / name).rmdir()

@@ -11,6 +11,10 @@ from .options import INSPECTION, named
 from .store import Draw
 
 
+IMAGENET_LEVELS = (2, 3)
+"""Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 see too little of a part."""
+
+
 def make_system(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
     """The detector that the options name, as it is before it learns anything of a draw.
 
@@ -65,6 +69,11 @@ def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
         "timm_model": args.timm_model,
         "timm_checkpoint": None if args.timm_checkpoint is None else str(args.timm_checkpoint),
     }
+    if args.timm_model == "imagenet":
+        from .backbones import load_backbone
+
+        del given["timm_model"]
+        given["extractor"] = load_backbone("imagenet", IMAGENET_LEVELS).extractor
     base = _filled(args.base, draw)
     try:
         pipe = AnomalySDPipeline.from_pretrained(

@@ -1,0 +1,65 @@
+"""The commands that print tables of several evaluations."""
+
+import sys
+
+import pytest
+
+from anomalysd_pipeline.evaluation.options import PEERS
+from scripts import compare, inference_ablations
+
+COMMON = ["--synthetic", "ring", "--limit", "1", "--shots", "1", "--seeds", "0"]
+TINY = ["--resolution", "64", "--mask_grouping", "grouped"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("comparison")
+    systems = {"color patches": ["--peer", "color_patches"], "no such base": ["--base", str(out / "missing")]}
+    return out, *compare.run_systems(systems, COMMON, out)
+
+
+class TestCompare:
+    def test_every_peer_is_in_the_table(self):
+        assert {options[1] for options in compare.SYSTEMS.values() if "--peer" in options} == set(PEERS)
+
+    def test_systems_have_folders_of_their_own(self):
+        assert len({compare.folder_name(name) for name in compare.SYSTEMS}) == len(compare.SYSTEMS)
+        assert compare.folder_name("PaDiM, ImageNet") == "padim-imagenet"
+
+    def test_a_system_that_fails_does_not_stop_the_others(self, finished):
+        out, summaries, failures = finished
+        assert list(summaries) == ["color patches"]
+        assert "missing" in failures["no such base"]
+        assert (out / "color-patches" / "report.md").is_file()
+
+    def test_table_has_the_figures_of_the_summaries(self, finished):
+        _, summaries, failures = finished
+        text = compare.comparison(summaries, failures)
+        figures = summaries["color patches"]["results"][0]["categories"]["ring"]
+        cell = " / ".join(f"{100 * figures[name]['mean']:.1f}" for name in compare.COLUMNS)
+        row = next(line for line in text.splitlines() if line.startswith("| color patches"))
+        assert [part.strip() for part in row.strip("|").split("|")] == ["color patches", cell, cell]
+        assert "1 shot " in text and "no such base was left out: " in text
+
+    def test_command(self, tmp_path, monkeypatch, capsys):
+        arguments = ["compare", *COMMON, "--systems", "color patches", "--out", str(tmp_path)]
+        monkeypatch.setattr(sys, "argv", arguments)
+        compare.main()
+        assert (tmp_path / "comparison.md").read_text(encoding="utf-8").strip() in capsys.readouterr().out
+
+
+class TestInferenceAblations:
+    def test_tables_and_picture(self, tmp_path, monkeypatch):
+        given = ["--strengths", "0.5", "1", "--sweep_steps", "2", "--num_inference_steps", "2"]
+        monkeypatch.setattr(sys, "argv", ["ablations", *COMMON, *TINY, *given, "--out", str(tmp_path)])
+        inference_ablations.main()
+        text = (tmp_path / "ablations.md").read_text(encoding="utf-8")
+        names = [*inference_ablations.MASKS, *inference_ablations.PROMPTS, "λ = 0.5", "λ = 1"]
+        assert all(f"| {name} " in text for name in names)
+        # One full mask has no other scale and no prototype mask; hierarchical prompts are what the others have.
+        rows = {
+            line.split("|")[2].strip(): line.split("|")[3:] for line in text.splitlines() if line.startswith("| 1")
+        }
+        same = "multi-scale and prototype-guided masks"
+        assert rows["hierarchical prompts"] == rows[same]
+        assert (tmp_path / "noise_strength.png").read_bytes().startswith(b"\x89PNG")
