@@ -57,9 +57,8 @@ class TestInferenceAblations:
         names = [*inference_ablations.MASKS, *inference_ablations.PROMPTS, "λ = 0.5", "λ = 1"]
         assert all(f"| {name} " in text for name in names)
         # One full mask has no other scale and no prototype mask; hierarchical prompts are what the others have.
-        rows = {
-            line.split("|")[2].strip(): line.split("|")[3:] for line in text.splitlines() if line.startswith("| 1")
-        }
+        cells = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+        rows = {line[2]: line[3:] for line in cells if line[1:2] == ["1"]}
         same = "multi-scale and prototype-guided masks"
         assert rows["hierarchical prompts"] == rows[same]
         assert (tmp_path / "noise_strength.png").read_bytes().startswith(b"\x89PNG")

@@ -38,7 +38,7 @@ def summary(counts, figures=None, shots=(1,), seeds=SEEDS, name="anomalysd"):
         for metric in [*METRICS, *RATES]:
             known = [f[metric]["values"] for f in found.values() if None not in f[metric]["values"]]
             mean[metric] = stat(np.mean(known, axis=0).tolist() if known else [None])
-        results.append({"shots": count, "categories": found, "mean": mean})
+        results.append({"shots": count, "seeds": list(seeds), "categories": found, "mean": mean})
     return {
         "system": {"name": name, "base": "embedded", "settings": {"noise_strength": 0.4, "grouped": True}},
         "dataset": {
@@ -181,6 +181,10 @@ class TestReport:
         assert cells(text, "### 1-shot", "**Mean**")[1] == expected
         assert cells(text, "## Results", "1-shot", "**anomalysd** (measured)")[2] == expected
         assert "mean ± standard deviation over 3 seeds" in text
+        # At zero shots there is nothing to draw.
+        mixed = summary({"cookies": (14, 32, 32)}, shots=(0, 1))
+        mixed["results"][0]["seeds"] = [0]
+        assert "over 3 seeds; 0-shot: one seed." in report(tmp_path, mixed)
         assert "has no figures for these categories" in text
         assert "(paper)" not in text
         assert "at 256 px" in text

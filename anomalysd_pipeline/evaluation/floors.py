@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from ..adaptation_folder import base_name
 from ..data import to_tensor
 from ..images import resize, to_pil
 from ..prompts import readable_name
@@ -154,7 +155,7 @@ class PlainInpaintingFloor(Detector):
         return {
             "detector": self.name,
             "features": "none: absolute color difference to the repainted picture",
-            "model": str(self.pipe.config.get("_name_or_path", "")),
+            "model": base_name(self.pipe),
             "resolution": self.pipe.config.resolution,
             "mask": "the whole picture",
             "prompt": self.prompt,

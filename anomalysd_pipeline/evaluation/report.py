@@ -122,10 +122,12 @@ def _picture(title: str, path: Path) -> str:
 
 
 def _spread(summary: Mapping) -> str:
-    seeds = summary["protocol"]["seeds"]
+    seeds = max((result["seeds"] for result in summary["results"]), key=len)
     if len(seeds) == 1:
         return f"Figures in percent, of one seed ({seeds[0]})."
-    return f"Figures in percent: mean ± standard deviation over {len(seeds)} seeds."
+    text = f"Figures in percent: mean ± standard deviation over {len(seeds)} seeds"
+    single = [_setup(result["shots"]) for result in summary["results"] if len(result["seeds"]) == 1]
+    return f"{text}; {_list(single)}: one seed." if single else f"{text}."
 
 
 def _introduction(summary: Mapping) -> str:
@@ -232,7 +234,7 @@ def _curves(summary: Mapping, curves: Mapping[tuple, Mapping], figures: Path) ->
     parts = []
     for result in summary["results"]:
         shots = result["shots"]
-        for seed in summary["protocol"]["seeds"]:
+        for seed in result["seeds"]:
             keys = [(shots, seed, category) for category in _categories(summary) if (shots, seed, category) in curves]
             title = f"{_setup(shots)}, seed {seed}"
             path = figures / f"curves_{re.sub(r'[^a-z0-9]+', '-', _setup(shots).lower())}.png"
@@ -329,8 +331,9 @@ def _missing_masks(summary: Mapping) -> list[str]:
 
 def _undefined(summary: Mapping) -> list[str]:
     """A line for each category and reason, other than missing masks, with the metrics that are undefined by it."""
-    counts, seeds, found = summary["dataset"]["categories"], summary["protocol"]["seeds"], {}
+    counts, found = summary["dataset"]["categories"], {}
     for result in summary["results"]:
+        seeds = result["seeds"]
         for category, stats in result["categories"].items():
             count = counts[category]
             for metric, name in METRICS.items():

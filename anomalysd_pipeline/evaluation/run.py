@@ -40,7 +40,9 @@ from .summary import evaluate_class, resize_map, summarize
 from .systems import make_system, needs_new_system
 
 _PATIENCE = timedelta(hours=24)  # one process may have to adapt to a whole data set while the others wait
-_CASES = 2  # of each kind and category
+_CASES = 2  # of each kind and category, while there are few
+_FEW, _MANY = 4, 8  # categories; of many, those that went worst are shown
+_CASE_WORDS = {"found": "clearest defect", "missed": "faintest defect", "false_alarms": "oddest normal part"}
 
 
 def evaluate(args: argparse.Namespace, report: Callable[[str], None] = lambda sentence: None) -> dict:
@@ -305,7 +307,8 @@ class _Evaluation:
         summary = summarize(*parts, self.draws, found, list(self.categories))
         rows = list(self.store.rows().values())
         curves = {(draw.shots, draw.seed, name): entry["curves"] for (draw, name), entry in found.items()}
-        cases = self._cases()
+        last = {number: found[self.draws[-1], name]["metrics"]["image_auroc"] for name, number in self.numbers.items()}
+        cases = self._cases(sorted(last, key=lambda number: (last[number] is None, last[number] or 0.0, number)))
         with self._writing():
             write_parquet(self.args.out / names.RESULTS, rows)
             write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
@@ -316,9 +319,19 @@ class _Evaluation:
         self.report(f"Results in {self.args.out / names.REPORT}")
         return summary
 
-    def _cases(self) -> list[dict]:
-        cases = []
+    def _cases(self, worst: Sequence[int]) -> list[dict]:
+        """What the montage shows.
+
+        Args:
+            worst: numbers of the categories, the one with the lowest image AUROC first.
+        """
+        cases, shown, count = [], set(self.numbers.values()), _CASES
+        if len(self.numbers) > _FEW:
+            shown, count = set(worst[:_MANY]), 1
         for path in sorted((self.store.folder / names.CASES).glob("*.npz")):
+            number, _, place = path.stem.partition("-")[0], *path.stem.rsplit("-", 1)
+            if int(number) not in shown or int(place) >= count:
+                continue
             with np.load(path) as archive:
                 row, anomaly_map = json.loads(str(archive["facts"])), archive["anomaly_map"]
             test = self.categories[row["category"]].test[row["index"]]
@@ -331,7 +344,7 @@ class _Evaluation:
                     "score": row["score"],
                     "threshold": row["threshold"],
                     "label": row["label"],
-                    "caption": f"{test.path.name}, {row['kind'].replace('_', ' ').rstrip('s')}",
+                    "caption": f"{test.path.name}, {_CASE_WORDS[row['kind']]}",
                     "maximum": row["maximum"],
                 }
             )

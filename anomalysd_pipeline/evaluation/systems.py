@@ -10,7 +10,6 @@ from .detector import Detector
 from .options import INSPECTION, named
 from .store import Draw
 
-
 IMAGENET_LEVELS = (2, 3)
 """Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 see too little of a part."""
 
