@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedType, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -211,6 +211,8 @@ def train_stage(
 ) -> dict[str, Tensor]:
     """The loop: one step is one global batch of Eq. (8) or (9). Returns the trained weights, averaged if so set."""
     accumulation = settings.gradient_accumulation_steps
+    if accelerator.distributed_type == DistributedType.FSDP:
+        stage.module.to(memory_format=torch.contiguous_format)  # the only order that it can divide
     # All of this before `prepare`, while the parameters are plain ones under their own names.
     names = stage.trained_names()
     trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]

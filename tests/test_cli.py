@@ -106,7 +106,7 @@ class TestArguments:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
     def test_interrupt_exits_with_130(self, tmp_path):
-        command = [sys.executable, "-m", "anomalysd_pipeline", "synth", str(tmp_path / "out"), "--train", "3"]
+        command = [sys.executable, "-m", "anomalysd_pipeline", "synth", str(tmp_path / "out"), "--train", "1000"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
         try:
             while process.poll() is None and not (tmp_path / "out").exists():
