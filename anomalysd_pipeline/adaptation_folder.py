@@ -33,7 +33,7 @@ _KEYS = {
     "categories",
     "prompts",
 }
-_RECORD_KEYS = {"shots", "rotations", "copies", "noise_strength", "adaptation", "prompt_design", "calibration"}
+_RECORD_KEYS = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """What a folder may hold that is replaced as a whole; the last is added where it is published."""
 
@@ -200,8 +200,6 @@ def _check_record(record: dict) -> dict:
     counts = (record["shots"], record["rotations"])
     if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):
         raise ValueError("a category's record has other keys or counts")
-    if type(record["copies"]) is not int or record["copies"] < 0:
-        raise ValueError(f"a category has {record['copies']!r} copies")
     if record["prompt_design"] not in PROMPT_DESIGNS:
         raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
     if record["calibration"] is not None:

@@ -41,7 +41,6 @@ class AdaptationSettings:
     decoder_rank, decoder_target_modules: of the decoder's.
     use_ema, ema_decay: whether the moving average of the weights is what is kept.
     gradient_checkpointing: less memory, more time.
-    bank_copies: varied copies of each picture in its category's bank, see `add_category`.
     mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the processor computes in it.
     seed: of initial LoRA weights, order, augmentation, masks, prompts and noise.
     """
@@ -76,7 +75,6 @@ class AdaptationSettings:
     use_ema: bool = False
     ema_decay: float = 0.9999
     gradient_checkpointing: bool = False
-    bank_copies: int = 0
     mixed_precision: str = "auto"
     seed: int = 0
 
@@ -150,17 +148,16 @@ class AdaptationSettings:
             raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
         if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be a number above 0 and below 1, got {self.ema_decay!r}.")
-        for name in ("seed", "bank_copies"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 0:
-                raise ValueError(f"`{name}` must be a whole number of at least 0, got {getattr(self, name)!r}.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"`seed` must be a whole number of at least 0, got {self.seed!r}.")
         if not (self.train_denoiser or self.train_decoder):
             raise ValueError("`train_denoiser` and `train_decoder` are both off; leave at least one on.")
 
     def course(self) -> dict:
         """What a run that is resumed must share with the one that wrote the checkpoint: all but the lengths, which may
-        be extended, and what changes no weight."""
-        free = ("steps", "decoder_steps", "epochs", "decoder_epochs", "gradient_checkpointing", "bank_copies")
-        return {name: value for name, value in self.to_dict().items() if name not in free}
+        be extended."""
+        lengths = ("steps", "decoder_steps", "epochs", "decoder_epochs", "gradient_checkpointing")
+        return {name: value for name, value in self.to_dict().items() if name not in lengths}
 
     def to_dict(self) -> dict:
         """JSON-serializable values."""

@@ -112,8 +112,7 @@ class AdaptationMixin:
             if full:
                 self._replace_weights(weights)
             for category, images in shots.items():
-                copies = weights.settings.bank_copies
-                self.add_category(category, images, (prompts or {}).get(category), copies=copies)
+                self.add_category(category, images, (prompts or {}).get(category))
                 # Inspected with the prompts that it was trained with.
                 design = weights.settings.prompt_design
                 self._store_category(category, adaptation=None if full else name, prompt_design=design)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from .data import augment, to_tensor, varied
+from .data import augment, to_tensor
 from .detection import score_maps
 from .prototypes import collect_prototypes
 from .scoring import image_score
@@ -107,17 +107,15 @@ def calibrate_threshold(
     tensors = torch.stack([to_tensor(picture, side) for picture in pictures])  # [K, 3, R, R]
     copies = max(1, math.ceil(MIN_SCORES / len(tensors))) if len(tensors) < MIN_SCORES else 1
     held_out = len(tensors) > 1
-    record = pipe.config.categories[category]
-    # Saved before there were copies, a category has none.
-    rotations, views = record["rotations"], varied(tensors, record.get("copies", 0)).view(-1, *tensors.shape)
+    rotations = pipe.config.categories[category]["rotations"]
     generator = torch.Generator().manual_seed(seed)
     scores: list[float] = []
     for index, tensor in enumerate(tensors):
         bank = pipe.bank
         if held_out:
-            others = torch.cat([views[:, :index], views[:, index + 1 :]], dim=1).flatten(end_dim=1)
+            others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = copy.deepcopy(pipe.bank)
-            bank.add(category, collect_prototypes(pipe.extractor, others.to(pipe._execution_device), rotations))
+            bank.add(category, collect_prototypes(pipe.extractor, others, rotations))
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]

@@ -7,7 +7,7 @@ import copy
 import torch
 
 from .calibration import Calibration, calibrate_threshold
-from .data import to_tensor, varied
+from .data import to_tensor
 from .images import load_pictures
 from .prompts import PromptBook, check_category
 from .prototypes import collect_prototypes
@@ -39,7 +39,6 @@ class CategoryMixin:
         prompts=None,
         noise_strength: float | None = None,
         rotations: int | None = None,
-        copies: int = 0,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -53,12 +52,9 @@ class CategoryMixin:
             prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
             noise_strength: lambda for this part; None: the checkpoint's.
             rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
-            copies: number of varied copies of each picture in the bank besides, see `data.varied`. They make up for
-                parts of which no two look alike, and cost as much time as so many more pictures.
 
         Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1] or a negative
-                number of copies.
+            ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
         """
         check_category(category)
         book = self.prompt_book
@@ -69,14 +65,13 @@ class CategoryMixin:
         pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
-        features = collect_prototypes(self.extractor, varied(pictures, copies).to(device), rotations)
+        features = collect_prototypes(self.extractor, pictures.to(device), rotations)
         self.bank.to(device).add(category, features)
         self.register_to_config(prompts=book.to_dict())
         self._store_category(
             category,
             shots=len(pictures),
             rotations=rotations,
-            copies=copies,
             noise_strength=noise_strength,
             adaptation=None,
             prompt_design="hierarchical",

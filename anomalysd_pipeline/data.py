@@ -319,23 +319,3 @@ def augment(
         return varied
     options = {"mode": "nearest", "padding_mode": "reflection", "align_corners": False}
     return varied, torch.nn.functional.grid_sample(mask[None, None].to(image), grid, **options)[0, 0] > 0.5
-
-
-def varied(images: torch.Tensor, copies: int, seed: int = 0) -> torch.Tensor:
-    """Normal pictures and `copies` varied ones of each, as `augment` varies them by default.
-
-    Args:
-        images: float `[K, 3, H, W]` in [-1, 1].
-        copies: 0 or more.
-        seed: of the variation; the copies of a picture are the same on every machine.
-
-    Returns:
-        float `[(1 + copies) K, 3, H, W]`: the pictures, then one copy of each after the other.
-
-    Raises:
-        ValueError: `copies` is negative.
-    """
-    if not isinstance(copies, int) or copies < 0:
-        raise ValueError(f"`copies` must be a whole number of at least 0, got {copies!r}.")
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat([images, *(torch.stack([augment(i, generator) for i in images]) for _ in range(copies))])

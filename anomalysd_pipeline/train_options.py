@@ -142,7 +142,6 @@ def _add_settings(group) -> None:
     )
     add("repainting_weight", type=float, metavar="X", help="of the loss on repainted pictures (the paper: 0)")
     add("decoder_latents", choices=("encoded", "repainted"), help="what the decoder learns from")
-    add("bank_copies", type=int, metavar="N", help="varied copies of each picture in its category's bank")
     add("rank", type=int, metavar="N", help="of the denoiser's LoRA")
     add("target_modules", nargs="+", metavar="NAME", help="its modules, by the ends of their names")
     add("decoder_rank", type=int, metavar="N", help="of the decoder's LoRA")

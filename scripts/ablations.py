@@ -30,14 +30,12 @@ ROWS = {
     "foreground masks": {"mask_design": "foreground"},
     "no prompts": {"prompt_design": "none"},
     "simple prompts": {"prompt_design": "simple"},
-    "varied bank": {"bank_copies": 1},
 }
 """Row to what it changes in the checkpoint's own way of adapting; None: no adaptation."""
 
 TABLES = {
     "Fine-tuned parts": ("none", "decoder", "denoiser", "both"),
     "Training masks": ("random masks", "foreground masks", "both"),
-    "Prototypes": ("both", "varied bank"),
     "Prompts": ("no prompts", "simple prompts", "both"),
 }
 COLUMNS = ("row", "seed", "category", "image", "pixel", "image_0", "pixel_0", "adapt_seconds", "adapted_to")

@@ -330,7 +330,6 @@ FACT_EDITS = {
     "prompt design list": put(["categories", "nut", "prompt_design"], ["simple"]),
     "shots text": put(["categories", "nut", "shots"], "2"),
     "rotations zero": put(["categories", "nut", "rotations"], 0),
-    "copies negative": put(["categories", "nut", "copies"], -1),
     "noise strength text": put(["categories", "nut", "noise_strength"], "0.4"),
     "noise strength 2": put(["categories", "nut", "noise_strength"], 2.0),
     "calibration list": put(CALIBRATION, [0.3]),

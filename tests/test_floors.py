@@ -193,6 +193,12 @@ class TestPlainInpainting:
         shown = np.asarray(found.inpainted) / 255
         np.testing.assert_allclose(shown, repainted, atol=1 / 255)
 
+    def test_strength_and_steps_are_those_of_the_checkpoint(self):
+        # The short schedule of the embedded checkpoint leaves no step at the paper's strength.
+        floor = PlainInpaintingFloor()
+        settings = floor.pipe.settings()
+        assert (floor.noise_strength, floor.num_inference_steps) == (0.5, settings.num_inference_steps)
+
     def test_the_prompt_matters(self, tests):
         pipe = make_tiny_pipeline()
         maps = [

@@ -108,8 +108,8 @@ class PlainInpaintingFloor(Detector):
         pipe: an `AnomalySDPipeline`, whose base components are used, or what its `from_pretrained` takes; None: the
             embedded checkpoint.
         prompt: one of `PROMPTS`: none, or with the category's name at `{name}`.
-        noise_strength: lambda, as diffusers' `strength`.
-        num_inference_steps: None: the pipeline's.
+        noise_strength, num_inference_steps: lambda (diffusers' `strength`) and the schedule's length; None: the
+            pipeline's.
         device: where a pipeline named by a path is put; one given stays where it is.
         seed: of the noise, the same for every picture.
 
@@ -125,7 +125,7 @@ class PlainInpaintingFloor(Detector):
         self,
         pipe=None,
         prompt: str = PROMPTS[1],
-        noise_strength: float = 0.4,
+        noise_strength: float | None = None,
         num_inference_steps: int | None = None,
         device: str | torch.device = "cpu",
         seed: int = 0,
