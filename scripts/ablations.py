@@ -81,31 +81,44 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
 
 
 def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
-    """Lines of a Markdown table: AUROC as the mean over categories, then mean and spread over the seeds that have all
-    of them."""
-    lines, categories = [], {result["category"] for result in results}
+    """Lines of a Markdown table, AUROC as image / pixel: the mean over categories, then mean and spread over the seeds
+    that have all of them; and the difference to the row "none" of the same seeds, which are the same pictures."""
+    categories = {result["category"] for result in results}
+    by_seed = {row: _by_seed(results, row, categories) for row in {*rows, "none"}}
+    lines = []
     for row in rows:
-        own = [result for result in results if result["row"] == row]
-        found = {seed: {r["category"] for r in own if r["seed"] == seed} for seed in {r["seed"] for r in own}}
-        own = [result for result in own if found[result["seed"]] == categories]
-        cells = []
-        for key in ("image", "pixel", "image_0", "pixel_0"):
-            by_seed: dict[str, list[float]] = {}
-            for result in own:
-                by_seed.setdefault(result["seed"], []).append(float(result[key]))
-            means = [np.mean(values) for values in by_seed.values()]
-            cells.append(f"{np.mean(means):.3f} ± {np.std(means):.3f}" if means else "")
-        if own:
-            count = len({result["seed"] for result in own})
-            if count == 1:
-                cells = [cell.partition(" ")[0] for cell in cells]  # no spread of one
-            lines.append(f"| {row} | {' | '.join(cells)} | {count} |")
+        own, plain = by_seed[row], by_seed["none"]
+        if not own:
+            continue
+        both = [seed for seed in own if seed in plain and row != "none"]
+        differences = {seed: own[seed] - plain[seed] for seed in both}
+        cells = [_cell(own, 0), _cell(differences, 0, "+"), _cell(own, 2)]
+        lines.append(f"| {row} | {' | '.join(cells)} | {len(own)} |")
     return lines
+
+
+def _by_seed(results: list[dict], row: str, categories: set[str]) -> dict[str, np.ndarray]:
+    """Image and pixel AUROC, then both with `feature_weight` 0, of each seed that has all categories."""
+    keys = ("image", "pixel", "image_0", "pixel_0")
+    found: dict[str, dict[str, list[float]]] = {}
+    for result in results:
+        if result["row"] == row:
+            found.setdefault(result["seed"], {})[result["category"]] = [float(result[key]) for key in keys]
+    return {seed: np.mean(list(own.values()), axis=0) for seed, own in found.items() if own.keys() == categories}
+
+
+def _cell(by_seed: dict[str, np.ndarray], first: int, sign: str = "") -> str:
+    """Two figures, each with its spread if there is more than one seed."""
+    if not by_seed:
+        return ""
+    values = np.stack(list(by_seed.values()))[:, first : first + 2]
+    spread = [f" ± {value:.3f}" if len(values) > 1 else "" for value in values.std(axis=0)]
+    return " / ".join(f"{mean:{sign}.3f}{own}" for mean, own in zip(values.mean(axis=0), spread, strict=True))
 
 
 def report(results: list[dict]) -> str:
     """All tables of which there is a row, and each category by itself."""
-    columns = ["{}", "image AUROC", "pixel AUROC", "image, `feature_weight` 0", "pixel, `feature_weight` 0", "seeds"]
+    columns = ["{}", "image / pixel AUROC", "against none", "the same with `feature_weight` 0", "seeds"]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     parts = []
     for title, rows in TABLES.items():

@@ -20,14 +20,18 @@ def test_a_row_is_the_mean_over_categories_then_mean_and_spread_over_seeds():
         for seed, category, image in [(0, "a", 0.9), (0, "b", 0.7), (1, "a", 1.0), (1, "b", 0.8)]
     ]
     means = [np.mean([0.9, 0.7]), np.mean([1.0, 0.8])]
+    still = "0.500 ± 0.000"
     assert ablations.table(results, ("both",)) == [
-        f"| both | {np.mean(means):.3f} ± {np.std(means):.3f} | 0.500 ± 0.000 | 0.500 ± 0.000 | 0.500 ± 0.000 | 2 |"
+        f"| both | {np.mean(means):.3f} ± {np.std(means):.3f} / {still} |  | {still} / {still} | 2 |"
     ]
+    # Against the row "none", seed by seed.
+    results += [result("none", 0, "a", 0.5), result("none", 0, "b", 0.9, pixel=0.7), result("none", 1, "a", 0.1)]
+    assert ablations.table(results, ("both",))[0].split(" | ")[2] == "+0.100 / -0.100"
 
 
 def test_a_seed_counts_when_every_category_is_there():
     complete = [result("both", 0, "a", 0.9), result("both", 0, "b", 0.7)]
-    expected = ["| both | 0.800 | 0.500 | 0.500 | 0.500 | 1 |"]
+    expected = ["| both | 0.800 / 0.500 |  | 0.500 / 0.500 | 1 |"]
     assert ablations.table([*complete, result("both", 1, "a", 0.1)], ("both",)) == expected
 
 
