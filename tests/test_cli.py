@@ -107,7 +107,11 @@ class TestArguments:
     @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
     def test_interrupt_exits_with_130(self, tmp_path):
         command = [sys.executable, "-m", "anomalysd_pipeline", "synth", str(tmp_path / "out"), "--train", "1000"]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+        def hear_interrupts():  # which programs that a shell has put in the background do not
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, preexec_fn=hear_interrupts)
         try:
             while process.poll() is None and not (tmp_path / "out").exists():
                 time.sleep(0.05)

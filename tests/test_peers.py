@@ -236,14 +236,14 @@ class TestDRAEM:
     def test_training_teaches_to_repair(self, narrow, nuts):
         pictures = torch.stack([to_tensor(image, 32) for image in nuts]).add(1).div(2)
         errors = []
-        for steps in (1, 20):
+        for steps in (1, 60):
             peer = make_detector("draem", steps=steps, batch_size=2, resolution=32)
             peer.fit("nut", nuts, seed=0)
             peer.predict("nut", nuts[0])
             network = peer._loaded[1].reconstructive_subnetwork.train()  # running statistics lag behind at first
             with torch.no_grad():
                 errors.append((network(pictures) - pictures).square().mean().item())
-        assert errors[1] < errors[0]
+        assert errors[1] < 0.9 * errors[0]
 
     def test_categories_and_a_saved_state(self, narrow, nuts, tests, tmp_path):
         peer, other = (make_detector("draem", steps=1, batch_size=2, resolution=32) for _ in range(2))
