@@ -70,7 +70,8 @@ def draw_strengths(curves: Mapping[float, Mapping], path: Path) -> None:
         axes.set_ylabel(f"{COLUMNS[metric]}, %")
         axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.suptitle(f"{last[strengths[0]]['shots']} shots", fontsize=10)
+    shots = last[strengths[0]]["shots"]
+    figure.suptitle(f"{shots} shot{'s' * (shots != 1)}", fontsize=10)
     canvas.print_png(path, metadata={"Software": None})
 
 
