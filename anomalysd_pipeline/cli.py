@@ -6,10 +6,10 @@ Whatever needs torch is imported when a command runs, so that `--help` and misty
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from . import detect_options, train_options
+from .entry import run_command
 from .evaluation import options as evaluation_options
 
 DEMO_FAMILIES = "hex_nut,wood,washer"
@@ -32,14 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
     """
     args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, OSError) as error:
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("anomalysd: interrupted", file=sys.stderr)
-        return 130
+    return run_command(args.run, args)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 from . import __version__
 from .detect_options import add_arguments
+from .entry import run_command
 from .inspection import choose_device, inspect, load_part, load_pipeline, register, save_part
 from .picture import Picture
 from .prompts import check_category
@@ -63,15 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        # By every process: the first that ends has the launcher end the others.
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("anomalysd: interrupted; --resume goes on", file=sys.stderr)
-        return 130
+    return run_command(run, args, "--resume goes on")
 
 
 def run(args: argparse.Namespace) -> int:

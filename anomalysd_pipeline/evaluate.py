@@ -17,6 +17,7 @@ import sys
 
 from accelerate import PartialState
 
+from .entry import run_command
 from .evaluation.options import add_arguments
 
 
@@ -37,15 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser)
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        # By every process: the first that ends has the launcher end the others.
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("anomalysd: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+    return run_command(run, args, "the same command goes on")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from pathlib import Path
 
@@ -28,7 +29,7 @@ _TRAINED = "trained.safetensors"
 _PROMPTS_AT_ONCE = 16
 
 
-class Stage:
+class Stage(ABC):
     """One part in training.
 
     Attributes:
@@ -56,12 +57,13 @@ class Stage:
         per_step = self.settings.train_batch_size * self.settings.gradient_accumulation_steps * processes
         return given or math.ceil(epochs * len(self.dataset) / per_step)
 
+    @abstractmethod
     def _length(self) -> tuple[int | None, int]:
-        raise NotImplementedError
+        """Steps as given, or None, and epochs."""
 
+    @abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """The mean loss over a batch of samples, float32 `[]`."""
-        raise NotImplementedError
 
     def trained_names(self) -> list[str]:
         """Names of the parameters that train; asked before anything wraps the module."""

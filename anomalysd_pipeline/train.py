@@ -43,6 +43,7 @@ from .adaptation_settings import AdaptationSettings
 from .adaptations import default_name
 from .calibration import prediction_threshold
 from .checkpoints import disk_errors, list_checkpoints, remove, written_whole
+from .entry import run_command
 from .pipeline import AnomalySDPipeline
 from .prompts import check_category
 from .train_data import Shots, read_prompts, read_shots
@@ -73,15 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add_arguments(parser, report_to="tensorboard")
     args = parser.parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError) as error:
-        # By every process: the first that ends has the launcher end the others.
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("anomalysd: interrupted; --resume_from_checkpoint latest goes on", file=sys.stderr)
-        return 130
+    return run_command(run, args, "--resume_from_checkpoint latest goes on")
 
 
 def run(args: argparse.Namespace) -> int:
