@@ -189,6 +189,7 @@ def make_stages(
         settings.mask_design,
         settings.noise_range,
         settings.augmentation,
+        settings.defect_share,
     )
     stages: list[Stage] = []
     unet = frozen_copy(pipe.unet)

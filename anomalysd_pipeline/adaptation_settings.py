@@ -33,6 +33,8 @@ class AdaptationSettings:
     prompt_design: "hierarchical" (the paper's), "simple" or "none".
     noise_range: share of the noise schedule that is trained, (low, high); the paper trains all of it.
     augmentation: limits of `data.augment`.
+    defect_share: share of the samples that are shown with a drawn defect, which the denoiser learns to repaint as the
+        normal part; 0 in the paper.
     repainting_weight: weight of a loss on repainted pictures in the denoiser's, see `losses.repainting_loss`; 0 in the
         paper.
     decoder_latents: what the decoder learns to decode: "encoded" pictures (the paper's), or latents as the denoiser
@@ -66,6 +68,7 @@ class AdaptationSettings:
     augmentation: dict = field(
         default_factory=lambda: {"brightness": 0.1, "contrast": 0.1, "scale": 0.1, "degrees": 15.0}
     )
+    defect_share: float = 0.0
     repainting_weight: float = 0.0
     decoder_latents: str = "encoded"
     rank: int = 16
@@ -144,6 +147,8 @@ class AdaptationSettings:
             )
         if len(self.noise_range) != 2 or not 0 <= self.noise_range[0] < self.noise_range[1] <= 1:
             raise ValueError(f"`noise_range` must be two rising numbers in [0, 1], got {tuple(self.noise_range)}.")
+        if not isinstance(self.defect_share, (int, float)) or not 0 <= self.defect_share <= 1:
+            raise ValueError(f"`defect_share` must be a number in [0, 1], got {self.defect_share!r}.")
         if not isinstance(self.repainting_weight, (int, float)) or not 0 <= self.repainting_weight < math.inf:
             raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
         if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:

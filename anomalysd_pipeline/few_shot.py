@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .data import augment, to_tensor
 from .masks import MASK_DESIGNS, foreground_mask, multi_scale_masks, random_rectangle_mask, training_mask
+from .synthetic import apply_defect
 
 
 class FewShotDataset(Dataset):
@@ -31,6 +32,7 @@ class FewShotDataset(Dataset):
         mask_design: "foreground" (the paper's mechanism), "random" (rectangles anywhere), or "detection": half
             foreground rectangles, half the grouped cells that detection will ask for.
         noise_range: (low, high) in [0, 1]: the share of the schedule from which timesteps are drawn.
+        defect_share: share of the samples, in [0, 1], shown with a defect drawn onto the part.
         augmentation: limits of contrast, brightness, scaling and rotation, the keyword arguments of `data.augment`.
 
     Raises:
@@ -48,6 +50,7 @@ class FewShotDataset(Dataset):
         mask_design: str = "foreground",
         noise_range: tuple[float, float] = (0.0, 1.0),
         augmentation: Mapping[str, float] | None = None,
+        defect_share: float = 0.0,
     ):
         if mask_design not in MASK_DESIGNS:
             raise ValueError(
@@ -68,6 +71,7 @@ class FewShotDataset(Dataset):
         # At least one step, however narrow the range.
         self.timesteps = (int(low * timesteps), max(int(low * timesteps) + 1, round(high * timesteps)))
         self.augmentation = dict(augmentation or {})
+        self.defect_share = defect_share
         self.cells = multi_scale_masks(resolution, resolution, (2, 4, 8), "grouped")
 
     def __len__(self) -> int:
@@ -85,8 +89,9 @@ class FewShotDataset(Dataset):
         """Sample `number`, 0 or more, without an upper end.
 
         Returns:
-            `image` `[3, R, R]` in [-1, 1]; `mask` `[1, R, R]` in {0, 1}; `prompt`, index into `prompts`, a random one
-            of the picture's category; `noise` `[C, h, w]`; `timestep`. All on the CPU.
+            `image` `[3, R, R]` in [-1, 1]; `shown`, the same or with a defect; `mask` `[1, R, R]` in {0, 1};
+            `prompt`, index into `prompts`, a random one of the picture's category; `noise` `[C, h, w]`; `timestep`.
+            All on the CPU.
         """
         epoch, place = divmod(number, len(self.images))
         index = int(np.random.default_rng([self.seed, 0, epoch]).permutation(len(self.images))[place])
@@ -96,11 +101,23 @@ class FewShotDataset(Dataset):
         first, count = self.prompt_ranges[index]
         return {
             "image": image,
+            "shown": self._show(image, foreground, int(drawn)),
             "mask": self._draw_mask(foreground, generator),
             "prompt": first + torch.randint(count, (), generator=generator),
             "noise": torch.randn(self.latent_shape, generator=generator),
             "timestep": torch.randint(*self.timesteps, (), generator=generator),
         }
+
+    def _show(self, image: torch.Tensor, foreground: torch.Tensor, seed: int) -> torch.Tensor:
+        rng = np.random.default_rng([seed, 1])
+        height, width = foreground.shape
+        if height != width or rng.random() >= self.defect_share:
+            return image
+        pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+        damaged, where, _ = apply_defect(pixels, (foreground if foreground.any() else ~foreground).numpy(), rng)
+        damaged = torch.from_numpy(damaged.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
+        # Elsewhere the picture itself, which bytes would have rounded.
+        return torch.where(torch.from_numpy(where), damaged, image)
 
     def _draw_mask(self, foreground: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         height, width = foreground.shape

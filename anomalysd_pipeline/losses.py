@@ -14,9 +14,19 @@ LPIPS_WEIGHT = 0.1
 
 
 def noisy_latents(
-    vae, scheduler, images: Tensor, masks: Tensor, noise: Tensor, timesteps: Tensor
+    vae,
+    scheduler,
+    images: Tensor,
+    masks: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The denoiser's input and what it shall answer, Eqs. (7) and (8).
+
+    With `shown` (not in the paper) the noise is added to another picture than the one to be repainted: a part with a
+    defect, for its normal self. The answer is then what leads from there to the normal part inside the mask: Eq. (7)
+    solved for epsilon with the wanted latents.
 
     Args:
         vae, scheduler: of the pipeline; no gradient reaches the VAE.
@@ -24,6 +34,7 @@ def noisy_latents(
         masks: m, `[N, 1, H, W]` in {0, 1}, 1 = repaint.
         noise: epsilon, `[N, 4, h, w]`.
         timesteps: t, int64 `[N]`, 0 ... T - 1.
+        shown: `[N, 3, H, W]` in [-1, 1]; None: `images`.
 
     Returns:
         - float32 `[N, 9, h, w]`: z_t, the mask on the latent grid and E((1 - m) x), in the order of Stable Diffusion's
@@ -33,9 +44,15 @@ def noisy_latents(
     Raises:
         ValueError: for a scheduler with another `prediction_type`.
     """
+    given = images if shown is None else shown
     with torch.no_grad():
-        latents, masked = encode(vae, torch.cat([images, images * (masks < 0.5)])).float().chunk(2)
-    noisy = scheduler.add_noise(latents, noise, timesteps)
+        seen, masked = encode(vae, torch.cat([given, given * (masks < 0.5)])).float().chunk(2)
+        # What surrounds the mask stays as it is shown.
+        latents = seen if shown is None else encode(vae, torch.where(masks > 0.5, images, shown)).float()
+    noisy = scheduler.add_noise(seen, noise, timesteps)
+    if shown is not None:
+        signal = scheduler.alphas_cumprod.to(noisy.device)[timesteps].view(-1, 1, 1, 1)
+        noise = (noisy - signal.sqrt() * latents) / (1 - signal).sqrt()
     sample = torch.cat([noisy, latent_mask(masks, *latents.shape[-2:]), masked], dim=1)
     prediction_type = scheduler.config.prediction_type
     if prediction_type == "epsilon":

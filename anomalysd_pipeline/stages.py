@@ -100,7 +100,7 @@ class DenoiserStage(Stage):
         self.module = trainable_copy(pipe.unet, settings, settings.rank, list(settings.target_modules))
         if settings.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
-        self.predict = Prediction(pipe, self.module, dataset.prompts, device)
+        self.predict = Prediction(pipe, self.module, dataset, device)
         self.decoder = Decoder(frozen_copy(pipe.vae))
 
     def _length(self):
@@ -132,7 +132,7 @@ class DecoderStage(Stage):
         self.dtype = next(vae.decoder.parameters()).dtype
         self.module = Decoder(vae)
         self.unet = unet
-        self.predict = Prediction(pipe, unet, dataset.prompts, device)
+        self.predict = Prediction(pipe, unet, dataset, device)
         self.learning_rate = settings.decoder_learning_rate or settings.learning_rate
 
     def _length(self):
@@ -156,12 +156,14 @@ class Prediction:
     Args:
         pipe: the pipeline, for all that does not train.
         unet: the denoiser, for its dtype.
-        prompts: all texts that samples refer to.
+        dataset: for the texts that samples refer to, and whether they show defects.
         device: where to compute.
     """
 
-    def __init__(self, pipe, unet: nn.Module, prompts: list[str], device):
+    def __init__(self, pipe, unet: nn.Module, dataset: FewShotDataset, device):
         self.vae, self.scheduler, self.dtype = pipe.vae, pipe.scheduler, unet.dtype
+        self.repairs = dataset.defect_share > 0
+        prompts = dataset.prompts
         parts = [
             encode_prompts(prompts[start : start + _PROMPTS_AT_ONCE], pipe.tokenizer, pipe.text_encoder)
             for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
@@ -171,8 +173,9 @@ class Prediction:
     def __call__(self, unet: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """The answer, the target, and z_t; float32 `[N, 4, h, w]` each."""
         timesteps = batch["timestep"]
+        shown = batch["shown"] if self.repairs else None
         sample, target = noisy_latents(
-            self.vae, self.scheduler, batch["image"], batch["mask"], batch["noise"], timesteps
+            self.vae, self.scheduler, batch["image"], batch["mask"], batch["noise"], timesteps, shown
         )
         embeds = self.prompt_embeds[batch["prompt"]]  # [N, L, d]
         predicted = unet(sample.to(self.dtype), timesteps, encoder_hidden_states=embeds, return_dict=False)[0]

@@ -140,6 +140,7 @@ def _add_settings(group) -> None:
         metavar="NAME=X",
         help=f"limits of {', '.join(_LIMITS)}; those left out: 0.1, 0.1, 0.1 and 15",
     )
+    add("defect_share", type=float, metavar="X", help="of samples with a drawn defect to repair (the paper: 0)")
     add("repainting_weight", type=float, metavar="X", help="of the loss on repainted pictures (the paper: 0)")
     add("decoder_latents", choices=("encoded", "repainted"), help="what the decoder learns from")
     add("rank", type=int, metavar="N", help="of the denoiser's LoRA")

@@ -80,10 +80,18 @@ def comparison(summaries: Mapping[str, Mapping], failures: Mapping[str, str]) ->
                 continue
             cells = [" / ".join(percent(own["categories"][c][m]) for m in COLUMNS) for c in categories]
             rows.append([name, *cells, " / ".join(percent(own["mean"][m]) for m in COLUMNS)])
+        rows += [[name, *["not run"] * (len(categories) + 1)] for name in failures]
         header = [f"{shots} shot{'s' * (shots != 1)}", *map(plain, categories), "mean"]
         parts.append(table(rows, header))
     parts.append(f"Each cell: {' / '.join(COLUMNS.values())}, in percent.")
-    parts += [f"{name} was left out: {sentence}" for name, sentence in failures.items()]
+    for name, summary in summaries.items():
+        facts = summary["system"]
+        if facts.get("detector") == "draem":
+            parts.append(
+                f"{name} was trained for {facts['steps']} steps of {facts['batch_size']} pictures of "
+                f"{facts['resolution']} px."
+            )
+    parts += [f"{name} was not run: {sentence}" for name, sentence in failures.items()]
     return "\n\n".join(parts)
 
 

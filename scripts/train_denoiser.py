@@ -2,26 +2,37 @@
 
     accelerate launch -m scripts.train_denoiser --steps 8000
 
-Needs `<work>/vae`. Writes `<work>/tokenizer`, `<work>/text_encoder` and `<work>/unet`. The loss is the paper's Eq.
-(8). Masks
-are the ones inference will ask for: cells of the multi-scale grid, alone and grouped, rectangles over the foreground,
-and free shapes like prototype-guided masks. The last fifth of the steps sees whole pictures instead of crops.
+Needs `<work>/vae`. Writes `<work>/tokenizer`, `<work>/text_encoder` and `<work>/unet`. The loss is the paper's Eq. (8)
+but for one change: on a share of the pictures (`--defect_share`) a defect is drawn, and inside the mask the denoiser
+has to answer with the noise that would lead back to the normal picture. At inference some of the original shows
+through the noise; so small a model has to be taught not to keep a defect that it sees there.
+
+Masks are the ones inference will ask for: cells of the multi-scale grid, alone and grouped, rectangles over the
+foreground, and free shapes like prototype-guided masks. The last fifth of the steps sees whole pictures instead of
+crops. `--start_from` goes on from the text encoder and the denoiser of an earlier checkpoint.
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from anomalysd_pipeline.masks import latent_mask, training_mask
 from anomalysd_pipeline.prompts import PromptBook
+from anomalysd_pipeline.synthetic import apply_defect
 from scripts.loop import stage_arguments, train
 from scripts.pictures import SURFACE, Pool
 from scripts.recipe import CROP, RESOLUTION, make_scheduler, make_text_encoder, make_unet, seeded
 from scripts.tokenizer import make_tokenizer
 
-STRENGTH_MOST_USED = (
-    0.6  # share of the schedule that inference visits; the rest is trained a little, for other strengths
-)
+# Shares of the schedule. Inference starts at one of the first; the rest is trained less, for other strengths.
+STARTS = (0.3, 0.55)
+STARTS_SHARE = 0.5
+VISITED = 0.6
+VISITED_SHARE = 0.4
+REPAIRED_FROM = 0.2  # with less noise than this a defect is too plain to be taken for anything else
 
 
 class Denoiser(torch.nn.Module):
@@ -61,20 +72,48 @@ def draw_mask(
     return torch.ones(1, side, side)
 
 
+def draw_timesteps(rng: np.random.Generator, count: int, length: int) -> torch.Tensor:
+    """int64 [count] below `length`: half from where inference starts, the others mostly from what it visits."""
+    kind = rng.random(count)
+    low = np.where(kind < STARTS_SHARE, STARTS[0], 0.0)
+    high = np.where(kind < STARTS_SHARE, STARTS[1], np.where(kind < STARTS_SHARE + VISITED_SHARE, VISITED, 1.0))
+    return torch.from_numpy(((low + rng.random(count) * (high - low)) * length).astype(np.int64))
+
+
+def damage(image: torch.Tensor, foreground: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """A picture [3, s, s] in [-1, 1] with a defect drawn onto its foreground [1, s, s]."""
+    pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
+    where = foreground[0].numpy() > 0.5
+    if where.mean() < 0.02:
+        where = np.ones_like(where)
+    damaged, _, _ = apply_defect(pixels, where, rng)
+    return torch.from_numpy(damaged.astype(np.float32) / 127.5 - 1.0).permute(2, 0, 1)
+
+
 def main() -> None:
     parser = stage_arguments(__doc__, steps=8000, batch_size=8, learning_rate=5e-4)
     parser.add_argument(
         "--whole_share", type=float, default=0.2, help="share of the steps, the last ones, on whole pictures"
     )
+    parser.add_argument(
+        "--defect_share", type=float, default=0.5, help="share of the pictures shown with a defect to repair"
+    )
+    parser.add_argument("--start_from", type=Path, help="folder of a pipeline whose weights are trained further")
     arguments = parser.parse_args()
     pool = Pool(arguments.work / "pool", arguments.pool, arguments.seed, RESOLUTION, arguments.pool_workers)
     held_back = Pool(arguments.work / "pool-eval", 250, 10_000 + arguments.seed, RESOLUTION, arguments.pool_workers)
     vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
     scheduler = make_scheduler()
-    tokenizer = make_tokenizer()
-    tokenizer.save_pretrained(arguments.work / "tokenizer")
     book = PromptBook.default()
-    model = Denoiser(seeded(make_text_encoder, arguments.seed, tokenizer), seeded(make_unet, arguments.seed))
+    if arguments.start_from:
+        tokenizer = CLIPTokenizer.from_pretrained(arguments.start_from / "tokenizer")
+        text_encoder = CLIPTextModel.from_pretrained(arguments.start_from / "text_encoder").float()
+        model = Denoiser(text_encoder, UNet2DConditionModel.from_pretrained(arguments.start_from / "unet").float())
+    else:
+        tokenizer = make_tokenizer()
+        model = Denoiser(seeded(make_text_encoder, arguments.seed, tokenizer), seeded(make_unet, arguments.seed))
+    tokenizer.save_pretrained(arguments.work / "tokenizer")
+    model.to(memory_format=torch.channels_last)
     model.train()
 
     def prompt_for(family: str, rng: np.random.Generator) -> str:
@@ -89,30 +128,37 @@ def main() -> None:
         device = next(model.parameters()).device
         vae.to(device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
-        masks = torch.stack([draw_mask(f[0] > 0.5, rng, generator) for f in foregrounds]).to(device)
-        images = images.to(device)
-        with torch.no_grad():
-            both = torch.cat([images, images * (masks < 0.5)])
-            latents, masked = (vae.encode(both).latent_dist.mean.float() * vae.config.scaling_factor).chunk(2)
+        masks = torch.stack([draw_mask(f[0] > 0.5, rng, generator) for f in foregrounds])
         if timesteps is None:
-            top = (
-                np.where(rng.random(len(images)) < 0.9, STRENGTH_MOST_USED, 1.0) * scheduler.config.num_train_timesteps
-            )
-            timesteps = torch.from_numpy((rng.random(len(images)) * top).astype(np.int64))
+            timesteps = draw_timesteps(rng, len(images), scheduler.config.num_train_timesteps)
+        repaired = (timesteps >= REPAIRED_FROM * scheduler.config.num_train_timesteps).numpy()
+        repaired &= rng.random(len(images)) < arguments.defect_share
+        shown = torch.stack(
+            [damage(i, f, rng) if r else i for i, f, r in zip(images, foregrounds, repaired, strict=True)]
+        )
+        # Outside the mask a defect stays: it is among the surroundings that are given.
+        wanted = torch.where(masks > 0.5, images, shown)
+        with torch.no_grad():
+            stacked = torch.cat([shown, wanted, shown * (masks < 0.5)]).to(device)
+            latents = vae.encode(stacked).latent_dist.mean.float() * vae.config.scaling_factor
+        seen, clean, masked = latents.chunk(3)
         timesteps = timesteps.to(device)
-        noise = torch.randn(latents.shape, generator=generator).to(device)
-        noisy = scheduler.add_noise(latents, noise, timesteps)
-        small = latent_mask(masks, *latents.shape[-2:])
+        noise = torch.randn(seen.shape, generator=generator).to(device)
+        noisy = scheduler.add_noise(seen, noise, timesteps)
+        # Eq. (7) solved for the noise between the wanted latents and what is given; epsilon itself without a defect.
+        signal = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
+        target = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+        small = latent_mask(masks.to(device), *seen.shape[-2:])
         prompts = [prompt_for(name, rng) for name in names]
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        return torch.cat([noisy, small, masked], dim=1), timesteps, ids, noise, small
+        return torch.cat([noisy, small, masked], dim=1), timesteps, ids, target, small
 
     def loss_of(denoiser, rng, step):
         whole = step >= arguments.steps * (1 - arguments.whole_share)
         count = max(1, arguments.batch_size // 2) if whole else arguments.batch_size
         pictures = pool.batch(rng, count, crop=None if whole else CROP, zoom_out=0.25)
-        sample, timesteps, ids, noise, small = noisy_batch(*pictures, rng)
-        error = (denoiser(sample, timesteps, ids).float() - noise).square()  # [n, 4, h, w]
+        sample, timesteps, ids, target, small = noisy_batch(*pictures, rng)
+        error = (denoiser(sample, timesteps, ids).float() - target).square()  # [n, 4, h, w]
         inside = (error * small).sum() / (4 * small.sum()).clamp(min=1)
         return error.mean(), {"inside": inside.item()}
 
@@ -123,10 +169,10 @@ def main() -> None:
             images = torch.from_numpy(held_back.images[start : start + 8]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
             foregrounds = torch.from_numpy(held_back.foregrounds[start : start + 8])[:, None].float()
             names = [str(name) for name in held_back.families[start : start + 8]]
-            sample, timesteps, ids, noise, small = noisy_batch(
+            sample, timesteps, ids, target, small = noisy_batch(
                 images, foregrounds, names, rng, torch.linspace(50, 550, len(images)).long()
             )
-            errors.append(((denoiser(sample, timesteps, ids) - noise).square() * small).sum() / (4 * small.sum()))
+            errors.append(((denoiser(sample, timesteps, ids) - target).square() * small).sum() / (4 * small.sum()))
         return {"inside": torch.stack(errors).mean().item()}
 
     model = train("denoiser-training", model, loss_of, evaluate, arguments)

@@ -7,9 +7,10 @@
 Writes `<work>/extractor` or `<work>/perceptual`. Both learn from episodes: a few normal pictures of one product, and
 queries of the same product with and without a defect drawn onto them.
 
-* extractor: the nearest-neighbour distance E of Eq. (14), query against the normal pictures, has to tell the defect's
-  pixels from all others, on one scale for every product. It must describe a surface to find its neighbour, and see a
-  defect to miss it.
+* extractor: the nearest-neighbor distance E of Eq. (14), query against the normal pictures, has to tell the defect's
+  pixels from the normal ones of the same product, and the query from its original by the maximum of the map, as an
+  inspection does. It must describe a surface to find its neighbor, and see a defect to miss it. Colors are among the
+  features from the start, with a weight that is learned too, so that the network learns what colors do not tell.
 * perceptual (needs `<work>/vae`): the distance map D of Eq. (17) between a query and its normal original, spoiled the
   way a repainted picture is (taken through the autoencoder with disturbed latents, softened, shifted by a pixel, other
   light), has to tell the defect's pixels from the spoiled ones. `--on_repainted` (needs stage 2) goes on from there
@@ -36,10 +37,11 @@ from scripts.recipe import CROP, make_scheduler, seeded
 from scripts.train_denoiser import draw_mask
 
 SUPPORT = 2
-EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer"}  # strides 8 and 16
-COLOR_WEIGHT = 1.0
-"""Colors beside the learned features, added after training: learned ones alone could not tell defects of naturally
-irregular parts from their normal variation."""
+COLORS = 27  # channels of psi
+# Strides 8 and 16. Learned features alone could not tell defects of irregular parts from their normal variation.
+EXTRACTOR = {"model_name": "resnet10t", "out_indices": (2, 3), "normalize": "layer", "color_weight": 1.0}
+SHARPNESS = 4.0
+"""Of the soft maximum over a map of log E."""
 
 
 def draw_episode(rng: np.random.Generator):
@@ -151,7 +153,7 @@ class Repainter:
 
 
 class Scored(torch.nn.Module):
-    """A network with the two numbers that turn its distances into logits, one scale for all products.
+    """A network with the numbers that turn its distances into logits, and the weight of the colors beside it.
 
     The numbers enter times 20: they have far to go, and Adam moves every weight by about the learning rate.
     """
@@ -161,19 +163,52 @@ class Scored(torch.nn.Module):
         self.network = network
         self.scale = torch.nn.Parameter(torch.tensor(0.0))
         self.offset = torch.nn.Parameter(torch.tensor(0.0))
+        self.color = torch.nn.Parameter(torch.tensor(0.0))
+
+    def features(self, images):
+        """psi with the colors at their learned weight."""
+        psi = self.network(images)
+        return torch.cat([psi[:, :-COLORS], (20 * self.color).exp() * psi[:, -COLORS:]], dim=1)
 
     def logits(self, distances):
         return (20 * self.scale).exp() * (torch.log(distances + 1e-4) - 20 * self.offset)
 
 
-def extractor_distances(extractor, support, queries):
-    """E [n, h, w] of queries [n, 3, s, s] against their own support [n, k, 3, s, s]."""
-    count, shots = support.shape[:2]
-    psi = extractor(torch.cat([support.flatten(0, 1), queries]))  # [n * k + n, c, h, w]
-    bank = psi[: count * shots].unflatten(0, (count, shots)).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [n, k * h * w, c]
-    query = psi[count * shots :].flatten(2).transpose(1, 2)  # [n, h * w, c]
-    squares = query.square().sum(-1, keepdim=True) + bank.square().sum(-1)[:, None] - 2 * query @ bank.transpose(1, 2)
-    return squares.amin(-1).clamp(min=0).unflatten(1, psi.shape[-2:])
+def extractor_distances(features, support, queries):
+    """E [n, q, h, w] of queries [n, q, 3, s, s] against their own support [n, k, 3, s, s]."""
+    count, shots, asked = *support.shape[:2], queries.shape[1]
+    psi = features(torch.cat([support.flatten(0, 1), queries.flatten(0, 1)])).float()  # [n * (k + q), c, h, w]
+    height, width = psi.shape[-2:]
+    bank, query = (
+        part.unflatten(0, (count, -1)).permute(0, 1, 3, 4, 2).flatten(1, 3)  # [n, pictures * h * w, c]
+        for part in psi.split([count * shots, count * asked])
+    )
+    with torch.autocast(psi.device.type, enabled=False):  # differences of nearly equal numbers
+        squares = query.square().sum(-1, keepdim=True) + bank.square().sum(-1)[:, None]
+        squares = squares - 2 * query @ bank.transpose(1, 2)
+    return squares.amin(-1).clamp(min=0).view(count, asked, height, width)
+
+
+def contrast_loss(model: Scored, query: torch.Tensor, original: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """What an inspection asks of E: pixels of a defect above the normal ones of the same product, and the highest of a
+    defective picture above the highest of its normal original.
+
+    Args:
+        query, original: E, [n, h, w].
+        target: the query's defect, [n, h, w] in {0, 1}.
+    """
+    query, original = torch.log(query + 1e-4), torch.log(original + 1e-4)
+    # Each product has a level of its own, which calibration finds; only what rises above it counts.
+    level = ((query * (1 - target)).sum((1, 2)) + original.sum((1, 2))) / (
+        (1 - target).sum((1, 2)) + original[0].numel()
+    )
+    values = torch.cat([query, original], 1) - level[:, None, None]
+    logits = (20 * model.scale).exp() * (values - 20 * model.offset)
+    pixels = balanced_loss(logits, torch.cat([target, torch.zeros_like(target)], 1))
+    highest = [torch.logsumexp(SHARPNESS * v.flatten(1), dim=1) / SHARPNESS for v in (query, original)]
+    defective = target.flatten(1).amax(1)
+    pictures = F.softplus(SHARPNESS * (highest[1] - highest[0])) * defective
+    return pixels + pictures.sum() / defective.sum().clamp(min=1)
 
 
 def balanced_loss(logits, target, counted=None):
@@ -186,16 +221,34 @@ def balanced_loss(logits, target, counted=None):
     return (loss * weight).sum() / counted.sum().clamp(min=1)
 
 
+def within_products(query: torch.Tensor, original: torch.Tensor, target: torch.Tensor) -> list[tuple[float, float]]:
+    """For each defective query: how surely E ranks a pixel of the defect above a normal one of the same product, and
+    whether (1, 0, or 0.5 for a tie) its maximum exceeds the original's."""
+    from sklearn.metrics import roc_auc_score
+
+    results = []
+    for asked, normal, truth in zip(query, original, target, strict=True):
+        if truth.any():
+            labels = torch.cat([truth.flatten(), torch.zeros(normal.numel())])
+            pixel = roc_auc_score(labels, torch.cat([asked.flatten(), normal.flatten()]))
+            results.append((pixel, (torch.sign(asked.max() - normal.max()).item() + 1) / 2))
+    return results
+
+
 def main() -> None:
     parser = stage_arguments(__doc__, steps=2500, batch_size=6, learning_rate=1e-3)
     parser.add_argument("--network", choices=("extractor", "perceptual"), required=True)
     parser.add_argument("--on_repainted", action="store_true", help="train on what the finished denoiser repaints")
+    parser.add_argument("--start_from", type=Path, help="folder of a pipeline whose extractor is trained further")
     arguments = parser.parse_args()
     vae = None
     if arguments.network == "perceptual" and not arguments.on_repainted:
         vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
     if arguments.network == "extractor":
         network = seeded(lambda: PrototypeExtractor(**EXTRACTOR), arguments.seed)
+        if arguments.start_from:
+            earlier = PrototypeExtractor.from_pretrained(arguments.start_from / "extractor").float()
+            network.load_state_dict(earlier.state_dict())
     elif arguments.on_repainted:
         network = PerceptualDistance.from_pretrained(arguments.work / "perceptual")
     else:
@@ -204,16 +257,24 @@ def main() -> None:
     model = Scored(network.requires_grad_(True))
     model.train()
 
+    def extractor_maps(model, episodes):
+        """E of the queries and of their originals, and the target, each [n, h, w]."""
+        device = next(model.parameters()).device
+        support, originals, queries, masks = zip(*episodes, strict=True)
+        support = to_batch(support).to(device)
+        pairs = torch.stack([to_batch(queries), to_batch(originals)], dim=1).to(device)
+        distances = extractor_distances(model.features, support, pairs)
+        target = torch.from_numpy(np.stack(masks)).float()[:, None].to(device)
+        # A position of psi counts as defective where a quarter of it is.
+        target = (F.adaptive_avg_pool2d(target, distances.shape[-2:])[:, 0] > 0.25).float()
+        return distances[:, 0], distances[:, 1], target
+
     def distances_and_target(network, episodes, rng):
         """Distances, the target and the pixels that count, each [n, h, w]."""
         device = next(network.parameters()).device
-        support, originals, queries, masks = zip(*episodes, strict=True)
+        _, originals, queries, masks = zip(*episodes, strict=True)
         target = torch.from_numpy(np.stack(masks)).float()[:, None].to(device)
         queries = to_batch(queries).to(device)
-        if arguments.network == "extractor":
-            distances = extractor_distances(network, to_batch(support).to(device), queries)
-            target = F.adaptive_max_pool2d(target, distances.shape[-2:])[:, 0]
-            return distances, target, torch.ones_like(target)
         side = CROP // 2
         counted = torch.ones_like(target)
         if repainter is not None:
@@ -232,23 +293,34 @@ def main() -> None:
                     if name.startswith("lin"):
                         parameter.clamp_(min=0)
         episodes = [draw_episode(rng) for _ in range(arguments.batch_size)]
+        if arguments.network == "extractor":
+            query, original, target = extractor_maps(model, episodes)
+            return contrast_loss(model, query.float(), original.float(), target), {
+                "color": (20 * model.color).exp().item()
+            }
         distances, target, counted = distances_and_target(model.network, episodes, rng)
         return balanced_loss(model.logits(distances.float()), target, counted), {}
 
     def evaluate(model):
         from sklearn.metrics import roc_auc_score
 
-        scores, targets, image_scores, image_targets = [], [], [], []
+        scores, targets, image_scores, image_targets, areas = [], [], [], [], []
         for index in range(8):
             rng = np.random.default_rng([99, index])
-            distances, target, counted = distances_and_target(
-                model.network, [draw_episode(rng) for _ in range(8)], rng
-            )
+            episodes = [draw_episode(rng) for _ in range(8)]
+            if arguments.network == "extractor":
+                query, original, target = (tensor.float().cpu() for tensor in extractor_maps(model, episodes))
+                areas += within_products(query, original, target)
+                continue
+            distances, target, counted = distances_and_target(model.network, episodes, rng)
             distances, target, counted = distances.float().cpu() * counted.cpu(), target.cpu() > 0.5, counted.cpu() > 0
             scores.append(distances[counted])
             targets.append(target[counted])
             image_scores.append(distances.flatten(1).amax(1))
             image_targets.append((target & counted).flatten(1).any(1))
+        if areas:
+            pixel, image = np.mean(areas, axis=0)
+            return {"pixel_auroc": float(pixel), "image_auroc": float(image)}
         return {
             "pixel_auroc": float(roc_auc_score(torch.cat(targets), torch.cat(scores))),
             "image_auroc": float(roc_auc_score(torch.cat(image_targets), torch.cat(image_scores))),
@@ -257,7 +329,7 @@ def main() -> None:
     stage = f"{arguments.network}-repainted-training" if arguments.on_repainted else f"{arguments.network}-training"
     model = train(stage, model, loss_of, evaluate, arguments)
     if arguments.network == "extractor":
-        model.network.register_to_config(color_weight=COLOR_WEIGHT)
+        model.network.register_to_config(color_weight=round((20 * model.color).exp().item(), 4))
     model.network.to(torch.float32).save_pretrained(arguments.work / arguments.network)
 
 

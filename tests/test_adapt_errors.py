@@ -204,6 +204,7 @@ class TestRefusedBeforeTraining:
             ("prompt_design", "poetic"),
             ("noise_range", (0.5, 0.5)),
             ("noise_range", [0, 2]),
+            ("defect_share", 1.5),
             ("repainting_weight", -1),
             ("decoder_latents", "guessed"),
             ("target_modules", ["no_such_layer"]),

@@ -58,6 +58,20 @@ class TestSamples:
         assert sample["noise"].shape == (4, 8, 8)
         assert sample["prompt"].shape == sample["timestep"].shape == ()
 
+    def test_defects_are_shown_on_their_share_of_the_samples_and_nothing_else_changes(self):
+        plain, half, all_of_them = dataset(), dataset(defect_share=0.5), dataset(defect_share=1.0)
+        changed = []
+        for number in range(24):
+            before, some, after = plain[number], half[number], all_of_them[number]
+            assert torch.equal(before["shown"], before["image"])
+            assert same({**some, "shown": before["shown"]}, before)
+            assert same({**after, "shown": before["shown"]}, before)
+            changed.append(not torch.equal(some["shown"], some["image"]))
+            different = (after["shown"] != after["image"]).any(0)
+            assert 0 < different.float().mean() < 0.5 and after["shown"].abs().max() <= 1
+            assert same(dataset(defect_share=1.0)[number], after)
+        assert 5 <= sum(changed) <= 19
+
     def test_noise_is_standard_normal(self):
         samples = dataset(mask_design="random")
         noise = torch.cat([samples[number]["noise"].flatten() for number in range(40)])

@@ -99,6 +99,22 @@ class TestNoisyLatents:
         }
         np.testing.assert_allclose(target, expected[prediction_type], atol=1e-5)
 
+    @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+    def test_what_is_shown_is_led_back_to_the_picture_inside_the_masks(self, vae, prediction_type):
+        images, masks, noise, timesteps = batch()
+        shown = numbers(3, 3, RESOLUTION, RESOLUTION, seed=3).clamp(-1, 1)
+        scheduler = DDIMScheduler.from_config(ddim().config, prediction_type=prediction_type)
+        sample, target = noisy_latents(vae, scheduler, images, masks, noise, timesteps, shown)
+        signal, spread = coefficients(timesteps)
+        noisy = signal * latents_of(vae, shown).numpy() + spread * noise.numpy()
+        np.testing.assert_allclose(sample[:, :4], noisy, atol=1e-5)
+        np.testing.assert_allclose(sample[:, 5:], latents_of(vae, torch.where(masks < 0.5, shown, 0.0)), atol=1e-5)
+        wanted = latents_of(vae, masks * images + (1 - masks) * shown).numpy()
+        epsilon = (noisy - signal * wanted) / spread
+        expected = {"epsilon": epsilon, "v_prediction": signal * epsilon - spread * wanted, "sample": wanted}
+        # At t = 0 the noise is 3 % of the latents, and rounding 30 times as large.
+        np.testing.assert_allclose(target, expected[prediction_type], atol=1e-3)
+
     def test_another_prediction_type(self, vae):
         scheduler = DDIMScheduler.from_config(ddim().config, prediction_type="flow")
         with pytest.raises(ValueError, match="`scheduler` must have the prediction_type.*'flow'"):

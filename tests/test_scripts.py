@@ -105,11 +105,11 @@ def test_extractor_distances_are_to_the_own_support():
             return x
 
     support = torch.rand(2, 3, 3, 4, 4)
-    queries = torch.rand(2, 3, 4, 4)
+    queries = torch.rand(2, 2, 3, 4, 4)
     result = extractor_distances(Pixels(), support, queries)
     for n in range(2):
         bank = support[n].permute(0, 2, 3, 1).reshape(-1, 3)
-        nearest = torch.cdist(queries[n].permute(1, 2, 0).reshape(-1, 3), bank).amin(1).square().view(4, 4)
+        nearest = torch.cdist(queries[n].permute(0, 2, 3, 1).reshape(-1, 3), bank).amin(1).square().view(2, 4, 4)
         torch.testing.assert_close(result[n], nearest, atol=1e-5, rtol=1e-4)
 
 

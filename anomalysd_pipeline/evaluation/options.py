@@ -158,6 +158,13 @@ def _add_peer(group) -> None:
         metavar="NAME",
         help="features of a peer: embedded, imagenet, random or a model of timm (default: %(default)s)",
     )
+    group.add_argument(
+        "--draem_steps", type=positive, metavar="N", help="training steps of DRAEM for each category (default: 1000)"
+    )
+    group.add_argument("--draem_batch_size", type=positive, metavar="N", help="its pictures per step (default: 8)")
+    group.add_argument(
+        "--draem_resolution", type=positive, metavar="R", help="its side in pixels, a multiple of 32 (default: 256)"
+    )
 
 
 def _add_run(group) -> None:

@@ -10,6 +10,7 @@ from .detector import Detector
 from .options import INSPECTION, named
 from .store import Draw
 
+DRAEM_OPTIONS = ("steps", "batch_size", "resolution")
 IMAGENET_LEVELS = (2, 3)
 """Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 see too little of a part."""
 
@@ -101,7 +102,12 @@ def _make_peer(args: argparse.Namespace, draw: Draw, device: torch.device) -> De
         return PlainInpaintingFloor(load_pipeline(args, draw, device), **given)
     from .peers import make_detector
 
-    return make_detector(args.peer, backbone=args.backbone, device=device)
+    given = {}
+    if args.peer == "draem":
+        given = {name: getattr(args, f"draem_{name}") for name in DRAEM_OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    with named(**{name: f"draem_{name}" for name in given}, backbone="backbone"):
+        return make_detector(args.peer, backbone=args.backbone, device=device, **given)
 
 
 def _filled(name: str | None, draw: Draw) -> str | None:
