@@ -49,11 +49,11 @@ def finished(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-def append(path: Path, result: dict) -> None:
+def append(path: Path, result: dict, columns: tuple[str, ...] = COLUMNS) -> None:
     """Adds one result, with the header where the file is new."""
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+        writer = csv.DictWriter(file, columns)
         if new:
             writer.writeheader()
         writer.writerow(result)
@@ -72,9 +72,9 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
     for category, (normals, tests) in jobs.items():
         if changes is None:
             pipe.add_category(category, normals)
-        rows, _ = evaluate(pipe, category, tests, pipe.settings())
-        figures = {"image_0": rows[0]["image"], "pixel_0": rows[0]["pixel"]}
-        figures |= {"image": rows[1]["image"], "pixel": rows[1]["pixel"], "adapt_seconds": seconds}
+        found, _ = evaluate(pipe, category, tests, pipe.settings(category=category))
+        figures = {"image_0": found["paper"]["image"], "pixel_0": found["paper"]["pixel"]}
+        figures |= {name: found["fused"][name] for name in ("image", "pixel")} | {"adapt_seconds": seconds}
         result = {"row": row, "seed": seed, "category": category, "adapted_to": len(jobs)}
         append(arguments.out, {**result, **{key: f"{value:.4f}" for key, value in figures.items()}})
         print(row, seed, category, *(f"{key} {value:.3f}" for key, value in figures.items()), flush=True)

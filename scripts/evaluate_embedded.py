@@ -53,11 +53,12 @@ def drawn(family: str, shots: int, seed: int, limit: int | None):
 
 
 def evaluate(pipe, category, tests, settings):
-    """Image and pixel AUROC of a registered category, at feature weight 0 and at the weight in `settings`, and the
-    seconds per picture.
+    """What a registered category is judged by, each way of scoring, and the seconds per picture.
 
-    The feature term is added to one map of each picture, fusion and smoothing being linear, rather than inspecting
-    twice.
+    Returns:
+        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (both, with the weight in
+        `settings`), each with the figures of `judge`. The feature term is added to one map of each picture, fusion and
+        smoothing being linear, rather than inspecting twice.
     """
     side = pipe.config.resolution
     without, features = [], []
@@ -71,17 +72,20 @@ def evaluate(pipe, category, tests, settings):
         features.append(smooth(far, smoothing_sigma(side)))
     seconds = (time.time() - began) / len(tests)
     without, features = torch.cat(without), torch.cat(features)
+    fused = without + settings.feature_weight * features
+    scored = {"paper": without, "features": features, "fused": fused}
+    return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds
+
+
+def judge(maps, scores, tests) -> dict[str, float]:
+    """Image AUROC of scores `[N]`, pixel AUROC and PRO of maps `[N, H, W]`; NaN where nothing has a mask."""
     labels = [label for _, label, _ in tests]
+    figures = {"image": image_metrics(labels, np.asarray(scores))["auroc"], "pixel": float("nan"), "pro": float("nan")}
     masked = [index for index, (_, _, mask) in enumerate(tests) if mask is not None]
-    rows = []
-    for weight in (0.0, settings.feature_weight):
-        maps = without + weight * features
-        row = {"image": image_metrics(labels, image_score(maps).numpy())["auroc"], "pixel": float("nan")}
-        if any(labels[index] for index in masked):
-            truth, predicted = [tests[i][2] for i in masked], [maps[i].numpy() for i in masked]
-            row["pixel"] = pixel_metrics(truth, predicted)["auroc"]
-        rows.append(row)
-    return rows, seconds
+    if any(labels[index] for index in masked):
+        found = pixel_metrics([tests[i][2] for i in masked], [np.asarray(maps[i]) for i in masked])
+        figures |= {"pixel": found["auroc"], "pro": found["pro"]}
+    return figures
 
 
 def main() -> None:
@@ -111,9 +115,9 @@ def main() -> None:
     print(f"{'category':18} {'image/pixel, weight 0':>22} {'with feature_weight':>22} {'s/picture':>10}")
     for category, (normals, tests) in jobs:
         pipe.add_category(category, normals)
-        rows, seconds = evaluate(pipe, category, tests, settings)
-        cells = [f"{row['image']:.3f}/{row['pixel']:.3f}" for row in rows]
-        print(f"{category:18} {cells[0]:>22} {cells[-1]:>22} {seconds:>10.2f}", flush=True)
+        figures, seconds = evaluate(pipe, category, tests, settings)
+        cells = [f"{own['image']:.3f}/{own['pixel']:.3f}" for own in (figures["paper"], figures["fused"])]
+        print(f"{category:18} {cells[0]:>22} {cells[1]:>22} {seconds:>10.2f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class Repainter:
         everything = torch.ones(images.shape[-2:], dtype=torch.bool)
         masks = torch.stack([draw_mask(everything, rng, generator, grid_share=0.9) for _ in images]).to(images)
         latents = encode(self.vae, images)
-        steps, strength = ((2, 0.5), (5, 0.4), (3, 0.34))[int(rng.integers(3))]
+        steps, strength = ((4, 0.25), (5, 0.2), (3, 0.34))[int(rng.integers(3))]
         repainted = repaint(
             self.unet,
             self.vae,

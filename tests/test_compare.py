@@ -39,7 +39,15 @@ class TestCompare:
         cell = " / ".join(f"{100 * figures[name]['mean']:.1f}" for name in compare.COLUMNS)
         row = next(line for line in text.splitlines() if line.startswith("| color patches"))
         assert [part.strip() for part in row.strip("|").split("|")] == ["color patches", cell, cell]
-        assert "1 shot " in text and "no such base was left out: " in text
+        missing = next(line for line in text.splitlines() if line.startswith("| no such base"))
+        assert [part.strip() for part in missing.strip("|").split("|")] == ["no such base", "not run", "not run"]
+        assert "1 shot " in text and "no such base was not run: " in text
+
+    def test_the_length_of_a_peers_training_is_said(self, finished):
+        _, summaries, _ = finished
+        facts = {"detector": "draem", "steps": 7, "batch_size": 3, "resolution": 64}
+        trained = {"DRAEM": {**summaries["color patches"], "system": facts}}
+        assert "DRAEM was trained for 7 steps of 3 pictures of 64 px" in compare.comparison(trained, {})
 
     def test_command(self, tmp_path, monkeypatch, capsys):
         arguments = ["compare", *COMMON, "--systems", "color patches", "--out", str(tmp_path)]
