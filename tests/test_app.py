@@ -1,223 +1,310 @@
-"""The app, driven as a browser would: a real server, a tiny pipeline, gradio's own client."""
+"""The app as programs use it: a real server with the embedded checkpoint at a small size, and gradio's own client."""
 
-import importlib.util
+import io
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from anomalysd_pipeline import AnomalySDPipeline, synthetic
+from anomalysd_pipeline import EMBEDDED, synthetic
+from anomalysd_pipeline.app.limits import Limits
+from anomalysd_pipeline.app.model import Models
 
-from .tiny_adaptations import adapted_to, drawn, inspected, learned
-from .tiny_adaptations import pictures as part_pictures
-
-gradio = pytest.importorskip("gradio")
 gradio_client = pytest.importorskip("gradio_client")
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
 ROOT = Path(__file__).resolve().parents[1]
+SIDE = 64
 
 
 @pytest.fixture(scope="module")
-def app(tiny_pipeline_folder, tmp_path_factory):
-    pipe = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder)
-    quick = {"num_inference_steps": 5, "mask_scales": [1, 2]}
-    pipe.register_to_config(preset_overrides={"fast": quick, "paper": quick})  # they still differ in their grouping
-    short = {"steps": 2, "decoder_steps": 2, "train_batch_size": 1, "learning_rate": 0.02, "mixed_precision": "no"}
-    pipe.register_to_config(adaptation=short)
-    folder = tmp_path_factory.mktemp("model")
-    pipe.save_pretrained(folder)
-    os.environ["ANOMALYSD_MODEL"] = str(folder)
-    spec = importlib.util.spec_from_file_location("app", ROOT / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    # dataclasses look their module up by name.
-    sys.modules["app"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del os.environ["ANOMALYSD_MODEL"], sys.modules["app"]
+def page(tmp_path_factory):
+    """The page on the embedded weights, small and with lessons of two steps."""
+    folder = tmp_path_factory.mktemp("model") / "embedded"
+    shutil.copytree(EMBEDDED, folder)
+    index = folder / "model_index.json"
+    config = json.loads(index.read_text())
+    config["adaptation"] |= {"steps": 2, "decoder_steps": 2, "train_batch_size": 1}
+    config |= {"resolution": SIDE, "rotations": 1, "preset_overrides": {"fast": {"num_inference_steps": 2}}}
+    config["preset_overrides"]["fast"]["mask_scales"] = [1, 2]
+    index.write_text(json.dumps(config))
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
+    from anomalysd_pipeline.app.page import build
+
+    built = build(Limits(pictures=5, upload_bytes=3_000_000), Models(str(folder), full=False))
+    yield built
+    built.close()
+    os.environ.pop("GRADIO_TEMP_DIR")
+    if before is not None:
+        os.environ["GRADIO_TEMP_DIR"] = before
 
 
 @pytest.fixture(scope="module")
-def address(app):
-    _, url, _ = app.demo.launch(
-        server_name="127.0.0.1", server_port=None, prevent_thread_lock=True, quiet=True, max_file_size="20mb"
-    )
-    yield url
-    app.demo.close()
+def address(page):
+    _, url, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True)
+    return url
 
 
 @pytest.fixture
-def client(address, tmp_path):
-    """A visitor of their own."""
-    return gradio_client.Client(address, verbose=False, download_files=str(tmp_path / "downloads"))
+def visitors(address, tmp_path):
+    """Makes visitors of their own."""
+    made = []
+
+    def new():
+        patience = {"timeout": 60}  # on a busy machine; httpx's own is 5 s
+        downloads = str(tmp_path / str(len(made)))
+        made.append(gradio_client.Client(address, verbose=False, download_files=downloads, httpx_kwargs=patience))
+        return made[-1]
+
+    yield new
+    for client in made:
+        client.close()
+
+
+@pytest.fixture
+def client(visitors):
+    return visitors()
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two normal rings, a defective one, and a text file that calls itself a picture."""
+    """Two normal rings, a defective one, and what is no picture."""
     folder = tmp_path_factory.mktemp("pictures")
     for index, image in enumerate(synthetic.normal_images("ring", 2, seed=1, size=96)):
         image.save(folder / f"normal_{index}.png")
     (sample,) = synthetic.test_samples("ring", 0, 1, seed=1, size=96)
     Image.fromarray(sample.image[:, :80]).save(folder / "defective.png")
     (folder / "notes.png").write_text("not a picture")
+    with zipfile.ZipFile(folder / "more.zip", "w") as archive:
+        archive.write(folder / "normal_1.png", "line/one.png")
+        archive.write(folder / "normal_0.png", "../../evil.png")
     return folder
 
 
-def upload(path):
+def sent(path):
     return gradio_client.handle_file(str(path))
 
 
-def learn(client, pictures, count=2, name="ring", preset="fast", **options):
-    return client.predict(
-        name, [upload(pictures / f"normal_{i}.png") for i in range(count)], preset, api_name="/learn", **options
-    )
+def teach(client, pictures, length="quick", name="ring", count=2, coarse="", fine=""):
+    given = [sent(pictures / f"normal_{i}.png") for i in range(count)]
+    return list(client.submit(name, given, coarse, fine, length, api_name="/teach"))
 
 
 def inspect(client, part, path, preset="fast"):
-    return client.predict(part, upload(path), preset, api_name="/inspect")
+    return client.predict(sent(path), part, preset, api_name="/inspect")
 
 
-def call_with_path(address, path):
-    """How a bare request to inspect a file on the server ends; gradio's own client would upload the file first."""
-    data = ["part", {"path": path, "meta": {"_type": "gradio.FileData"}}, "fast"]
-    call = f"{address}gradio_api/call/inspect"
-    event = httpx.post(call, json={"data": data}).json()["event_id"]
-    with httpx.stream("GET", f"{call}/{event}", timeout=60) as answer:
-        return next(line for line in answer.iter_lines() if line in ("event: complete", "event: error"))[7:]
+class TestFunctions:
+    def test_their_names_and_types(self, client):
+        functions = client.view_api(return_format="dict")["named_endpoints"]
+        assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation"}
+        names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
+        assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
+        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length"]
+        assert functions["/inspect"]["description"].startswith("Inspects one picture.")
+
+    def test_inspect_a_part_that_was_not_taught(self, client, pictures):
+        result, files = inspect(client, "Any part", pictures / "defective.png")
+        assert result["verdict"].startswith("No verdict") and result["is_defective"] is None
+        assert result["file"] == "defective.png" and result["score"] > 0
+        suffixes = ["_map.png", "_map.npy", "_report.png", "_report.pdf"]
+        assert [Path(file).name for file in files] == [f"defective{suffix}" for suffix in suffixes]
+        values = np.load(files[1])
+        with Image.open(files[0]) as drawn:
+            assert values.shape == (96, 80) and drawn.size == (80, 96) and drawn.mode.startswith("I")
+        assert Path(files[3]).read_bytes().startswith(b"%PDF")
+
+    def test_teach_then_inspect_and_inspect_a_batch(self, client, pictures):
+        *_, (told, adaptation) = teach(client, pictures)
+        assert told["stage"] == "done" and told["parts"] == ["ring"] and adaptation is None
+        result, _ = inspect(client, "ring", pictures / "defective.png")
+        assert "× the threshold" in result["verdict"] and result["threshold"] == told["threshold"]
+        assert result["times_threshold"] == pytest.approx(result["score"] / result["threshold"])
+        names = ("defective.png", "notes.png", "more.zip")
+        answer, files = client.predict([sent(pictures / n) for n in names], "ring", "fast", api_name="/batch")
+        rows = answer["rows"]
+        assert answer["done"] == answer["total"] == len(rows) == 4
+        assert rows[0]["score"] == pytest.approx(result["score"]) and rows[0]["verdict"] == result["verdict"]
+        assert "'notes.png'" in rows[1]["error"] and rows[3]["error"] and "score" not in rows[3]
+        assert rows[2]["score"] > 0
+        table = Path(files[0]).read_text(encoding="utf-8-sig")
+        assert len(table.splitlines()) == 5 and "defective.png" in table
+        with zipfile.ZipFile(files[1]) as archive:
+            assert sum(name.startswith("heatmaps/") for name in archive.namelist()) == 2
+
+    def test_a_fine_tuned_part_goes_to_another_visitor_as_a_file(self, visitors, pictures):
+        teacher, pupil = visitors(), visitors()
+        states = teach(teacher, pictures, "standard", coarse="A perfect ring.", fine="A smooth ring.")
+        shares = [told["share"] for told, _ in states]
+        assert shares == sorted(shares) and shares[-1] == 1
+        told, adaptation = states[-1]
+        assert told["pictures"] == 2 and told["length"] == "standard"
+        expected, _ = inspect(teacher, "ring", pictures / "defective.png")
+        brought = pupil.predict(sent(adaptation), api_name="/load_adaptation")
+        assert brought == {"parts": ["ring"]}
+        assert inspect(pupil, "ring", pictures / "defective.png")[0]["score"] == pytest.approx(expected["score"])
+
+    def test_the_app_stays_what_it_was(self, page, client, pictures):
+        teach(client, pictures)
+        base = page.desk.models.base()
+        assert base.categories == [] and base.adaptations == []
 
 
-def pixels(shown):
-    path = shown["path"] if isinstance(shown, dict) else shown
-    assert path.endswith(".png")
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+class TestCancel:
+    def test_a_lesson_is_left(self, page, client, pictures):
+        given = [sent(pictures / f"normal_{i}.png") for i in range(2)]
+        job = client.submit("ring", given, "", "", "thorough", api_name="/teach")
+        next(iter(job))
+        job.cancel()
+        result, _ = inspect(client, "ring", pictures / "defective.png")
+        assert result["verdict"].startswith("No verdict")
+        *_, (told, _) = teach(client, pictures)  # the first is no more under way
+        assert told["stage"] == "done"
 
 
-class TestVisit:
-    def test_learn_then_inspect(self, client, pictures):
-        part, message = learn(client, pictures)
-        assert "ring" in str(part) and "Learned **ring** from 2 pictures" in message
-        verdict, score, heat, repainted = inspect(client, "ring", pictures / "defective.png")
-        assert "× the threshold" in verdict and score > 0
-        assert pixels(heat).shape == pixels(repainted).shape == (96, 80, 3)
-        assert not np.array_equal(pixels(heat), pixels(repainted))
+class TestIsolation:
+    def test_parts_are_ones_own(self, visitors, pictures):
+        one, two = visitors(), visitors()
+        teach(one, pictures)
+        assert inspect(two, "ring", pictures / "defective.png")[0]["verdict"].startswith("No verdict")
 
-    def test_a_changed_preset_keeps_the_verdict(self, client, pictures):
-        learn(client, pictures)
-        verdict, *_ = inspect(client, "ring", pictures / "defective.png", preset="paper")
-        assert "× the threshold" in verdict
+    def test_files_are_ones_own(self, address, client, pictures):
+        browser, stranger = httpx.Client(base_url=address, timeout=60), httpx.Client(base_url=address, timeout=60)
+        for visitor in (browser, stranger):
+            visitor.get("config")
+        assert browser.cookies != stranger.cookies
+        sent_file = browser.post(
+            "gradio_api/upload", files={"files": ("a.png", (pictures / "defective.png").read_bytes())}
+        ).json()[0]
+        urls = [f"gradio_api/file={sent_file}", *call(browser, sent_file)[1]]
+        assert len(urls) == 5
+        for url in urls:
+            assert browser.get(url).status_code == 200
+            refused = stranger.get(url)
+            assert refused.status_code == 403 and "not yours" in refused.json()["detail"]
+        # Nor may it be given as one's own to a function that would read it.
+        assert call(stranger, sent_file)[0] == "error"
 
-    def test_visitors_do_not_share_parts(self, app, address, client, pictures):
-        learn(client, pictures)
-        other = gradio_client.Client(address, verbose=False)
-        verdict, *_ = inspect(other, "ring", pictures / "defective.png")
-        assert "not calibrated" in verdict
-        assert app.load_base().categories == []
-
-    def test_an_unknown_part_gets_a_heatmap_without_verdict(self, client, pictures):
-        verdict, score, heat, _ = inspect(client, "part", pictures / "defective.png")
-        assert "not calibrated" in verdict and score > 0
-        assert pixels(heat).shape == (96, 80, 3)
-
-
-class TestFineTuning:
-    def test_changes_the_repainting_of_that_visitors_part(self, client, pictures):
-        learn(client, pictures)
-        plain = inspect(client, "ring", pictures / "defective.png")
-        part, message = learn(client, pictures, fine_tune=True)
-        assert "ring" in str(part) and "Learned **ring** from 2 pictures" in message
-        tuned = inspect(client, "ring", pictures / "defective.png")
-        assert "× the threshold" in tuned[0]
-        assert not np.array_equal(pixels(tuned[3]), pixels(plain[3]))
-        learn(client, pictures)  # the fine-tuning is forgotten with the part that had it
-        assert np.array_equal(pixels(inspect(client, "ring", pictures / "defective.png")[3]), pixels(plain[3]))
-
-    def test_a_changed_preset_keeps_the_verdict(self, client, pictures):
-        learn(client, pictures, fine_tune=True)
-        assert "× the threshold" in inspect(client, "ring", pictures / "defective.png", preset="paper")[0]
-
-    def test_other_visitors_keep_theirs(self, app, address, client, pictures):
-        other = gradio_client.Client(address, verbose=False)
-        learn(other, pictures)
-        before = inspect(other, "ring", pictures / "defective.png")
-        learn(client, pictures, fine_tune=True)
-        inspect(client, "ring", pictures / "defective.png")  # leaves the adapter in modules that both share
-        after = inspect(other, "ring", pictures / "defective.png")
-        assert after[:2] == before[:2] and np.array_equal(pixels(after[3]), pixels(before[3]))
-        assert app.load_base().adaptations == app.load_base().categories == []
-
-    def test_a_refused_one_leaves_the_part(self, client, pictures):
-        learn(client, pictures)
-        before = inspect(client, "ring", pictures / "defective.png")
-        with pytest.raises(Exception, match="`category` must be a plain name"):
-            learn(client, pictures, name="../x", fine_tune=True)
-        assert inspect(client, "ring", pictures / "defective.png")[:2] == before[:2]
+    def test_files_of_the_server_are_nobodys(self, address, page, client, pictures):
+        visitor = httpx.Client(base_url=address, timeout=60)
+        visitor.get("config")
+        session_files = page.desk.stores["embedded"].root
+        for path in ("/etc/passwd", str(pictures / "defective.png"), f"{session_files}/x", str(ROOT / "app.py")):
+            assert visitor.get(f"gradio_api/file={path}").status_code == 403
+            assert call(visitor, path)[0] == "error"
 
 
-class TestErrors:
-    def test_a_text_file_is_named(self, client, pictures):
-        with pytest.raises(Exception, match=r"'notes\.png' is damaged or not a picture") as error:
-            inspect(client, "part", pictures / "notes.png")
-        assert str(Path("tmp", "gradio")) not in str(error.value)
+def call(visitor, path):
+    """How a bare request to `inspect` ends, and the addresses of the files in its answer."""
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "Any part", "fast"]
+    event = visitor.post("gradio_api/call/inspect", json={"data": data}).json()["event_id"]
+    with visitor.stream("GET", f"gradio_api/call/inspect/{event}", timeout=120) as answer:
+        text = "\n".join(answer.iter_lines())
+    kind = re.search("event: (complete|error)", text)[1]
+    return kind, re.findall(r'"url": "[^"]*?(gradio_api/file=[^"]+)"', text)
 
-    def test_a_bad_normal_picture_is_named_and_nothing_learned(self, client, pictures):
-        uploads = [upload(pictures / name) for name in ("normal_0.png", "notes.png")]
-        with pytest.raises(Exception, match=r"'notes\.png' is damaged or not a picture"):
-            client.predict("ring", uploads, "fast", api_name="/learn")
-        assert "not calibrated" in inspect(client, "ring", pictures / "defective.png")[0]
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("given", "named"),
+        [
+            ({"preset": "slow"}, "`preset`"),
+            ({"part": "../x"}, "`part`"),
+            ({"part": "x" * 1000}, "part"),
+            ({"part": {"a": 1}}, "part"),
+        ],
+    )
+    def test_inspect(self, client, pictures, given, named):
+        given = {"picture": sent(pictures / "defective.png"), "part": "ring", "preset": "fast", **given}
+        with pytest.raises(Exception, match=named):
+            client.predict(**given, api_name="/inspect")
 
     @pytest.mark.parametrize(
-        ("count", "name", "part"), [(0, "ring", "1 to 8"), (9, "ring", "1 to 8"), (1, " ", "category")]
+        ("given", "named"),
+        [
+            ({"length": "forever"}, "`length`"),
+            ({"name": " "}, "name"),
+            ({"name": "a/b"}, "`name`"),
+            ({"count": 0}, "`pictures` are missing"),
+            ({"count": 9}, "1 to 8"),
+            ({"fine": "x" * 400}, "fine"),
+        ],
     )
-    def test_what_learning_refuses(self, client, pictures, count, name, part):
-        uploads = [upload(pictures / "normal_0.png")] * count
-        with pytest.raises(Exception, match=part):
-            client.predict(name, uploads, "fast", api_name="/learn")
+    def test_teach(self, client, pictures, given, named):
+        count = given.pop("count", 1)
+        files = [sent(pictures / "normal_0.png")] * count
+        given = {"name": "ring", "coarse": "", "fine": "", "length": "quick", **given}
+        with pytest.raises(Exception, match=named):
+            client.predict(**given, pictures=files, api_name="/teach")
 
     def test_a_missing_picture(self, client):
         with pytest.raises(Exception, match="`picture` is missing"):
-            client.predict("part", None, "fast", api_name="/inspect")
+            client.predict(None, "ring", "fast", api_name="/inspect")
 
-    def test_files_of_the_server_cannot_be_read(self, address, pictures):
-        uploaded = httpx.post(
-            f"{address}gradio_api/upload", files={"files": (pictures / "defective.png").read_bytes()}
+    def test_a_file_that_is_no_picture_and_has_markup_in_its_name(self, client, address, tmp_path):
+        name = "<img src=x onerror=alert(1)>.png"
+        (tmp_path / name).write_text("no picture")
+        with pytest.raises(Exception, match="damaged or not a picture") as error:
+            inspect(client, "Any part", tmp_path / name)
+        assert "<img" not in str(error.value) and os.environ["GRADIO_TEMP_DIR"] not in str(error.value)
+
+    def test_too_many_pictures_are_said_to_be(self, client, pictures):
+        answer, _ = client.predict(
+            [sent(pictures / f"normal_{i % 2}.png") for i in range(6)], "Any part", "fast", api_name="/batch"
         )
-        assert call_with_path(address, uploaded.json()[0]) == "complete"
-        assert call_with_path(address, str(pictures / "defective.png")) == "error"
+        assert len([row for row in answer["rows"] if not row["error"]]) == 5 and answer["rows"][-1]["error"]
+
+    def test_a_file_above_the_bound(self, client, tmp_path):
+        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+        data = io.BytesIO()
+        Image.fromarray(noise).save(data, "PNG")
+        (tmp_path / "large.png").write_bytes(data.getvalue())
+        with pytest.raises(Exception, match="maximum file size|413"):
+            inspect(client, "Any part", tmp_path / "large.png")
+
+    def test_something_else_than_an_adaptation(self, client, pictures):
+        with pytest.raises(Exception, match=r"more\.zip"):
+            client.predict(sent(pictures / "more.zip"), api_name="/load_adaptation")
+        assert inspect(client, "Any part", pictures / "defective.png")[0]["score"] > 0
 
 
-def test_sessions_share_weights_but_no_parts(tiny_pipeline_folder, app):
-    base = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder)
-    base.add_category("ring", synthetic.normal_images("ring", 1, seed=0, size=64))
-    mine = app.session_pipeline(base)
-    assert mine.unet is base.unet and mine.bank is not base.bank
-    assert mine.categories == ["ring"]
-    mine.add_category("wood", synthetic.normal_images("wood", 1, seed=0, size=64))
-    assert base.categories == ["ring"] and "wood" not in base.bank
-    assert mine.config.resolution == base.config.resolution
+class TestPage:
+    def test_it_holds_no_key_and_no_path_of_the_server(self, address, client, pictures, page):
+        teach(client, pictures)
+        served = httpx.get(address, timeout=60).text + httpx.get(f"{address}config", timeout=60).text
+        keys = [session.key for session in page.desk._sessions.values()]
+        assert keys and not any(key in served for key in keys)
+        assert str(page.desk.stores["embedded"].root) not in served
 
+    def test_names_that_the_browser_tests_rely_on(self, page):
+        held = {block.elem_id for block in page.blocks.values() if getattr(block, "elem_id", None)}
+        tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
+        assert tabs == ["Inspect", "Teach", "Batch", "Gallery", "About"]
+        expected = {
+            "inspect": "picture part run verdict gauge heatmap opacity compare masks downloads",
+            "teach": "name pictures coarse fine length run cancel progress loss validation result download upload",
+            "batch": "files part run progress table gallery downloads",
+            "about": "model",
+        }
+        assert not {f"{tab}-{name}" for tab, names in expected.items() for name in names.split()} - held
 
-def test_sessions_keep_the_adaptations_of_the_checkpoint_and_their_own(app):
-    base = adapted_to("ring")
-    base.add_category("nut", part_pictures("nut"))
-    expected = inspected(base, "ring", "ring"), inspected(base, "nut")
-    mine, other = app.session_pipeline(base), app.session_pipeline(base)
-    assert mine.adaptations == ["ring"] and mine.adapters is not base.adapters and mine.vae is base.vae
-    mine.learn({"nut": part_pictures("nut")}, learned("nut"), calibrate=False)
-    other.learn({"nut": part_pictures("nut")}, drawn(1), calibrate=False)
-    maps = [inspected(pipe, "nut") for pipe in (base, mine, other)]
-    assert len({m.numpy().tobytes() for m in maps}) == 3 and torch.equal(maps[0], expected[1])
-    assert base.adaptations == ["ring"] and mine.adaptations == ["nut", "ring"]
-    assert all(torch.equal(inspected(pipe, "ring", "ring"), expected[0]) for pipe in (mine, base, other))
+    def test_every_control_has_a_label(self, page):
+        kinds = ("Textbox", "Image", "File", "Dropdown", "Radio", "Slider", "Gallery", "Dataframe", "ImageSlider")
+        for block in page.blocks.values():
+            if type(block).__name__ in kinds and getattr(block, "elem_id", None):
+                assert block.label, block.elem_id
 
 
 def test_import_loads_no_model():
-    code = "import sys, app; assert not {'torch', 'diffusers'} & set(sys.modules), 'heavy import'"
+    code = "import sys, app; assert not {'torch', 'diffusers'} & set(sys.modules), 'heavy import'; app.demo.launch"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,287 @@
+"""What visitors take home: maps, one-page reports, tables and adaptations; and adaptations that they bring back."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from .report import ReportFacts, gauge, report, report_pdf, report_png, verdict_words
+from .sessions import Part, Session
+from .uploads import safe_name, visible_name
+from .zips import Budget, entry_fault, is_incidental, is_zip, open_zip, read_entry
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection
+
+__all__ = [
+    "BATCH_COLUMNS",
+    "BatchRow",
+    "ReportFacts",
+    "adaptation_zip",
+    "batch_csv",
+    "batch_zip",
+    "gauge",
+    "inspection_files",
+    "load_adaptation_zip",
+    "map_npy",
+    "map_png16",
+    "report",
+    "report_pdf",
+    "report_png",
+    "verdict_words",
+]
+
+BATCH_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
+_FACTS_BYTES = 1_000_000
+_MOST_STEPS, _MOST_SCALES, _FINEST_SCALE = 200, 8, 16
+"""What the thresholds of a brought adaptation may have been found at; an inspection with more would take hours."""
+
+
+@dataclass(frozen=True)
+class BatchRow:
+    """One picture of a batch, inspected or refused.
+
+    Attributes:
+        file: the visitor's name for it.
+        score, threshold, seconds: None where it was refused; `threshold` also where the part has none.
+        heatmap: a picture, or the path of one; None where it was refused.
+        error: a sentence where it was refused.
+    """
+
+    file: str
+    score: float | None = None
+    threshold: float | None = None
+    seconds: float | None = None
+    heatmap: Image.Image | str | os.PathLike | None = None
+    error: str | None = None
+
+    def values(self) -> dict[str, str]:
+        """`BATCH_COLUMNS` to the texts in the table, "" where there is nothing; `verdict` is "defective", "normal" or
+        ""."""
+        from ..inspection import table_values
+
+        values = {**dict.fromkeys(BATCH_COLUMNS, ""), "file": self.file, "error": self.error or ""}
+        if self.score is not None:
+            values |= table_values(self.score, self.threshold, self.seconds or 0.0)
+        return values
+
+
+def map_png16(anomaly_map: np.ndarray, scale: float | None = None) -> bytes:
+    """A map as a PNG of 16-bit gray: value = gray × scale / 65535, as its text chunk "Description" says; "Scale" holds
+    the number.
+
+    Args:
+        anomaly_map: float [H, W], finite, 0 or more.
+        scale: above 0, the value of white; higher ones are cut. None: the map's maximum.
+    """
+    values = np.asarray(anomaly_map, dtype=np.float64)
+    # A map of zeros has no scale of its own, and any will do.
+    scale = float(values.max()) or 1.0 if scale is None else float(scale)
+    gray = np.rint(np.clip(values / scale, 0, 1) * 65535).astype(np.uint16)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Description", f"AnomalySD anomaly map: value = gray * {scale!r} / 65535")
+    text.add_text("Scale", repr(scale))
+    data = io.BytesIO()
+    Image.fromarray(gray).save(data, "PNG", pnginfo=text)
+    return data.getvalue()
+
+
+def map_npy(anomaly_map: np.ndarray) -> bytes:
+    """A map as the bytes of a `.npy` file, float32 [H, W]."""
+    data = io.BytesIO()
+    np.save(data, np.asarray(anomaly_map, dtype=np.float32), allow_pickle=False)
+    return data.getvalue()
+
+
+def inspection_files(result: Inspection, facts: ReportFacts, folder: str | os.PathLike) -> list[Path]:
+    """Writes all that is to be taken home of one inspection: `..._map.png`, `..._map.npy`, `..._report.png` and
+    `..._report.pdf`, named after the picture.
+
+    Returns:
+        The four paths, in this order.
+    """
+    page = report(result, facts)
+    contents = {
+        "map.png": map_png16(result.anomaly_map),
+        "map.npy": map_npy(result.anomaly_map),
+        "report.png": report_png(page),
+        "report.pdf": report_pdf(page),
+    }
+    stem = safe_name(Path(facts.file).stem, "picture")
+    paths = [Path(folder, f"{stem}_{name}") for name in contents]
+    for path, content in zip(paths, contents.values(), strict=True):
+        path.write_bytes(content)
+    return paths
+
+
+def batch_csv(rows: Iterable[BatchRow]) -> bytes:
+    """The table of a batch: UTF-8 with a mark that spreadsheets need, comma, header, no cell that one computes."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, BATCH_COLUMNS)
+    writer.writeheader()
+    writer.writerows({name: _uncomputed(value) for name, value in row.values().items()} for row in rows)
+    return text.getvalue().encode("utf-8-sig", "replace")
+
+
+def batch_zip(rows: Sequence[BatchRow], path: str | os.PathLike) -> Path:
+    """Writes a zip of the table (`results.csv`) and the heatmaps (`heatmaps/001_name.png`, numbered like the rows).
+
+    Args:
+        rows: of the batch.
+        path: of the zip.
+
+    Returns:
+        The path.
+    """
+    path = Path(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("results.csv", batch_csv(rows))
+        for number, row in enumerate(rows, 1):
+            name = f"heatmaps/{number:03d}_{safe_name(Path(row.file).stem, 'picture')}.png"
+            if isinstance(row.heatmap, Image.Image):
+                data = io.BytesIO()
+                row.heatmap.save(data, "PNG")
+                archive.writestr(name, data.getvalue())
+            elif row.heatmap is not None:
+                archive.write(row.heatmap, name)
+    return path
+
+
+def adaptation_zip(pipe, adaptation: str, path: str | os.PathLike) -> Path:
+    """Writes an adaptation, see `AnomalySDPipeline.save_adaptation`, as a zip. To be called in a turn: it reads
+    weights that another session's inspection would change meanwhile.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there is none of that name.
+    """
+    path = Path(path)
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, "adaptation")
+        pipe.save_adaptation(folder, adaptation)
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for file in sorted(folder.iterdir()):
+                archive.write(file, file.name)
+    return path
+
+
+def load_adaptation_zip(
+    session: Session, path: str | os.PathLike, shown_name: str | None = None, overwrite: bool = False
+) -> list[str]:
+    """Takes an adaptation from a zip, as `adaptation_zip` writes it, into a session: its pipeline and its `parts`. All
+    or nothing. To be called in a turn, as `adaptation_zip`.
+
+    Args:
+        session: whose `lock` is held meanwhile.
+        path: of the zip on the server; no error says so.
+        shown_name: what the visitor calls it; None: the file's own name.
+        overwrite: whether parts of the same names may be replaced.
+
+    Returns:
+        Names of the parts it brought.
+
+    Raises:
+        ValueError: it is no such zip, holds anything else, is too large, fits another base, or brings parts for which
+            there is no room.
+    """
+    from ..adaptation_folder import read_adaptation
+
+    name = visible_name(Path(path).name if shown_name is None else shown_name)
+    limits = session.limits
+    if not os.path.isfile(path):
+        raise ValueError(f"'{name}' is not there anymore; upload it again.")
+    if os.path.getsize(path) > limits.upload_bytes:
+        raise ValueError(f"'{name}' is larger than {limits.upload_bytes / 1e6:.3g} MB; it cannot be taken in here.")
+    if not is_zip(path, name):
+        raise ValueError(f"'{name}' is no zip; give an adaptation as it was downloaded here.")
+    contents = _adaptation_files(path, name, limits)
+    pipe = session.pipe
+    with session.in_use(), session.lock:
+        session.require_room(sum(map(len, contents.values())))
+        with tempfile.TemporaryDirectory(dir=session.folder) as folder:
+            for file, content in contents.items():
+                Path(folder, file).write_bytes(content)
+            try:
+                _check_bounds(read_adaptation(folder, pipe), session, name)
+                brought = pipe.load_adaptation(folder, overwrite=overwrite)
+            except ValueError as error:
+                # The folder is a place of the server, and the argument one of the Python function.
+                argument = f"`pretrained_adaptation_name_or_path` '{folder}'"
+                message = str(error).replace(argument, f"'{name}'").replace(folder, name)
+                raise ValueError(message.replace("`pretrained_adaptation_name_or_path`", f"'{name}'")) from error
+        prompts = pipe.prompt_book.to_dict()["categories"]
+        for part in brought:
+            facts = {"shots": pipe.config.categories[part]["shots"], "file": name}
+            session.parts[part] = Part(part, prompts=prompts[part], taught=True, facts=facts)
+    return brought
+
+
+def _adaptation_files(path: str | os.PathLike, name: str, limits) -> dict[str, bytes]:
+    """The two files of an adaptation, by the names they must have; they may lie in one folder of the zip."""
+    from ..adaptation_folder import FACTS, WEIGHTS
+
+    largest = {FACTS: min(_FACTS_BYTES, limits.adaptation_bytes), WEIGHTS: limits.adaptation_bytes}
+    sentence = f"'{name}' takes more than {limits.adaptation_bytes / 1e6:.3g} MB unpacked; it cannot be taken in here."
+    budget = Budget(limits.adaptation_bytes, sentence)
+    contents: dict[str, bytes] = {}
+    folders = set()
+    with open_zip(path, name, limits.zip_entries) as archive:
+        for info in archive.infolist():
+            folder, _, file = info.filename.rpartition("/")
+            if is_incidental(info) or file == "README.md":
+                continue
+            entry = f"{name}: {visible_name(info.orig_filename)}"
+            if fault := entry_fault(info, largest.get(file, limits.adaptation_bytes)):
+                raise ValueError(f"'{entry}' {fault}.")
+            folders.add(folder)
+            if file not in largest or file in contents or len(folders) > 1 or "/" in folder:
+                raise ValueError(f"'{entry}' is not part of an adaptation; give the zip as it was downloaded here.")
+            contents[file] = read_entry(archive, info, entry, largest[file], budget.spend)
+    if contents.keys() != largest.keys():
+        raise ValueError(f"'{name}' must hold {FACTS} and {WEIGHTS}; give the zip as it was downloaded here.")
+    return contents
+
+
+def _check_bounds(stored, session: Session, name: str) -> None:
+    """Raises ValueError for an adaptation that fits the base, but asks for more than a visitor may have."""
+    limits = session.limits
+    total = len(session.parts.keys() | stored.categories.keys())
+    if total > limits.parts:
+        raise ValueError(
+            f"'{name}' brings {len(stored.categories)} parts, which would make {total}, and a session has room for "
+            f"{limits.parts}; reload the page to start anew."
+        )
+    for category, record in stored.categories.items():
+        prompts = stored.prompts[category]
+        counts = [1 if isinstance(texts, str) else len(texts) for texts in prompts.values()]
+        if max(counts) > limits.prompts or len(category) > limits.name_length:
+            raise ValueError(
+                f"'{name}' has a part with more than {limits.prompts} prompts of a kind, or with a name of more than "
+                f"{limits.name_length} characters; it cannot be taken in here."
+            )
+        settings = (record["calibration"] or {}).get("settings")
+        if settings and (
+            settings["num_inference_steps"] > _MOST_STEPS
+            or len(settings["mask_scales"]) > _MOST_SCALES
+            or max(settings["mask_scales"]) > _FINEST_SCALE
+        ):
+            raise ValueError(
+                f"'{name}' was calibrated at settings that take too long here; calibrate it with one of the presets."
+            )
+
+
+def _uncomputed(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

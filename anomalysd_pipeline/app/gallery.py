@@ -1,0 +1,192 @@
+"""Ready examples: drawn pictures and their finished results, read without the model.
+
+`python -m anomalysd_pipeline.app.gallery` makes them anew, which is due when the embedded checkpoint has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .. import EMBEDDED
+from ..checkpoints import written_whole
+from ..visualize import contour, overlay, verdict_text
+
+FOLDER = Path(__file__).resolve().parent / "examples"
+SHOTS, SEED = 4, 11
+DRAWN = {
+    "hex_nut": "missing_piece",
+    "capsule": "contamination",
+    "circuit_board": "stain",
+    "weave": "scratch",
+}
+"""Family to the defect of its second picture; the first is good."""
+_FACTS = "examples.json"
+_COMMAND = "python -m anomalysd_pipeline.app.gallery"
+
+
+@dataclass(frozen=True)
+class Example:
+    """A picture with its finished result; what `inspection.Inspection` has, and more.
+
+    Attributes:
+        name: its file name without suffix, such as "hex_nut_defective".
+        title: for a person, such as "Hex nut, scratch".
+        part: the category it was inspected as.
+        defect: of the drawing, one of `synthetic.DEFECTS`; None: a good part.
+        path: of the picture, for a page that shows or opens it.
+        image, inpainted: RGB, [S, S].
+        anomaly_map: float32 [S, S], 0 or more; rounded to 256 levels.
+        prototype_mask: bool [S, S], the prototypes' proposal.
+        score, threshold, is_defective, seconds: as in `Inspection`.
+        settings: of the inspection.
+    """
+
+    name: str
+    title: str
+    part: str
+    defect: str | None
+    path: Path
+    image: Image.Image
+    inpainted: Image.Image
+    anomaly_map: np.ndarray
+    prototype_mask: np.ndarray
+    score: float
+    threshold: float
+    is_defective: bool
+    seconds: float
+    settings: dict = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a person."""
+        return verdict_text(self.score, self.threshold)
+
+    def overlay(self, opacity: float = 0.5) -> Image.Image:
+        """The heatmap over the picture, with the outline of what lies above the threshold."""
+        heat = overlay(self.image, self.anomaly_map, self.threshold, opacity=opacity)
+        return contour(heat, self.anomaly_map > self.threshold)
+
+
+def load_examples(folder: str | os.PathLike = FOLDER) -> list[Example]:
+    """The ready examples, in the order in which they are shown.
+
+    Raises:
+        ValueError: the folder is missing or damaged.
+    """
+    try:
+        facts = json.loads(Path(folder, _FACTS).read_text(encoding="utf-8"))
+        return [_read_example(Path(folder), dict(entry)) for entry in facts["examples"]]
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`folder` '{folder}' must hold {_FACTS} and the pictures it names; make them anew with `{_COMMAND}`."
+        ) from error
+
+
+def made_with(folder: str | os.PathLike = FOLDER) -> str:
+    """The fingerprint of the checkpoint that the examples were made with."""
+    return json.loads(Path(folder, _FACTS).read_text(encoding="utf-8"))["checkpoint"]
+
+
+def checkpoint_fingerprint(folder: str | os.PathLike = EMBEDDED) -> str:
+    """A digest of a checkpoint's configs and weights, 16 hexadecimal digits; texts about it do not count."""
+    summary = hashlib.sha256()
+    files = [path for path in Path(folder).rglob("*") if path.suffix in (".json", ".safetensors")]
+    for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        summary.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return summary.hexdigest()[:16]
+
+
+def make_examples(folder: str | os.PathLike = FOLDER, base: str = EMBEDDED) -> list[Example]:
+    """Draws the pictures, inspects them, and replaces the folder's examples once all are there.
+
+    Args:
+        folder: made if missing.
+        base: folder of the checkpoint to inspect them with.
+
+    Returns:
+        The examples, read back.
+    """
+    from ..inspection import load_pipeline, register
+    from ..synthetic import normal_images
+
+    pipe = load_pipeline(base, "cpu")
+    size = pipe.config.resolution
+    with written_whole(Path(folder)) as partial:
+        entries = []
+        for family, defect in DRAWN.items():
+            register(pipe, family, normal_images(family, SHOTS, SEED, size))
+            entries += [_make_example(pipe, family, None, partial), _make_example(pipe, family, defect, partial)]
+        facts = {"checkpoint": checkpoint_fingerprint(base), "examples": entries}
+        (partial / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return load_examples(folder)
+
+
+def _make_example(pipe, family: str, defect: str | None, folder: Path) -> dict:
+    """Writes the pictures of one example; returns its entry in `examples.json`."""
+    import torch
+
+    from ..synthetic import DEFECTS, test_samples
+
+    samples = test_samples(family, 1, len(DEFECTS), SEED, pipe.config.resolution)
+    sample = next(sample for sample in samples if sample.defect == defect)
+    name = f"{family}_{'good' if defect is None else 'defective'}"
+    Image.fromarray(sample.image).save(folder / f"{name}.jpg", quality=92)
+    # The stored picture, so that a visitor who inspects it anew gets the stored result.
+    with Image.open(folder / f"{name}.jpg") as stored:
+        image = stored.convert("RGB")
+    start = time.perf_counter()
+    out = pipe(image, category=family, generator=torch.Generator().manual_seed(0))
+    seconds = time.perf_counter() - start
+    score, scale = float(out.pred_scores[0]), float(out.anomaly_maps[0].max())
+    out.inpainted[0].save(folder / f"{name}_inpainted.jpg", quality=92)
+    levels = np.rint(out.anomaly_maps[0] * (255 / scale)).astype(np.uint8)
+    Image.fromarray(levels).save(folder / f"{name}_map.png", optimize=True)
+    Image.fromarray(out.prototype_masks[0]).save(folder / f"{name}_mask.png", optimize=True)
+    part = family.replace("_", " ").capitalize()
+    return {
+        "name": name,
+        "title": f"{part}, {'good part' if defect is None else defect.replace('_', ' ')}",
+        "part": family,
+        "defect": defect,
+        "score": score,
+        "threshold": out.thresholds[0],
+        "seconds": round(seconds, 2),
+        "scale": scale,
+        "settings": pipe.settings(category=family).to_dict(),
+    }
+
+
+def _read_example(folder: Path, entry: dict) -> Example:
+    scale, name = entry.pop("scale"), entry["name"]
+    levels = np.asarray(_open(folder / f"{name}_map.png"), dtype=np.float32)
+    return Example(
+        **entry,
+        path=folder / f"{name}.jpg",
+        image=_open(folder / f"{name}.jpg"),
+        inpainted=_open(folder / f"{name}_inpainted.jpg"),
+        anomaly_map=levels * np.float32(scale / 255),
+        prototype_mask=np.asarray(_open(folder / f"{name}_mask.png")),
+        is_defective=entry["score"] > entry["threshold"],
+    )
+
+
+def _open(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        image.load()
+        return image
+
+
+if __name__ == "__main__":
+    begin = time.perf_counter()
+    for example in make_examples():
+        print(f"{example.name}: {example.sentence}")
+    print(f"Made with {made_with()} in {time.perf_counter() - begin:.0f} s.")

@@ -1,0 +1,216 @@
+"""Files that visitors may fetch, and the door that serves each to its owner alone.
+
+gradio serves whatever lies in its upload folder to anybody who knows the address. Here a cookie tells visitors apart:
+what was made for one, or uploaded by one, is refused to the others. A visitor without a cookie gets addresses with
+128 random bits in them and nothing more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
+
+COOKIE = "anomalysd_visitor"
+KEPT = 20
+"""Results of one session that stay to be fetched; files of older ones are deleted."""
+
+UPLOADS = 20_000
+"""Uploads whose owners are remembered; gradio deletes the files after two hours."""
+
+REFUSED = "This file is not yours, or it is gone; make it anew."
+
+
+class Handouts:
+    """Folders to put files in for a session's visitor.
+
+    Args:
+        root: gradio's upload folder, from which alone it serves files.
+    """
+
+    def __init__(self, root: str | os.PathLike):
+        self.uploads = Path(root).resolve()
+        self.folder = self.uploads / "handed_out"
+        # Reentrant: a session may be collected, and its folders removed, while this thread holds it.
+        self._lock = threading.RLock()
+        self._owners: dict[str, str | None] = {}  # folder's name to its visitor
+        self._given: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # session to its folders
+        self._uploaded: OrderedDict[str, set[str | None]] = OrderedDict()
+
+    def new_folder(self, session, visitor: str | None) -> Path:
+        """An empty folder, from which files are served to that visitor as long as the session lives.
+
+        Args:
+            session: a `sessions.Session`; with it, or after `KEPT` further folders, the folder disappears.
+            visitor: value of their cookie, or None: whoever knows the address.
+        """
+        folder = self.folder / secrets.token_urlsafe(16)
+        folder.mkdir(parents=True)
+        with self._lock:
+            given = self._given.get(session)
+            if given is None:
+                given = self._given[session] = deque()
+                weakref.finalize(session, self._remove_all, given)
+            given.append(folder.name)
+            self._owners[folder.name] = visitor
+            old = given.popleft() if len(given) > KEPT else None
+        if old is not None:
+            self._remove(old)
+        return folder
+
+    def end(self, session) -> None:
+        """Deletes all that was given to a session."""
+        with self._lock:
+            given = self._given.get(session, ())
+        self._remove_all(given)
+
+    def claim(self, path: str, visitor: str | None) -> None:
+        """Notes who uploaded a file; equal files of several visitors have one path."""
+        path = os.path.realpath(path)
+        with self._lock:
+            self._uploaded.setdefault(path, set()).add(visitor)
+            self._uploaded.move_to_end(path)
+            while len(self._uploaded) > UPLOADS:
+                self._uploaded.popitem(last=False)
+
+    def may_read(self, path: str, visitor: str | None) -> bool:
+        """Whether nothing speaks against serving a file to a visitor; that it is gradio's to serve, gradio checks."""
+        resolved = Path(os.path.realpath(path))
+        with self._lock:
+            if resolved.is_relative_to(self.folder):
+                parts = resolved.relative_to(self.folder).parts
+                if len(parts) < 2 or parts[0] not in self._owners:
+                    return False
+                return self._owners[parts[0]] in (None, visitor)
+            owners = self._uploaded.get(str(resolved))
+        return owners is None or None in owners or visitor in owners
+
+    def require_upload(self, path: object, visitor: str | None, argument: str) -> str:
+        """The path of a file that this visitor has uploaded, as it came in a call.
+
+        Raises:
+            ValueError: it is anything else.
+        """
+        if isinstance(path, str) and "\0" not in path:
+            resolved = Path(os.path.realpath(path))
+            if resolved.is_relative_to(self.uploads) and resolved.is_file() and self.may_read(path, visitor):
+                return str(resolved)
+        raise ValueError(f"`{argument}` is no file that you have uploaded, or it is gone; upload it again.")
+
+    def _remove_all(self, given) -> None:
+        while True:
+            try:
+                name = given.popleft()
+            except (IndexError, AttributeError):
+                return
+            self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        with self._lock:
+            self._owners.pop(name, None)
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+class Door:
+    """ASGI middleware: gives each visitor a cookie, notes uploads, and refuses files that are another's.
+
+    Args:
+        app: what it stands before.
+        handouts: gives the `Handouts`, once there is any.
+    """
+
+    def __init__(self, app, handouts: Callable[[], Handouts]):
+        self.app, self._handouts = app, handouts
+
+    async def __call__(self, scope, receive, send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        visitor, path = visitor_of(scope), scope["path"]
+        asked = _asked_file(path)
+        if asked is not None and not self._handouts().may_read(asked, visitor):
+            await _refuse(send)
+            return
+        if path.endswith("/upload") and scope["method"] == "POST":
+            send = self._noting(send, visitor)
+        # With the page or a client's first request, which nothing runs beside; two cookies at once would get mixed up.
+        elif visitor is None and scope["method"] == "GET":
+            send = _greeting(send, path, _is_https(scope))
+        await self.app(scope, receive, send)
+
+    def _noting(self, send, visitor: str | None):
+        body = bytearray()
+
+        async def noted(message) -> None:
+            if message["type"] == "http.response.body":
+                body.extend(message.get("body", b""))
+                if not message.get("more_body"):
+                    for file in _paths(bytes(body)):
+                        self._handouts().claim(file, visitor)
+            await send(message)
+
+        return noted
+
+
+def visitor_of(scope) -> str | None:
+    """The value of the visitor's cookie in a request, or None."""
+    return cookie_of(b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1"))
+
+
+def cookie_of(header: str) -> str | None:
+    """The same from the text of a `Cookie` header."""
+    try:
+        found = SimpleCookie(header).get(COOKIE)
+    except CookieError:
+        return None
+    return found.value if found is not None and 16 <= len(found.value) <= 64 else None
+
+
+def _asked_file(path: str) -> str | None:
+    for mark in ("/file=", "/file/"):
+        _, found, file = path.partition(mark)
+        if found:
+            return file if os.path.isabs(file) else os.path.abspath(file)
+    return None
+
+
+def _greeting(send, path: str, https: bool):
+    async def greeted(message) -> None:
+        if message["type"] == "http.response.start":
+            headers = list(message.get("headers", []))
+            kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
+            if kind.startswith(b"text/html") or path.endswith("/config"):
+                # A Space is shown within another site's page, where only such a cookie comes back.
+                rules = "SameSite=None; Secure; Partitioned" if https else "SameSite=Lax"
+                cookie = f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly; Max-Age=86400; {rules}"
+                message = {**message, "headers": [*headers, (b"set-cookie", cookie.encode())]}
+        await send(message)
+
+    return greeted
+
+
+def _is_https(scope) -> bool:
+    forwarded = next((value for name, value in scope["headers"] if name == b"x-forwarded-proto"), b"")
+    return scope.get("scheme") == "https" or forwarded.split(b",")[0].strip() == b"https"
+
+
+def _paths(body: bytes) -> list[str]:
+    try:
+        found = json.loads(body)
+    except ValueError:
+        return []
+    return [path for path in found if isinstance(path, str)] if isinstance(found, list) else []
+
+
+async def _refuse(send) -> None:
+    body = json.dumps({"detail": REFUSED}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

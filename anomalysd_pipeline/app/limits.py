@@ -1,0 +1,82 @@
+"""Every bound of the app in one place, each changeable by an environment variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+_PREFIX = "ANOMALYSD_MAX_"
+_HIGHEST = {"pixels": 100_000_000, "name_length": 64, "prompt_length": 300}
+"""What the package itself allows; not imported from there, because that would import torch."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one visitor may use. A field `x_y` is set by the environment variable `ANOMALYSD_MAX_X_Y`.
+
+    Attributes:
+        upload_bytes: of one uploaded file, and of one picture in a zip.
+        unpacked_bytes: of all pictures of one batch that come out of zips.
+        adaptation_bytes: of an adaptation that comes out of a zip.
+        zip_entries: of one zip, folders and hidden files included.
+        pictures: of one batch.
+        pixels: of one picture in its file; at most what `data.load_image` allows.
+        side: of a picture after reading, in pixels; larger ones are scaled down to it, since the model looks at far
+            smaller ones and heatmaps of that size are drawn in memory.
+        parts: of one session.
+        part_pictures: normal pictures of one part.
+        sessions: at a time.
+        idle_seconds: time to live of a session, counted from its last use.
+        disk_bytes: of one session's folder.
+        name_length: characters of a part's name; at most what `prompts.check_category` allows.
+        prompt_length: characters of one prompt; at most what `prompts.PromptBook` allows.
+        prompts: of one part and level (coarse or fine).
+    """
+
+    upload_bytes: int = 20_000_000
+    unpacked_bytes: int = 400_000_000
+    adaptation_bytes: int = 100_000_000
+    zip_entries: int = 500
+    pictures: int = 200
+    pixels: int = 100_000_000
+    side: int = 2048
+    parts: int = 8
+    part_pictures: int = 8
+    sessions: int = 64
+    idle_seconds: int = 3600
+    disk_bytes: int = 600_000_000
+    name_length: int = 64
+    prompt_length: int = 300
+    prompts: int = 8
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            highest = _HIGHEST.get(field.name)
+            if type(value) is not int or value < 1 or (highest is not None and value > highest):
+                span = "of at least 1" if highest is None else f"from 1 to {highest}"
+                raise ValueError(f"`{field.name}` must be a whole number {span}, got {value!r}.")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Limits:
+        """The defaults, changed by the variables `ANOMALYSD_MAX_...`, such as `ANOMALYSD_MAX_SESSIONS=16`.
+
+        Raises:
+            ValueError: for a variable of that prefix that stands for no bound, or a value that is none.
+        """
+        names = {_PREFIX + field.name.upper(): field.name for field in fields(cls)}
+        values = {}
+        for variable in sorted(variable for variable in environment if variable.startswith(_PREFIX)):
+            if variable not in names:
+                raise ValueError(f"`{variable}` is no bound of the app; use one of {', '.join(sorted(names))}.")
+            text = environment[variable].strip()
+            try:
+                # Digits alone: `int` would also take "1_0", and digits of other scripts.
+                if not (text.isascii() and text.isdigit() and len(text) <= 15):
+                    raise ValueError(f"`{names[variable]}` must be a whole number of at least 1, got {text[:40]!r}.")
+                values[names[variable]] = int(text)
+                cls(**{names[variable]: int(text)})
+            except ValueError as error:
+                raise ValueError(str(error).replace(f"`{names[variable]}`", f"`{variable}`")) from error
+        return cls(**values)

@@ -1,0 +1,97 @@
+"""The whole page: its tabs, its sessions, and how it is served."""
+
+from __future__ import annotations
+
+import threading
+
+import gradio as gr
+from starlette.middleware import Middleware
+
+from . import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
+from .desk import Desk
+from .handouts import Door
+from .limits import Limits
+from .model import Models
+
+TITLE = """# AnomalySD
+Finds defects on industrial parts from zero to a handful of normal pictures: the part is repainted as it should look,
+and where the picture differs from that, something is likely to be wrong."""
+HOUR = 3600
+WARM_UP_SECONDS = 1.5
+"""The page comes first: loading the model takes the processor for seconds."""
+WELCOME_BACK = (
+    "**Welcome back.** Each page is a session of its own: parts that you taught on another one, or before a reload, "
+    "are not here. Load their adaptation in the tab Teach, or teach them anew."
+)
+
+
+class Page(gr.Blocks):
+    """Blocks that are served as this app must be, whoever calls `launch`: an app file, a Space or a test."""
+
+    desk: Desk
+
+    def launch(self, *args, **kwargs):
+        """As `gr.Blocks.launch`, with our defaults: look, bounds, the door before the files, no server-side rendering.
+
+        Args:
+            root_path: where a proxy serves the app, such as "/anomalysd"; `GRADIO_ROOT_PATH` says the same.
+        """
+        app_kwargs = dict(kwargs.pop("app_kwargs", None) or {})
+        door = Middleware(Door, handouts=lambda: self.desk.handouts)
+        app_kwargs["middleware"] = [door, *app_kwargs.get("middleware", [])]
+        defaults = {
+            "max_file_size": self.desk.limits.upload_bytes,
+            "theme": style.theme(),
+            "css": style.CSS,
+            "head": style.HEAD,
+            "ssr_mode": False,
+            "max_threads": 64,
+            "footer_links": ["api"],
+        }
+        self.desk.sweep()
+        timer = threading.Timer(WARM_UP_SECONDS, self.desk.models.warm_up)
+        timer.daemon = True
+        timer.start()
+        return super().launch(*args, **{**defaults, **kwargs, "app_kwargs": app_kwargs})
+
+
+def build(limits: Limits | None = None, models: Models | None = None) -> Page:
+    """The page.
+
+    Args:
+        limits: None: those of the environment.
+        models: None: those of this process.
+    """
+    desk = Desk(limits, models)
+    with Page(title="AnomalySD: find defects", analytics_enabled=False, delete_cache=(HOUR, 2 * HOUR)) as page:
+        page.desk = desk
+        # The key of the session alone; what it opens stays on the server, and so does the state itself.
+        key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=desk.leave)
+        gr.Markdown(TITLE, elem_id="title")
+        note = gr.Markdown("", elem_id="note", visible=False)
+        with gr.Tabs(selected="inspect") as tabs:
+            with gr.Tab("Inspect", id="inspect"):
+                inspecting = inspect_tab.build(desk, key)
+            with gr.Tab("Teach", id="teach") as teaching:
+                pass
+            with gr.Tab("Batch", id="batch"):
+                batch_part = batch_tab.build(desk, key)
+            with gr.Tab("Gallery", id="gallery"):
+                gallery_tab.build(inspecting.picture, tabs)
+            with gr.Tab("About", id="about") as about:
+                pass
+            parts = [inspecting.part, batch_part]
+            with teaching:
+                teach_tab.build(desk, key, parts)
+            with about:
+                about_tab.build(desk, key, parts, about)
+
+        def greet(request: gr.Request):
+            return gr.Markdown(WELCOME_BACK, visible=True) if desk.has_taught(request) else gr.skip()
+
+        def closed(request: gr.Request) -> None:
+            desk.gone(request)
+
+        page.load(greet, None, note, api_visibility="private", queue=False, show_progress="hidden")
+        page.unload(closed)
+    return page.queue(max_size=256, default_concurrency_limit=8)

@@ -1,0 +1,254 @@
+"""What each visitor has: a key, a folder, a pipeline of their own on shared weights, and their parts."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+
+from .limits import Limits
+
+IDLE_ENOUGH = 300
+"""Seconds after which an idle session makes room for a new visitor where all places are taken."""
+
+
+@dataclass
+class Part:
+    """A part that a visitor has taught.
+
+    Attributes:
+        name: its category in the session's pipeline.
+        pictures: normal ones, RGB, at the model's resolution; none where it came as a file.
+        prompts: as `PromptBook.add` takes them; None: the generic ones.
+        taught: whether an adaptation was fine-tuned for it, beyond prototypes and threshold.
+        facts: whatever the page shows of it, JSON-serializable.
+    """
+
+    name: str
+    pictures: list[Image.Image] = field(default_factory=list)
+    prompts: dict[str, list[str]] | None = None
+    taught: bool = False
+    facts: dict = field(default_factory=dict)
+
+
+class Session:
+    """What one visitor has; made by `SessionStore.get`.
+
+    Attributes:
+        key: the secret that stands for the session; in no path and no address.
+        folder: readable by the owner of the process alone; its name tells nothing of the key.
+        parts: name to part.
+        lock: to be held while `parts` or `pipe` change.
+        limits: the app's.
+    """
+
+    def __init__(self, folder: Path, limits: Limits, make_pipeline: Callable[[], object], clock=time.monotonic):
+        self.key = secrets.token_urlsafe(16)
+        self.folder = folder
+        self.limits = limits
+        self.parts: dict[str, Part] = {}
+        self.lock = threading.RLock()
+        self._make_pipeline = make_pipeline
+        self._pipe = None
+        self._pipe_lock = threading.Lock()
+        self._clock = clock
+        self._last_used = clock()
+        self._users = 0
+        self._state = threading.Lock()
+        self._dropped = False
+
+    @property
+    def pipe(self):
+        """The session's own pipeline, made at first use: that may have to wait for the base to be loaded."""
+        with self._pipe_lock:
+            if self._pipe is None:
+                self._pipe = self._make_pipeline()
+            return self._pipe
+
+    @property
+    def idle(self) -> float:
+        """Seconds since it was last used; 0 while it is `in_use`."""
+        with self._state:
+            return 0.0 if self._users else self._clock() - self._last_used
+
+    @property
+    def dropped(self) -> bool:
+        """Whether the visitor has left: what still runs for them may end."""
+        return self._dropped
+
+    def touch(self) -> None:
+        """Says that the visitor is there."""
+        with self._state:
+            self._last_used = self._clock()
+
+    @contextmanager
+    def in_use(self) -> Iterator[Session]:
+        """To be held during work: the session is neither idle nor are its files deleted before the end of the block.
+
+        Raises:
+            ValueError: the session has ended.
+        """
+        with self._state:
+            if self._dropped:
+                raise ValueError("This session has ended; reload the page to start a new one.")
+            self._users += 1
+        try:
+            yield self
+        finally:
+            with self._state:
+                self._users -= 1
+                self._last_used = self._clock()
+                last = self._dropped and not self._users
+            if last:
+                self._delete()
+
+    def disk_used(self) -> int:
+        """Bytes of all files in its folder; links count as themselves."""
+        total = 0
+        for root, folders, files in os.walk(self.folder):
+            for name in folders + files:
+                try:
+                    total += os.lstat(os.path.join(root, name)).st_size
+                except FileNotFoundError:  # deleted meanwhile
+                    continue
+        return total
+
+    def require_room(self, size: int) -> None:
+        """To be called before `size` bytes are written to the folder.
+
+        Raises:
+            ValueError: they would exceed what a session may have.
+        """
+        used, allowed = self.disk_used(), self.limits.disk_bytes
+        if used + size > allowed:
+            raise ValueError(
+                f"This session has {used / 1e6:.0f} of {allowed / 1e6:.0f} MB in use, and {size / 1e6:.0f} MB more do "
+                "not fit; give fewer or smaller files, or reload the page to start anew."
+            )
+
+    def require_part(self, name: str) -> None:
+        """To be called before a part of that name is added or replaced.
+
+        Raises:
+            ValueError: the session has as many parts as it may have.
+        """
+        if name not in self.parts and len(self.parts) >= self.limits.parts:
+            raise ValueError(
+                f"A session has room for {self.limits.parts} parts, and it has {', '.join(map(repr, self.parts))}; "
+                "teach one of these anew, or reload the page to start anew."
+            )
+
+    def new_folder(self) -> Path:
+        """A new empty folder within the session's, for the files of one result.
+
+        Raises:
+            ValueError: the session has ended.
+        """
+        try:
+            return Path(tempfile.mkdtemp(dir=self.folder))
+        except FileNotFoundError as error:
+            raise ValueError("This session has ended; reload the page to start a new one.") from error
+
+    def _end(self) -> None:
+        with self._state:
+            self._dropped = True
+            used = self._users > 0
+        if not used:
+            self._delete()
+
+    def _delete(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        # No lock: whoever still holds one of them must not hold up the visitor whose call came across this session.
+        self.parts = {}
+        self._pipe = None
+
+
+class SessionStore:
+    """All sessions; safe to use from many threads.
+
+    Args:
+        limits: the app's.
+        make_pipeline: gives a new session its pipeline, called at first use and by one thread at a time for a session.
+        root: folder of all sessions' folders, made if missing; None: a new one, deleted at the end of the process.
+        clock: seconds, only ever growing.
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        make_pipeline: Callable[[], object],
+        root: str | os.PathLike | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.limits = limits
+        self._make_pipeline = make_pipeline
+        self._clock = clock
+        self._sessions: dict[str, Session] = {}
+        self._lock = threading.Lock()
+        if root is None:
+            self.root = Path(tempfile.mkdtemp(prefix="anomalysd-"))
+            weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)
+        else:
+            self.root = Path(root)
+            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        with self._lock:
+            return len(self._sessions)
+
+    def get(self, key: str | None) -> Session:
+        """The session of a key, or a new one for a key that is None, unknown or expired. Counts as a use.
+
+        Raises:
+            ValueError: there is no place for a new one.
+        """
+        self.sweep()
+        leaving = None
+        with self._lock:
+            session = self._sessions.get(key) if isinstance(key, str) else None
+            if session is not None:
+                session.touch()
+                return session
+            if len(self._sessions) >= self.limits.sessions:
+                leaving = max(self._sessions.values(), key=lambda one: one.idle)
+                if leaving.idle <= IDLE_ENOUGH:
+                    raise ValueError(
+                        f"The app is busy: all {self.limits.sessions} places are taken; try again in a few minutes."
+                    )
+                del self._sessions[leaving.key]
+            session = Session(Path(tempfile.mkdtemp(dir=self.root)), self.limits, self._make_pipeline, self._clock)
+            self._sessions[session.key] = session
+        if leaving is not None:
+            leaving._end()
+        return session
+
+    def drop(self, key: str | None) -> None:
+        """Ends a session: its files are deleted, at once or when what runs for it has ended. Any other key is none."""
+        with self._lock:
+            session = self._sessions.pop(key, None) if isinstance(key, str) else None
+        if session is not None:
+            session._end()
+
+    def sweep(self) -> int:
+        """Ends the sessions whose time to live is over.
+
+        Returns:
+            How many those were.
+        """
+        with self._lock:
+            over = [session for session in self._sessions.values() if session.idle > self.limits.idle_seconds]
+            for session in over:
+                del self._sessions[session.key]
+        for session in over:
+            session._end()
+        return len(over)

@@ -1,0 +1,115 @@
+"""How the page looks: one quiet theme, no fonts from elsewhere, nothing that moves while it loads."""
+
+from __future__ import annotations
+
+import gradio as gr
+
+_FONT = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif"]
+_MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
+
+
+def theme() -> gr.themes.Base:
+    """Gradio's plain theme in our colors; with the system's fonts, so that no visitor is reported to a font server."""
+    return gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="md", font=_FONT, font_mono=_MONO).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="*neutral_950",
+        block_shadow="none",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_600",
+        button_primary_background_fill_hover_dark="*primary_500",
+        button_primary_text_color="white",
+        # The lighter ones of the theme are hard to read.
+        block_info_text_color="*neutral_600",
+        block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_600",
+        block_label_text_color_dark="*neutral_300",
+        block_title_text_color="*neutral_700",
+        block_title_text_color_dark="*neutral_200",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        color_accent="*primary_700",
+    )
+
+
+OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--heat-opacity', value / 100); }"
+
+HEAD = "<meta name='description' content='Finds defects on industrial parts from zero to a handful of good ones.'>"
+
+CSS = """
+:root { --heat-opacity: 0.6; --defect: #b42318; --good: #067647; --quiet: #475569; --line: #cbd5e1; --sheet: #ffffff; }
+.dark { --defect: #fda29b; --good: #75e0a7; --quiet: #a3b1c6; --line: #3b4a60; --sheet: #111827; }
+.gradio-container { max-width: min(1240px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important; }
+.gradio-container footer { padding-block: 0.5rem; }
+#title h1 { font-size: 1.6rem; margin: 0.25rem 0 0; }
+#title p { color: var(--quiet); margin: 0.15rem 0 0.25rem; max-width: 70ch; }
+button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].selected { color: #5eead4 !important; }
+.html-container { padding: 0 !important; }
+.tabitem, .tab-content { padding-inline: 0 !important; }
+.help, .help p { color: var(--quiet); font-size: 0.92rem; max-width: 80ch; }
+
+.verdict { min-height: 5.4rem; padding: 0.8rem 1rem; border: 1px solid var(--line); border-left: 6px solid var(--line);
+  border-radius: 8px; background: var(--sheet); box-sizing: border-box; }
+.verdict .words { font-size: 1.3rem; font-weight: 650; margin: 0; overflow-wrap: anywhere; }
+.verdict .note { margin: 0.35rem 0 0; color: var(--quiet); font-size: 0.92rem; }
+.verdict.defective { border-left-color: var(--defect); } .verdict.defective .words { color: var(--defect); }
+.verdict.normal { border-left-color: var(--good); } .verdict.normal .words { color: var(--good); }
+.verdict.empty .words { color: var(--quiet); font-weight: 450; font-size: 1.05rem; }
+
+.gauge { padding: 0.5rem 0.25rem 0; min-height: 4.6rem; box-sizing: border-box; }
+.gauge .scale, .heat-view .colors { height: 14px; border-radius: 7px; background: linear-gradient(90deg, #0d1442,
+  #123076 12.5%, #14589e 25%, #1c88b0 37.5%, #68bea0 50%, #f6dd5c 62.5%, #fba02e 75%, #e85822 87.5%, #ba121e); }
+.gauge .scale { position: relative; } .gauge .scale.blank { background: var(--line); }
+.gauge .mark { position: absolute; left: calc(50% - 1px); top: -4px; width: 2px; height: 22px;
+  background: var(--body-text-color); }
+.gauge .needle { position: absolute; top: -5px; width: 12px; height: 24px; margin-left: -6px; border-radius: 4px;
+  background: #fff; border: 2px solid #0f172a; box-sizing: border-box; }
+.labels { display: flex; justify-content: space-between; color: var(--quiet); font-size: 0.8rem; min-height: 1.2rem; }
+.labels span { flex: 1; } .labels span:nth-child(2) { text-align: center; }
+.labels span:nth-child(3) { text-align: right; }
+.gauge .values { font-variant-numeric: tabular-nums; font-size: 0.95rem; }
+
+figure.heat-view, figure.loss, figure.validation { margin: 0; }
+.stack { position: relative; height: 400px; background: rgb(128 128 128 / 0.12); border-radius: 8px;
+  overflow: hidden; }
+.stack img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; margin: 0; }
+.stack img.heat { opacity: var(--heat-opacity); }
+.stack.empty { display: grid; place-items: center; text-align: center; padding: 1rem; box-sizing: border-box; }
+.stack.empty p { color: var(--quiet); margin: 0; }
+.heat-view figcaption { padding-top: 0.5rem; }
+.loss .stack, .loss svg { height: 150px; width: 100%; }
+.loss svg { background: rgb(128 128 128 / 0.12); border-radius: 8px; display: block; }
+.loss polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
+polyline.denoiser { stroke: #0d9488; } polyline.decoder { stroke: #d97706; }
+span.denoiser { color: #0f766e; } span.decoder { color: #b45309; }
+.dark span.denoiser { color: #5eead4; } .dark span.decoder { color: #fcd34d; }
+.validation .stack { height: 190px; }
+.loss figcaption, .validation figcaption { color: var(--quiet); font-size: 0.85rem; padding-top: 0.3rem;
+  min-height: 1.6rem; }
+
+.progress .track { height: 12px; border-radius: 6px; background: rgb(128 128 128 / 0.22); overflow: hidden; }
+.progress .done { height: 100%; background: #0d9488; transition: width 0.3s; }
+.progress p { margin: 0.35rem 0 0; min-height: 1.5rem; font-variant-numeric: tabular-nums; color: var(--quiet); }
+
+dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.35rem 1.25rem; margin: 0; }
+dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
+
+#inspect-verdict, #teach-result { min-height: 5.4rem; }
+#inspect-downloads { min-height: 250px; } #batch-downloads { min-height: 140px; }
+/* These are results: there is nothing to be removed from them. */
+:is(#inspect-downloads, #batch-downloads) .label-clear-button { display: none; }
+#batch-table { min-height: 12rem; }
+:is(button, input, textarea, [role=tab]):focus-visible { outline: 3px solid #0d9488 !important; outline-offset: 2px; }
+@media (max-width: 640px) {
+  .stack { height: 300px; } .validation .stack { height: 150px; }
+  .verdict { min-height: 9.5rem; } .progress p { min-height: 3rem; } .gauge { min-height: 4.2rem; }
+  .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
+  #title h1 { font-size: 1.35rem; }
+  #inspect-masks .grid-container { grid-template-columns: 1fr !important; }
+  :is(#batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
+    grid-template-columns: repeat(2, 1fr) !important; }
+  #batch-table { max-width: calc(100vw - 2rem); overflow: hidden; }
+  #batch-table :is(.table-container, .table-wrap) { max-width: 100%; overflow-x: auto; }
+}
+@media (prefers-reduced-motion: reduce) { .progress .done { transition: none; } }
+"""

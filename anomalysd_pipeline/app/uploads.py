@@ -1,0 +1,262 @@
+"""What visitors send: pictures, zips of pictures and texts, none of it trusted."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import threading
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
+
+from .limits import Limits
+from .zips import Budget, entry_fault, is_incidental, is_zip, open_zip, read_entry
+
+_PACKED = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip")
+_SMALLEST_SIDE = 8
+_LARGE, _LARGEST_TILE = 16_000_000, 4_000_000
+_ONE_LARGE = threading.Lock()
+"""Pictures of more pixels than `_LARGE` are decoded one at a time: each takes up to a gigabyte meanwhile."""
+_RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One row of a batch: a picture that can be read, or why it cannot.
+
+    Attributes:
+        shown_name: the visitor's name for it, fit to be shown; no two of one batch are equal.
+        opener: reads it; None where `error` is set.
+        error: a sentence, or None.
+    """
+
+    shown_name: str
+    opener: Callable[[], Image.Image] | None
+    error: str | None = None
+
+    def load(self) -> Image.Image:
+        """The picture, RGB; see `read_picture`.
+
+        Raises:
+            ValueError: it cannot be read; the sentence names it as the visitor does.
+        """
+        if self.opener is None:
+            raise ValueError(self.error)
+        return self.opener()
+
+
+def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits: Limits | None = None) -> Image.Image:
+    """Reads an uploaded picture, see `data.load_image`, scaled down to at most `limits.side` pixels a side.
+
+    Args:
+        path: where it lies on the server; no error says so.
+        shown_name: what the visitor calls it; None: the file's own name.
+        limits: None: the defaults.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: it is missing, too large, damaged or no picture.
+    """
+    from ..data import flatten, open_image
+
+    limits = limits or Limits()
+    name = f"'{visible_name(Path(path).name if shown_name is None else shown_name)}'"
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} is not there anymore; upload it again.")
+    if os.path.getsize(path) > limits.upload_bytes:
+        raise ValueError(f"{name} is larger than {limits.upload_bytes / 1e6:.3g} MB; give a smaller file.")
+    pixels, tile = _header(path)
+    if pixels > limits.pixels:
+        raise ValueError(f"{name} has more than {limits.pixels / 1e6:.3g} megapixels; scale it down.")
+    if tile > max(_LARGEST_TILE, pixels):
+        raise ValueError(f"{name} is stored in tiles far larger than itself; save it again as a PNG or JPEG.")
+    try:
+        if pixels <= _LARGE:
+            return _within(flatten(open_image(path, name), name, "white"), limits.side)
+        with _ONE_LARGE:
+            return _within(flatten(open_image(path, name), name, "white"), limits.side)
+    except ValueError as error:
+        raise ValueError(str(error).replace(os.fspath(path), name.strip("'"))) from error
+
+
+def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> list[Upload]:
+    """The pictures of a batch: files as they are, zips as the pictures in them, in the given order.
+
+    Nothing is unpacked to a name from a zip, and sizes are counted while reading. What cannot be read is a row with a
+    sentence; folders and hidden files in zips are left out without one. Where there are more than `limits.pictures`,
+    the last row says how many were left out.
+
+    Raises:
+        ValueError: `paths` is empty.
+    """
+    limits = limits or Limits()
+    if not paths:
+        raise ValueError("`files` is empty; give pictures, or a zip of pictures.")
+    budget = Budget(
+        limits.unpacked_bytes,
+        f"The pictures of this batch take more than {limits.unpacked_bytes / 1e6:.3g} MB unpacked; give the others "
+        "in a second batch.",
+    )
+    rows: list[Upload] = []
+    taken: set[str] = set()
+    more = 0
+    for path in map(Path, paths):
+        for name, opener, error in _rows_of(path, limits, budget):
+            if len(rows) == limits.pictures:
+                more += 1
+                continue
+            shown = _unique(visible_name(name), taken)
+            rows.append(Upload(shown, partial(opener, shown) if opener else None, error))
+    if more:
+        sentence = f"At most {limits.pictures} pictures are inspected at once; give the others in a second batch."
+        rows.append(Upload(_unique(f"{more} more", taken), None, sentence))
+    return rows
+
+
+def visible_name(name: str | os.PathLike, length: int = 80) -> str:
+    """A file's name fit to be shown: invisible characters removed, "<" and ">" replaced, cut in its middle."""
+    text = os.fspath(name)
+    if len(text) > 4 * length:
+        text = text[: 2 * length] + text[-2 * length :]
+    text = _visible(text).replace("<", "‹").replace(">", "›") or "file"
+    if len(text) > length:
+        tail = length // 2 - 1
+        text = f"{text[: length - tail - 1]}…{text[-tail:]}"
+    return text
+
+
+def safe_name(text: str, fallback: str = "part") -> str:
+    """A file name without suffix, made of any text: letters, digits, "-" and "_", at most 100 bytes, valid on every
+    system."""
+    kept = unicodedata.normalize("NFKC", text[:200])
+    kept = "".join(c if c.isalnum() or c in "-_" or unicodedata.category(c) in ("Mn", "Mc") else "_" for c in kept)
+    kept = re.sub("_+", "_", kept).encode("utf-8", "ignore")[:100].decode("utf-8", "ignore").strip("_-")
+    # Windows knows these as devices, whatever suffix follows.
+    return f"{kept}_" if _RESERVED.fullmatch(kept) else kept or fallback
+
+
+def clean_text(text: str | None, field: str, limit: int, required: bool = False) -> str:
+    """A line of text from a visitor: invisible characters removed, white space as single spaces.
+
+    Args:
+        text: None counts as empty.
+        field: what an error calls it.
+        limit: of its length, in characters.
+        required: whether it must not be empty.
+
+    Raises:
+        ValueError: it is no text, too long, or empty though it is required.
+    """
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"`{field}` must be a text, but {type(text).__name__} was given.")
+    text = text or ""
+    if len(text) > limit:
+        raise ValueError(f"`{field}` has {len(text)} characters; give at most {limit}.")
+    cleaned = _visible(text)
+    if required and not cleaned:
+        raise ValueError(f"`{field}` is empty; fill it in.")
+    return cleaned
+
+
+def _visible(text: str) -> str:
+    """Without control characters, surrogates, and marks that reorder or hide what follows."""
+    spaced = "".join(" " if c.isspace() else c for c in unicodedata.normalize("NFC", text))
+    return " ".join("".join(c for c in spaced if c.isprintable()).split())
+
+
+def _header(path: str | os.PathLike) -> tuple[int, int]:
+    """Pixels of a picture, and of each tile that a TIFF is stored in: a decoder makes room for a whole one."""
+    from ..data import FORMATS
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as image:
+                tags = getattr(image, "tag_v2", {})
+                return image.width * image.height, int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
+    # What is wrong with it is found again, and said, by `open_image`.
+    except Exception:
+        return 0, 0
+
+
+def _within(image: Image.Image, side: int) -> Image.Image:
+    if max(image.size) <= side:
+        return image
+    ratio = side / max(image.size)
+    size = tuple(max(_SMALLEST_SIDE, round(length * ratio)) for length in image.size)
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, count = name, 1
+    while candidate in taken:
+        count += 1
+        candidate = f"{name} ({count})"
+    taken.add(candidate)
+    return candidate
+
+
+def _rows_of(path: Path, limits: Limits, budget: Budget) -> Iterator[tuple[str, Callable | None, str | None]]:
+    """Name, opener (called with the name that is shown) and error of each picture in a file."""
+    name = visible_name(path.name)
+    if not path.is_file():
+        yield name, None, f"'{name}' is not there anymore; upload it again."
+    elif path.stat().st_size > limits.upload_bytes:
+        yield name, None, f"'{name}' is larger than {limits.upload_bytes / 1e6:.3g} MB; give a smaller file."
+    elif not is_zip(path, path.name):
+        yield name, partial(_open_file, path, limits), None
+    else:
+        try:
+            with open_zip(path, name, limits.zip_entries) as archive:
+                entries = [(index, info) for index, info in enumerate(archive.infolist())]
+        except ValueError as error:
+            yield name, None, str(error)
+            return
+        found, seen = False, set()
+        for index, info in entries:
+            if not is_incidental(info):
+                found = True
+                yield _row_of(path, index, info, limits, budget, seen)
+        if not found:
+            yield name, None, f"'{name}' holds no pictures; put some into it."
+
+
+def _row_of(path: Path, index: int, info, limits: Limits, budget: Budget, seen: set[str]):
+    from ..data import SUFFIXES
+
+    shown = visible_name(info.orig_filename)
+    fault = entry_fault(info, limits.upload_bytes)
+    if fault is None and info.filename in seen:
+        fault = "occurs twice in the zip; only the first is read"
+    elif fault is None and info.filename.lower().endswith(_PACKED):
+        fault = "is an archive within the zip; give its pictures themselves"
+    elif fault is None and not info.filename.lower().endswith(SUFFIXES):
+        fault = f"is no picture by its name, which must end in {', '.join(SUFFIXES)}"
+    seen.add(info.filename)
+    if fault is not None:
+        return shown, None, f"'{shown}' {fault}."
+    return shown, partial(_open_entry, path, index, limits, budget), None
+
+
+def _open_file(path: Path, limits: Limits, shown: str) -> Image.Image:
+    return read_picture(path, shown, limits)
+
+
+def _open_entry(path: Path, index: int, limits: Limits, budget: Budget, shown: str) -> Image.Image:
+    if not path.is_file():
+        raise ValueError(f"'{shown}' is not there anymore; upload its zip again.")
+    with open_zip(path, shown, limits.zip_entries) as archive:
+        data = read_entry(archive, archive.infolist()[index], shown, limits.upload_bytes, budget.spend)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "picture")
+        copy.write_bytes(data)
+        return read_picture(copy, shown, limits)

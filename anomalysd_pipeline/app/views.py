@@ -1,0 +1,213 @@
+"""What the page shows, as HTML: everything that a visitor typed is escaped, and every picture is in the text itself,
+so that none of it has an address."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from .lessons import LessonState
+    from .model import ModelFacts
+
+SHOWN = 768
+"""Longest side in pixels of a picture on the page; files to take home have all of it."""
+
+STAGES = {
+    "waiting": "Waiting for a turn",
+    "preparing": "Reading the pictures",
+    "denoiser": "Learning to repaint (denoiser)",
+    "decoder": "Learning to draw (decoder)",
+    "calibrating": "Setting the threshold",
+    "done": "Done",
+}
+_WIDTH, _HEIGHT = 480, 150
+
+
+def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
+    """The verdict in words, in the color of what it says."""
+    kind = {True: "defective", False: "normal", None: "open"}[is_defective]
+    sign = {True: "▲", False: "✓", None: "○"}[is_defective]
+    text = f"<p class='note'>{html.escape(note)}</p>" if note else ""
+    return (
+        f"<div class='verdict {kind}' role='status' aria-live='polite'><p class='words'>"
+        f"<span aria-hidden='true'>{sign}</span> {html.escape(sentence)}</p>{text}</div>"
+    )
+
+
+def waiting(text: str) -> str:
+    """What stands where a verdict will be."""
+    return (
+        f"<div class='verdict empty' role='status' aria-live='polite'><p class='words'>{html.escape(text)}</p></div>"
+    )
+
+
+def gauge(score: float | None = None, threshold: float | None = None) -> str:
+    """The score on a scale from 0 to twice the threshold, which is its middle."""
+    if score is None:
+        words, values, place = "No score yet", "Score –", None
+    elif threshold is None:
+        words = f"Score {score:.3f}; no threshold"
+        values, place = f"Score {score:.3f}", None
+    else:
+        words = f"Score {score:.3f}, threshold {threshold:.3f}; the scale ends at twice the threshold"
+        values, place = f"Score {score:.3f} · threshold {threshold:.3f}", min(100.0, 50 * score / threshold)
+    needle = "" if place is None else f"<span class='needle' style='left:{place:.2f}%'></span>"
+    labels = "" if threshold is None else "<span>0</span><span>threshold</span><span>2 × or more</span>"
+    mark = "" if threshold is None else "<span class='mark'></span>"
+    scale = "scale" if threshold is not None else "scale blank"
+    return (
+        f"<div class='gauge' role='img' aria-label='{html.escape(words)}'><div class='{scale}'>{mark}{needle}</div>"
+        f"<div class='labels' aria-hidden='true'>{labels}</div><div class='values'>{html.escape(values)}</div></div>"
+    )
+
+
+def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None, maximum: float | None = None) -> str:
+    """The picture, the heatmap over it in an opacity that the page sets, and the outline of the predicted region.
+
+    Args:
+        image: RGB, W x H.
+        anomaly_map: float [H, W], 0 or more.
+        threshold, maximum: of the color scale, see `visualize.heatmap`.
+    """
+    from ..visualize import contour
+    from ..visualize import heatmap as colored
+
+    small = shrunk(image)
+    values = np.asarray(Image.fromarray(np.asarray(anomaly_map, dtype=np.float32)).resize(small.size))
+    top = 2 * threshold if threshold is not None else maximum
+    # As in `visualize.overlay`: nothing is seen up to a quarter of the scale, everything from its middle on.
+    alpha = np.clip(values / top * 4 - 1, 0, 1)
+    heat = colored(values.clip(0), threshold, maximum)
+    heat.putalpha(Image.fromarray(np.rint(alpha * 255).astype(np.uint8)))
+    layers = f"<img src='{data_uri(small)}' alt='The inspected picture'>"
+    layers += f"<img class='heat' src='{data_uri(heat)}' alt='Heatmap over the picture'>"
+    if threshold is not None and (values > threshold).any():
+        blank = Image.new("RGB", small.size)
+        line = np.asarray(contour(blank, values > threshold))
+        edge = Image.fromarray(np.dstack([line, np.where(line.any(axis=2), 255, 0).astype(np.uint8)]))
+        layers += f"<img src='{data_uri(edge)}' alt='Outline of the region above the threshold'>"
+    ends = ("0", "threshold", "2 × or more") if threshold is not None else ("0", f"{top / 2:g}", f"{top:g} or more")
+    legend = "".join(f"<span>{end}</span>" for end in ends)
+    return (
+        f"<figure class='heat-view'><div class='stack'>{layers}</div><figcaption><div class='colors' "
+        f"aria-hidden='true'></div><div class='labels'>{legend}</div></figcaption></figure>"
+    )
+
+
+def no_heatmap(text: str = "The heatmap will appear here.") -> str:
+    """What stands in its place, as high as it."""
+    return (
+        f"<figure class='heat-view'><div class='stack empty'><p>{html.escape(text)}</p></div><figcaption>"
+        "<div class='colors' aria-hidden='true'></div><div class='labels'><span>0</span><span>threshold</span>"
+        "<span>2 × or more</span></div></figcaption></figure>"
+    )
+
+
+def progress(state: LessonState | None = None, text: str = "") -> str:
+    """How far a teaching or a batch is."""
+    if state is None:
+        return bar(0.0, text or "Nothing is being taught.")
+    words = STAGES[state.stage]
+    if state.stage in ("denoiser", "decoder"):
+        words += f", step {state.step} of {state.steps}"
+    if state.seconds_left and state.stage != "done":
+        words += f" · {time_left(state.seconds_left)}"
+    return bar(state.share, words)
+
+
+def bar(share: float, words: str) -> str:
+    """A progress bar and what it says."""
+    percent = round(100 * share)
+    return (
+        f"<div class='progress'><div class='track' role='progressbar' aria-valuemin='0' aria-valuemax='100' "
+        f"aria-valuenow='{percent}' aria-label='Progress'><div class='done' style='width:{percent}%'></div></div>"
+        f"<p role='status' aria-live='polite'>{html.escape(words)}</p></div>"
+    )
+
+
+def time_left(seconds: float) -> str:
+    """Rounded as far as an estimate deserves."""
+    if seconds < 60:
+        return f"about {max(5, 5 * round(seconds / 5))} s left"
+    return f"about {seconds / 60:.0f} min left" if seconds >= 180 else f"about {seconds / 60:.1f} min left"
+
+
+def loss_curve(losses: dict[str, list[float]] | None = None) -> str:
+    """The loss of every step, one curve for each stage on a scale of its own, lightly smoothed."""
+    shown = {name: smoothed(values) for name, values in (losses or {}).items() if len(values) > 1}
+    if not shown:
+        text = "<div class='stack empty'><p>The loss of each step will be drawn here.</p></div>"
+        return f"<figure class='loss'>{text}<figcaption>Loss</figcaption></figure>"
+    drawn, words = "", []
+    for name, values in shown.items():
+        low, high = min(values), max(values)
+        across = (_WIDTH - 16) / max(1, len(values) - 1)
+        points = " ".join(
+            f"{8 + i * across:.1f},{_HEIGHT - 10 - (_HEIGHT - 20) * (v - low) / ((high - low) or 1):.1f}"
+            for i, v in enumerate(values)
+        )
+        drawn += f"<polyline class='{html.escape(name)}' points='{points}'/>"
+        words.append(f"{name}: {values[0]:.3g} to {values[-1]:.3g}")
+    legend = " · ".join(f"<span class='{html.escape(w.split(':')[0])}'>{html.escape(w)}</span>" for w in words)
+    label = "Loss by step, " + "; ".join(words)
+    chart = (
+        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' preserveAspectRatio='none' role='img' "
+        f"aria-label='{html.escape(label)}'>{drawn}</svg>"
+    )
+    return f"<figure class='loss'>{chart}<figcaption>Loss · {legend}</figcaption></figure>"
+
+
+def smoothed(values: list[float], weight: float = 0.85) -> list[float]:
+    """An exponential mean, started without a lag, of at most 200 points."""
+    mean, total, result = 0.0, 0.0, []
+    for value in values:
+        mean, total = weight * mean + (1 - weight) * value, weight * total + 1 - weight
+        result.append(mean / total)
+    return result[:: max(1, len(result) // 200)]
+
+
+def validation(picture: Image.Image | None = None) -> str:
+    """The latest validation picture."""
+    if picture is None:
+        shown = "<div class='stack empty'><p>A good part with its middle repainted will appear here.</p></div>"
+    else:
+        alt = "A good part, and beside it the same with its middle repainted"
+        shown = f"<div class='stack'><img src='{data_uri(picture)}' alt='{alt}'></div>"
+    return f"<figure class='validation'>{shown}<figcaption>Good part · its middle repainted</figcaption></figure>"
+
+
+def model_card(facts: ModelFacts, is_embedded: bool) -> str:
+    """What is loaded, where, and what to expect of it."""
+    state = {
+        "ready": "Loaded",
+        "loading": "Loading …",
+        "not loaded": "Loaded at first use",
+        "failed": facts.error or "Could not be loaded",
+    }[facts.state]
+    rows = {"Base": facts.title, "State": state, "Device": facts.device or "–"}
+    rows["Works at"] = f"{facts.resolution} × {facts.resolution} pixels" if facts.resolution else "–"
+    rows["Size"] = f"{facts.parameters / 1e6:.0f} million weights" if facts.parameters else "–"
+    cells = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows.items())
+    return f"<dl class='facts' aria-live='polite'>{cells}</dl>"
+
+
+def shrunk(image: Image.Image, side: int = SHOWN) -> Image.Image:
+    """At most that long, proportions kept."""
+    if max(image.size) <= side:
+        return image.convert("RGB")
+    ratio = side / max(image.size)
+    size = tuple(max(1, round(length * ratio)) for length in image.size)
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
+
+
+def data_uri(image: Image.Image) -> str:
+    """The picture itself, where its address would be."""
+    data = io.BytesIO()
+    image.save(data, "WEBP", quality=88, method=2)
+    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

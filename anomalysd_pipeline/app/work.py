@@ -1,0 +1,288 @@
+"""What the tabs do with the model, without their components: inspect, teach, inspect a batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from .lessons import Canceled, Lesson, LessonState, learn_on_gpu
+from .model import Carried, Knowledge
+from .sessions import Part, Session
+from .space import is_zero_gpu, on_gpu
+from .turns import Turns
+from .uploads import Upload, clean_text
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..inspection import Inspection
+
+PRESETS = ("fast", "paper")
+ANY_PART = "Any part"
+"""What the page calls a part that was not taught."""
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """A picture's inspection and what is said of it.
+
+    Attributes:
+        part: the name it was inspected as.
+        file: the visitor's name for the picture.
+        result: the inspection.
+        proposed: bool [H, W], where the prototypes proposed to repaint; None for a part without them.
+        settings: of the inspection.
+        remedy: what to do where there is no verdict, or "".
+    """
+
+    part: str
+    file: str
+    result: Inspection
+    proposed: np.ndarray | None
+    settings: dict
+    remedy: str = ""
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a person."""
+        from .report import verdict_words
+
+        return verdict_words(self.result.score, self.result.threshold)
+
+    def values(self) -> dict:
+        """JSON-serializable, as the function for programs gives it."""
+        result = self.result
+        ratio = None if result.threshold is None else result.score / result.threshold
+        return {
+            "file": self.file,
+            "part": self.part,
+            "verdict": self.sentence,
+            "is_defective": result.is_defective,
+            "score": result.score,
+            "threshold": result.threshold,
+            "times_threshold": ratio,
+            "seconds": round(result.seconds, 3),
+            "settings": self.settings,
+        }
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """One picture of a batch: `inspected` or an `error`; the `number`-th of `total`."""
+
+    number: int
+    total: int
+    file: str
+    inspected: Inspected | None = None
+    error: str | None = None
+
+
+def check_preset(preset: object) -> str:
+    """Raises ValueError for anything but one of `PRESETS`."""
+    if preset not in PRESETS:
+        raise ValueError(f"`preset` must be 'fast' or 'paper', got {str(preset)[:40]!r}.")
+    return preset
+
+
+def check_part(part: object, session: Session) -> str | None:
+    """The name of a part as the pipeline takes it; None for `ANY_PART` or nothing.
+
+    Raises:
+        ValueError: it is no such name.
+    """
+    from ..prompts import check_category
+
+    part = clean_text(part, "part", session.limits.name_length)
+    if part in ("", ANY_PART):
+        return None
+    try:
+        return check_category(part)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`category`", "`part`")) from error
+
+
+def inspect_one(
+    session: Session, turns: Turns, part: str | None, picture: Image.Image, file: str = "picture", preset: str = "fast"
+) -> Inspected:
+    """Inspects one picture when it is this visitor's turn.
+
+    Args:
+        session: whose pipeline does it.
+        turns: of everybody.
+        part: one that was taught; any other name guides the repainting by its words; None: neither.
+        picture: RGB.
+        file: the visitor's name for it.
+        preset: one of `PRESETS`.
+
+    Raises:
+        ValueError: for a bad name or preset, or a session that has ended.
+    """
+    check_preset(preset)
+    part = check_part(part, session)
+    with session.in_use(), _own_turn(session):
+        pipe = session.pipe  # may wait for the base; nobody's turn meanwhile
+        with _turn(turns):
+            result, proposed = inspect_on_gpu(Carried(pipe), picture, part, preset)
+        settings = pipe.settings(preset=preset, category=part).to_dict()
+        settings = {"preset": preset, **settings}
+        record = pipe.config.categories.get(part)
+    remedy = "" if result.threshold is not None else _remedy(part, record)
+    return Inspected(part or ANY_PART, file, result, proposed, settings, remedy)
+
+
+def _remedy(part: str | None, record: dict | None) -> str:
+    if record is None:
+        return (
+            "Teach it from 1 to 8 pictures of good ones in the tab Teach. Until then judge by the heatmap, where "
+            "details of good parts may light up too."
+        )
+    return (
+        "The threshold of this part holds for the thoroughness it was taught with; inspect with Fast, or judge by the "
+        "heatmap."
+    )
+
+
+def _gpu_seconds_of_inspection(carried: Carried, picture, part, preset) -> float:
+    settings = carried.pipe.settings(preset=preset, category=part)
+    passes = sum(k * k if settings.mask_grouping == "none" else min(k, 2) ** 2 for k in settings.mask_scales) + 1
+    return 10 + passes * settings.num_inference_steps * settings.noise_strength * 0.02
+
+
+@on_gpu(_gpu_seconds_of_inspection)
+def inspect_on_gpu(
+    carried: Carried, picture: Image.Image, part: str | None, preset: str
+) -> tuple[Inspection, np.ndarray | None]:
+    """The inspection itself, as `inspection.inspect`, and the mask that the prototypes proposed."""
+    import torch
+
+    from ..inspection import Inspection
+
+    start = time.perf_counter()
+    noise = torch.Generator().manual_seed(0)
+    out = carried.pipe(picture, category=part, preset=preset, generator=noise)
+    result = Inspection(
+        image=picture,
+        inpainted=out.inpainted[0],
+        anomaly_map=out.anomaly_maps[0],
+        score=float(out.pred_scores[0]),
+        threshold=out.thresholds[0],
+        is_defective=out.pred_labels[0],
+        seconds=time.perf_counter() - start,
+    )
+    return result, None if out.prototype_masks is None else out.prototype_masks[0]
+
+
+def batch(
+    session: Session, turns: Turns, part: str | None, uploads: Sequence[Upload], preset: str = "fast"
+) -> Iterator[BatchItem]:
+    """Inspects pictures one after another, each in a turn of its own; one that cannot be read is an item with a
+    sentence.
+
+    Raises:
+        ValueError: for a bad name or preset, or a session that has ended.
+    """
+    check_preset(preset)
+    check_part(part, session)
+    with session.in_use():
+        for number, upload in enumerate(uploads, 1):
+            place = (number, len(uploads), upload.shown_name)
+            if upload.error is not None:
+                yield BatchItem(*place, error=upload.error)
+                continue
+            try:
+                picture = upload.load()
+            except ValueError as error:
+                yield BatchItem(*place, error=str(error))
+                continue
+            yield BatchItem(*place, inspected=inspect_one(session, turns, part, picture, upload.shown_name, preset))
+
+
+def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Event) -> Iterator[LessonState]:
+    """Teaches a part: prototypes and threshold, and by the lesson's length a fine-tuning; yields how it goes.
+
+    The last state has the stage "done". Until then, and after a cancellation, an error, or where nobody asks for the
+    next state any more, the session is as it was.
+
+    Args:
+        session: whose pipeline learns.
+        turns: of everybody; the teaching gives way between its steps.
+        lesson: what to teach.
+        cancel: ends it at the next step, from any thread.
+
+    Raises:
+        Canceled: as asked.
+        ValueError: for a lesson that cannot be taught, or while another one is under way in this session.
+    """
+    with session.in_use(), _only_lesson(session, cancel):
+        session.require_part(lesson.name)
+        pipe = session.pipe
+        knowledge = last = None
+        # Neither can go to another process: there the GPU is nobody else's, and closing the generator cancels.
+        shared = (None, None) if is_zero_gpu() else (cancel, turns)
+        states = learn_on_gpu(Carried(pipe), lesson, *shared)
+        with contextlib.closing(states):
+            for state in states:
+                if cancel.is_set() or session.dropped:
+                    raise Canceled
+                if isinstance(state, Knowledge):
+                    knowledge = state
+                else:
+                    yield (last := state)
+        with _turn(turns), session.lock:
+            if cancel.is_set():
+                raise Canceled
+            session.require_part(lesson.name)
+            knowledge.give(pipe)
+            session.parts[lesson.name] = Part(
+                lesson.name, list(lesson.pictures), lesson.prompts, lesson.length != "quick", last.facts
+            )
+        yield dataclasses.replace(last, stage="done", share=1.0, seconds_left=0.0)
+
+
+def cancel_lesson(session: Session) -> bool:
+    """Asks the session's teaching to end; False where there is none."""
+    with _guard:
+        cancel = _lessons.get(session)
+    if cancel is None:
+        return False
+    cancel.set()
+    return True
+
+
+_guard = threading.Lock()
+_lessons: weakref.WeakKeyDictionary[Session, threading.Event] = weakref.WeakKeyDictionary()
+_waiting: weakref.WeakKeyDictionary[Session, threading.Lock] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _only_lesson(session: Session, cancel: threading.Event):
+    with _guard:
+        if session in _lessons:
+            raise ValueError("A part is being taught in this session already; wait for it, or cancel it.")
+        _lessons[session] = cancel
+    try:
+        yield
+    finally:
+        with _guard:
+            del _lessons[session]
+
+
+@contextlib.contextmanager
+def _own_turn(session: Session):
+    """One visitor waits for the model once at a time, however many calls they send: the others come between."""
+    with _guard:
+        lock = _waiting.setdefault(session, threading.Lock())
+    with lock:
+        yield
+
+
+def _turn(turns: Turns):
+    return contextlib.nullcontext() if is_zero_gpu() else turns.turn()
