@@ -47,7 +47,7 @@ class StoredAdaptation:
     record: settings of its fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
-    banks: category to its prototypes, `[size, dim]`.
+    banks: category to its prototypes and their spread, `[size, dim + 1]`, see `PrototypeBank.packed`.
     state: part to LoRA weights by name.
     """
 
@@ -123,7 +123,7 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
         for key, value in own.items()
     }
     # By number: a category may have any name.
-    tensors |= {f"bank.{index}": pipe.bank[category].contiguous() for index, category in enumerate(categories)}
+    tensors |= {f"bank.{index}": pipe.bank.packed(category).contiguous() for index, category in enumerate(categories)}
     with disk_errors("save_directory", folder), written_whole(folder) as partial:
         (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
@@ -220,13 +220,12 @@ def _check_fits(stored: StoredAdaptation, pipe) -> None:
     for part, own in stored.state.items():
         check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
     book = pipe.prompt_book
-    extractor = pipe.extractor
-    dim = sum(extractor.model.feature_info.channels()) + 27 * (extractor.config.color_weight > 0)
+    columns = sum(pipe.extractor.channels) + 1
     for category, bank in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:
             pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
-        if bank.ndim != 2 or bank.shape[1] != dim or not len(bank) or not bank.is_floating_point():
+        if bank.ndim != 2 or bank.shape[1] != columns or not len(bank) or not bank.is_floating_point():
             raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
         if not bank.isfinite().all():
             raise ValueError("a bank that is not finite")

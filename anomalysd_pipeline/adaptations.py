@@ -242,7 +242,7 @@ class AdaptationMixin:
             book = self.prompt_book
             for category in found.categories:
                 book.add(category, found.prompts[category])
-                self.bank.add(category, found.banks[category].to(self.bank.device))
+                self.bank.add_packed(category, found.banks[category].to(self.bank.device))
             self.register_to_config(prompts=book.to_dict())
             self.adapters.add(found.name, found.state)
             for category, record in found.categories.items():

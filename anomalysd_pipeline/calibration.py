@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from .collection import collect_prototypes, prototype_sources
 from .data import augment, to_tensor
 from .detection import score_maps
-from .prototypes import collect_prototypes
 from .scoring import image_score
 from .settings import InspectionSettings
 
@@ -115,7 +115,8 @@ def calibrate_threshold(
         if held_out:
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = copy.deepcopy(pipe.bank)
-            bank.add(category, collect_prototypes(pipe.extractor, others, rotations))
+            features = collect_prototypes(pipe.extractor, others, rotations)
+            bank.add(category, features, sources=prototype_sources(len(features), len(others), rotations))
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]

@@ -7,10 +7,10 @@ import copy
 import torch
 
 from .calibration import Calibration, calibrate_threshold
+from .collection import collect_prototypes, prototype_sources
 from .data import to_tensor
 from .images import load_pictures
 from .prompts import PromptBook, check_category
-from .prototypes import collect_prototypes
 
 
 class CategoryMixin:
@@ -66,7 +66,8 @@ class CategoryMixin:
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
         features = collect_prototypes(self.extractor, pictures.to(device), rotations)
-        self.bank.to(device).add(category, features)
+        sources = prototype_sources(len(features), len(pictures), rotations)
+        self.bank.to(device).add(category, features, sources=sources)
         self.register_to_config(prompts=book.to_dict())
         self._store_category(
             category,

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
+LARGEST_TILE = 4_000_000
+"""Pixels of a TIFF's tile that a small picture may be stored in; a decoder makes room for a whole one."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Pillow knows dozens of formats, some of which start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -32,7 +35,8 @@ def load_image(source) -> Image.Image:
     8-bit; a PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
 
     Returns:
-        A new image in mode RGB, at least 8 x 8 and at most 100 megapixels (`MAX_PIXELS`, checked before decoding).
+        A new image in mode RGB, at least 8 x 8 and at most 100 megapixels (`MAX_PIXELS`, checked before decoding, as
+        are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`).
 
     Raises:
         ValueError: the source is missing, a folder, damaged, no picture, too small, too large, of a wrong shape or
@@ -97,6 +101,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(_too_small(name, width, height))
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(name, f" ({width} x {height})"))
+    if _tile_pixels(image, name) > max(LARGEST_TILE, width * height):
+        raise ValueError(f"{name} is stored in tiles far larger than itself; save it again as a PNG or JPEG.")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -107,6 +113,15 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(
                 f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {_RESAVE}."
             ) from error
+
+
+def _tile_pixels(image: Image.Image, name: str) -> int:
+    """Of each tile of a TIFF, as its header claims; 0 for what has none."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        return int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
+    except (TypeError, ValueError) as error:  # several numbers, or none
+        raise ValueError(f"{name} is damaged: its tiles have no size; copy it anew, or {_RESAVE}.") from error
 
 
 def _too_small(name: str, width: int, height: int) -> str:

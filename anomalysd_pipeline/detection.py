@@ -143,6 +143,9 @@ def score_maps(
     # 6. Fuse the scales and the prototype map, and smooth
     multi_scale = harmonic_mean(totals[:, :-1].transpose(0, 1))  # [N, R, R], Eq. (19)
     guided = None if prototype_masks is None else totals[:, -1]
-    far = None if distances is None else resize(distances, (side, side))
+    far = None
+    if bank is not None and settings.feature_weight > 0:
+        far = torch.cat([bank.relative_distances(category, part) for part in psi.split(AT_ONCE)])  # [N, h, w]
+        far = resize(far, (side, side))
     fused = fuse(multi_scale, guided, far, settings.prototype_weight, settings.feature_weight)  # Eq. (21)
     return smooth(fused, smoothing_sigma(side)), shown, prototype_masks

@@ -14,12 +14,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .backbones import backbone_kind, create_backbone, load_weights
+from .collection import spread_of
 from .coreset import greedy_coreset
 
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**24
 _ROUNDING = 1e-10
-_IMAGES_PER_PASS = 4
+_NEIGHBORS = 9
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -48,12 +49,15 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         std: Per-channel standard deviation of pictures in [0, 1]; None: the model's own.
         color_weight: Where above 0, the colors of the 3 x 3 grid cells around each position, times this, are 27 more
             channels of psi (not in the paper): small backbones see less of a color than the eye does.
+        context_size: Odd side, in grid cells, of the window over which `context_weight` averages the last level.
+        context_weight: Where above 0, the average of the last level around each position, at unit length and times
+            this, is further channels of psi (not in the paper): what is normal depends on what is around it.
         final_norm: Whether a plain transformer's last normalization is applied to each level; None: where
             `out_indices` is None too.
 
     Raises:
         ValueError: If timm does not know `model_name`, the model has no such `out_indices`, `normalize` is another
-            word, `image_size` is not positive, or `final_norm` is asked of another network.
+            word, `image_size` is not positive, `context_size` is even, or `final_norm` is asked of another network.
     """
 
     @register_to_config
@@ -67,11 +71,15 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         mean: tuple[float, ...] | None = None,
         std: tuple[float, ...] | None = None,
         color_weight: float = 0.0,
+        context_size: int = 9,
+        context_weight: float = 0.0,
         final_norm: bool | None = None,
     ):
         super().__init__()
         if normalize not in (None, *NORMALIZATIONS):
             raise ValueError(f"`normalize` must be one of {', '.join(NORMALIZATIONS)}, got {normalize!r}.")
+        if context_size < 1 or context_size % 2 == 0:
+            raise ValueError(f"`context_size` must be an odd number of at least 1, got {context_size}.")
         if image_size is not None and image_size < 1:
             raise ValueError(
                 f"`image_size` must be at least 1 pixel, or None for the pictures' own, got {image_size}."
@@ -104,6 +112,12 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.eval()
+
+    @property
+    def channels(self) -> list[int]:
+        """Channels of each part of psi: the levels, and where they are asked for the context and the colors."""
+        levels, c = list(self.model.feature_info.channels()), self.config
+        return levels + [levels[-1]] * (c.context_weight > 0) + [27] * (c.color_weight > 0)
 
     def _create(self, **weights) -> nn.Module:
         c = self.config
@@ -169,6 +183,11 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             if levels and level.shape[-2:] != levels[0].shape[-2:]:
                 level = F.interpolate(level, size=levels[0].shape[-2:], mode="bilinear", align_corners=False)
             levels.append(level)
+        if self.config.context_weight > 0:
+            side = self.config.context_size
+            around = F.avg_pool2d(levels[-1], side, stride=1, padding=side // 2, count_include_pad=False)
+            unit = F.normalize(around.float(), dim=1).to(around.dtype)
+            levels.append(self.config.context_weight * unit)
         if self.config.color_weight > 0:
             cells = F.adaptive_avg_pool2d(x, levels[0].shape[-2:])  # [N, 3, h, w]
             around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(len(x), -1, *cells.shape[-2:])
@@ -180,7 +199,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     """One bank of normal feature vectors P_c per category, Eq. (13), savable as safetensors.
 
     Banks are buffers [size, dim] named `bank_0`, `bank_1`, … in the alphabetical order of their categories (the order
-    in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`.
+    in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
+    each is a buffer `spread_0`, … [size]: how far a prototype is from the nearest in another normal picture, which is
+    how much normal parts differ there.
 
     Args:
         sizes: Number of prototypes per category.
@@ -196,6 +217,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         self.register_to_config(sizes=dict(sorted((sizes or {}).items())))
         for index, size in enumerate(self.config.sizes.values()):
             self.register_buffer(f"bank_{index}", torch.zeros(size, dim))
+            self.register_buffer(f"spread_{index}", torch.zeros(size))
 
     @property
     def categories(self) -> list[str]:
@@ -212,13 +234,36 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             raise ValueError(f"`category` must be one that has a prototype bank ({known}), got {category!r}.")
         return getattr(self, f"bank_{self.categories.index(category)}")
 
-    def add(self, category: str, features: Tensor, seed: int = 0) -> None:
+    def spread(self, category: str) -> Tensor:
+        """Spread of each prototype of `category`, [size], >= 0. Raises ValueError if it has none."""
+        self[category]
+        return getattr(self, f"spread_{self.categories.index(category)}")
+
+    def packed(self, category: str) -> Tensor:
+        """Prototypes and, in the last column, their spread, [size, dim + 1]: what `add_packed` takes."""
+        return torch.cat([self[category], self.spread(category)[:, None]], dim=1)
+
+    def add_packed(self, category: str, packed: Tensor) -> None:
+        """Store what `packed` gave. Raises ValueError as `add` does."""
+        self.add(category, packed[:, :-1], spread=packed[:, -1])
+
+    def add(
+        self,
+        category: str,
+        features: Tensor,
+        seed: int = 0,
+        sources: Tensor | None = None,
+        spread: Tensor | None = None,
+    ) -> None:
         """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
 
         Args:
             category: Any non-empty name.
             features: [M, dim], M >= 1, finite; `dim` as in the other categories.
             seed: Of the coreset, see [`greedy_coreset`].
+            sources: Whole numbers [M], from which picture each vector is, see `collection.prototype_sources`; None, or
+                one number alone: nothing is known of how normal parts differ, and every spread is 1.
+            spread: [M], instead of `sources`, where it is known.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
@@ -227,34 +272,44 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             raise ValueError("`category` must be a non-empty name, got ''.")
         if features.ndim != 2 or 0 in features.shape:
             raise ValueError(f"`features` must be [M, dim] with at least one vector, got {list(features.shape)}.")
-        banks = {other: self[other] for other in self.categories if other != category}
+        banks = {other: (self[other], self.spread(other)) for other in self.categories if other != category}
         if banks and features.shape[1] != self.config.dim:
             raise ValueError(
                 f"`features` must have {self.config.dim} channels like the other categories, got {features.shape[1]}."
             )
         if not torch.isfinite(features).all():
             raise ValueError("`features` must be finite, got NaN or infinity.")
+        kept = torch.arange(len(features), device=features.device)
         if len(features) > self.config.max_size:
-            features = features[greedy_coreset(features, self.config.max_size, seed)]
-        stored = torch.empty(features.shape, dtype=self.placeholder.dtype, device=self.placeholder.device)
-        stored.copy_(features.detach())
-        if not torch.isfinite(stored).all():
+            kept = greedy_coreset(features, self.config.max_size, seed).to(features.device)
+        if spread is not None:
+            spread = spread[kept]
+        elif sources is None or len(sources.unique()) < 2:
+            spread = features.new_ones(len(kept))
+        else:
+            spread = spread_of(features, sources.to(features.device), kept, seed)
+        features = features[kept]
+        like = {"dtype": self.placeholder.dtype, "device": self.placeholder.device}
+        stored, known = features.detach().to(**like, copy=True), spread.detach().to(**like, copy=True)
+        if not torch.isfinite(stored).all() or not torch.isfinite(known).all():
             raise ValueError(f"`features` must fit in the bank's {stored.dtype}, got up to {features.abs().max():g}.")
-        self._replace(banks | {category: stored})
+        self._replace(banks | {category: (stored, known)})
 
     def remove(self, category: str) -> None:
         """Forget a category. Raises ValueError if it has no bank."""
         self[category]
-        self._replace({other: self[other] for other in self.categories if other != category})
+        self._replace({other: (self[other], self.spread(other)) for other in self.categories if other != category})
 
-    def _replace(self, banks: dict[str, Tensor]) -> None:
+    def _replace(self, banks: dict[str, tuple[Tensor, Tensor]]) -> None:
         for index in range(len(self.categories)):
             delattr(self, f"bank_{index}")
+            delattr(self, f"spread_{index}")
         banks = dict(sorted(banks.items()))
-        for index, bank in enumerate(banks.values()):
+        for index, (bank, spread) in enumerate(banks.values()):
             self.register_buffer(f"bank_{index}", bank)
-        dim = next((bank.shape[1] for bank in banks.values()), 0)
-        self.register_to_config(sizes={category: len(bank) for category, bank in banks.items()}, dim=dim)
+            self.register_buffer(f"spread_{index}", spread)
+        dim = next((bank.shape[1] for bank, _ in banks.values()), 0)
+        self.register_to_config(sizes={category: len(bank) for category, (bank, _) in banks.items()}, dim=dim)
 
     @torch.no_grad()
     def distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
@@ -275,6 +330,27 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If `category` has no bank or `psi` has another shape.
         """
+        return self._nearest(category, psi, chunk, 1)[0]
+
+    def relative_distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
+        """E in units of what normal parts differ by there: E / (2 m + s), not in the paper.
+
+        s is the mean spread of the 9 nearest prototypes and m that of the whole category. Where normal parts vary, a
+        distance means little; this also makes the numbers of different features and parts comparable, some tenths
+        for a normal position.
+
+        Args and errors: see [`distances`].
+
+        Returns:
+            float32 [N, h, w], >= 0.
+        """
+        spread = self.spread(category).float()
+        distances, index = self._nearest(category, psi, chunk, min(_NEIGHBORS, len(spread)))
+        local = spread[index].mean(dim=-1)
+        return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
+        """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""
         bank = self[category].float()  # [M, C]
         if psi.ndim != 4 or psi.shape[1] != bank.shape[1]:
             raise ValueError(f"`psi` must be [N, {bank.shape[1]}, h, w] as in the bank, got {list(psi.shape)}.")
@@ -284,59 +360,12 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         squares = bank.square().sum(dim=1)  # [M]
         queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2) - center  # [N h w, C]
         chunk = chunk or max(1, _DISTANCE_ENTRIES // len(bank))
-        nearest = []
+        nearest, indices = [], []
         for part in queries.split(chunk):
-            index = torch.addmm(squares, part, bank.T, alpha=-2).argmin(dim=1)
-            distance = (part - bank[index]).square().sum(dim=1)
+            index = torch.addmm(squares, part, bank.T, alpha=-2).topk(count, dim=1, largest=False).indices
+            indices.append(index)
+            distance = (part - bank[index[:, 0]]).square().sum(dim=1)
             # A picture in its own bank differs from it by rounding alone, which must not look like a pattern.
             rounding = _ROUNDING * (part + center).square().sum(dim=1)
             nearest.append(torch.where(distance > rounding, distance, torch.zeros_like(distance)))
-        return torch.cat(nearest).view(n, h, w)
-
-
-@torch.no_grad()
-def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4) -> Tensor:
-    """All feature vectors of rotated normal pictures, P_c of Eq. (13).
-
-    Args:
-        extractor: A [`PrototypeExtractor`], or any module from [N, 3, H, W] to [N, C, h, w].
-        images: [K, 3, H, W] in [-1, 1], on the extractor's device.
-        rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
-            exact, others are bilinear with the border mirrored.
-
-    Returns:
-        [M, C], M = K * rotations * h * w.
-
-    Raises:
-        ValueError: If `images` has another shape, `rotations` is less than 1, or features are not finite.
-    """
-    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise ValueError(f"`images` must be [K, 3, H, W] with at least one picture, got {list(images.shape)}.")
-    if rotations < 1:
-        raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
-    collected = []
-    for step in range(rotations):
-        for part in images.split(_IMAGES_PER_PASS):
-            psi = extractor(_rotate(part, 360 * step / rotations))
-            collected.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
-    features = torch.cat(collected)
-    if not torch.isfinite(features).all():
-        raise ValueError(
-            "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
-        )
-    return features
-
-
-def _rotate(images: Tensor, degrees: float) -> Tensor:
-    if degrees % 90 == 0:
-        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
-    return _resample_rotated(images, degrees)
-
-
-def _resample_rotated(images: Tensor, degrees: float) -> Tensor:
-    height, width = images.shape[-2:]
-    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
-    cos, sin = angle.cos().item(), angle.sin().item()
-    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
-    grid = F.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
+        return torch.cat(nearest).view(n, h, w), torch.cat(indices).view(n, h, w, count)

@@ -67,7 +67,7 @@ def evaluate(pipe, category, tests, settings):
         x = to_tensor(image, side)[None]
         with torch.no_grad():
             maps, _, _ = score_maps(pipe, x, category, dataclasses.replace(settings, feature_weight=0.0), pipe.bank)
-            far = resize(pipe.bank.distances(category, pipe.extractor(x)), (side, side))
+            far = resize(pipe.bank.relative_distances(category, pipe.extractor(x)), (side, side))
         without.append(maps)
         features.append(smooth(far, smoothing_sigma(side)))
     seconds = (time.time() - began) / len(tests)

@@ -45,9 +45,10 @@ def gif_header(screen: tuple, frame: tuple) -> bytes:
     ) + b"\x02\x02\x4c\x01\x00;"
 
 
-def tiff_tags(width: int, height: int, **tile) -> bytes:
-    """A deflated TIFF of one tile that claims any sizes."""
-    data = zlib.compress(bytes(1000))
+def tiff_tags(width: int, height: int, data: bytes | None = None, **tile) -> bytes:
+    """A deflated gray TIFF of one tile that claims any sizes."""
+    data = zlib.compress(bytes(1000)) if data is None else data
+    data += bytes(len(data) % 2)
     tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile.get("w", 16), 323: tile.get("h", 16)}
     tags |= {324: 8, 325: len(data)}
     entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in sorted(tags.items()))

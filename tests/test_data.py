@@ -11,6 +11,8 @@ from PIL import Image
 
 from anomalysd_pipeline.data import augment, list_images, load_image, load_images, to_tensor
 
+from .hostile_files import tiff_tags
+
 
 @pytest.fixture(autouse=True)
 def no_warnings():
@@ -213,6 +215,21 @@ class TestLoadImageBadFiles:
         content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
         path.write_bytes(content)
         self.refuses(path, "more than 100 megapixels")
+
+    @pytest.mark.parametrize("side", [2048, 32768, 65535])
+    def test_a_tile_far_larger_than_its_picture(self, tmp_path, side):
+        path = tmp_path / "tile.tif"
+        path.write_bytes(tiff_tags(32, 32, w=side, h=side))
+        self.refuses(path, "tiles far larger than itself")
+        with Image.open(path) as unread, pytest.raises(ValueError, match="^`source`.*far larger than itself"):
+            load_image(unread)
+
+    def test_tiles_a_little_larger_than_the_picture(self, tmp_path):
+        # 40 x 24 in one tile of 256 x 256, as scanners write them.
+        pixels = np.random.default_rng(0).integers(0, 256, (256, 256), dtype=np.uint8)
+        path = tmp_path / "tiled.tif"
+        path.write_bytes(tiff_tags(40, 24, w=256, h=256, data=zlib.compress(pixels.tobytes())))
+        assert np.array_equal(pixels_of(path)[..., 0], pixels[:24, :40])
 
 
 class TestLists:

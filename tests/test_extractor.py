@@ -154,6 +154,32 @@ class TestPrototypeExtractor:
         with pytest.raises(ValueError, match="`x`"):
             extractor(torch.zeros(3, 64, 64))
 
+    def test_context_is_the_mean_of_the_last_level_around_each_position(self):
+        torch.manual_seed(0)
+        plain = PrototypeExtractor("resnet10t", out_indices=(2, 3))
+        wide = PrototypeExtractor(
+            "resnet10t", out_indices=(2, 3), context_size=3, context_weight=1.5, color_weight=0.5
+        )
+        wide.load_state_dict(plain.state_dict())
+        x = pictures(2)
+        with torch.no_grad():
+            levels, psi = plain(x), wide(x)
+        last = levels[:, -plain.channels[-1] :].double().numpy()
+        means = np.empty_like(last)
+        for y, x_ in np.ndindex(last.shape[2:]):
+            rows, columns = slice(max(0, y - 1), y + 2), slice(max(0, x_ - 1), x_ + 2)
+            means[:, :, y, x_] = last[:, :, rows, columns].mean(axis=(2, 3))
+        expected = 1.5 * means / np.linalg.norm(means, axis=1, keepdims=True)
+        assert wide.channels == [*plain.channels, plain.channels[-1], 27] and psi.shape[1] == sum(wide.channels)
+        first, count = sum(plain.channels), plain.channels[-1]
+        np.testing.assert_allclose(psi[:, first : first + count], expected, atol=1e-5)
+        torch.testing.assert_close(psi[:, :first], levels)
+
+    @pytest.mark.parametrize("size", [0, 4])
+    def test_context_has_a_middle(self, size):
+        with pytest.raises(ValueError, match="`context_size` must be an odd number"):
+            PrototypeExtractor("resnet10t", context_size=size)
+
 
 class TestPlainTransformers:
     @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ from diffusers import (
 )
 
 from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.collection import collect_prototypes
 from anomalysd_pipeline.data import to_tensor
 from anomalysd_pipeline.prompts import average_embedding
-from anomalysd_pipeline.prototypes import collect_prototypes
 from anomalysd_pipeline.scoring import smoothing_sigma
 
 from .conftest import make_tiny_pipeline

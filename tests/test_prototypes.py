@@ -5,13 +5,9 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
-from anomalysd_pipeline.prototypes import (
-    PrototypeBank,
-    PrototypeExtractor,
-    _resample_rotated,
-    collect_prototypes,
-    greedy_coreset,
-)
+from anomalysd_pipeline.collection import _resample_rotated, collect_prototypes, prototype_sources
+from anomalysd_pipeline.coreset import greedy_coreset
+from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
 
 
 def pictures(n, height=64, width=64, seed=1):
@@ -92,7 +88,7 @@ class TestPrototypeBank:
         assert "a" not in bank and bank.categories == ["b"] and torch.equal(bank["b"], vectors(2, 4, seed=2))
         bank.remove("b")
         bank.add("c", vectors(2, 7))
-        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0"}
+        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0", "spread_0"}
 
     def test_does_not_share_memory_with_its_input(self):
         bank, features = PrototypeBank(), vectors(3, 4)
@@ -124,6 +120,67 @@ class TestPrototypeBank:
             bank.add("", torch.zeros(2, 4))
         with pytest.raises(ValueError, match="float16"):
             PrototypeBank().to(torch.float16).add("bottle", torch.full((1, 2), 1e6))
+
+
+class TestRelativeDistances:
+    def bank(self, count=60, dim=5, pictures=3, **options):
+        features, sources = vectors(count, dim), torch.arange(count) % pictures
+        bank = PrototypeBank(**options)
+        bank.add("bottle", features, sources=sources)
+        return bank, features.double().numpy(), sources.numpy()
+
+    def test_spread_is_the_distance_to_the_nearest_in_another_picture(self):
+        bank, features, sources = self.bank()
+        squares = cdist(features, features, "sqeuclidean")
+        squares[sources[:, None] == sources[None]] = np.inf
+        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
+
+    def test_a_coreset_keeps_the_spread_of_what_it_keeps(self):
+        bank, features, sources = self.bank(max_size=10)
+        kept = greedy_coreset(torch.from_numpy(features).float(), 10).numpy()
+        squares = cdist(features[kept], features, "sqeuclidean")
+        squares[sources[kept][:, None] == sources[None]] = np.inf
+        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
+
+    def test_distance_is_divided_by_the_spread_around_it(self):
+        bank, features, _ = self.bank()
+        psi = vectors(2, 5, 3, 4, seed=9)
+        squares = cdist(psi.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy(), features, "sqeuclidean")
+        spread = bank.spread("bottle").double().numpy()
+        local = spread[np.argsort(squares, axis=1)[:, :9]].mean(axis=1)
+        expected = squares.min(axis=1) / (2 * spread.mean() + local)
+        np.testing.assert_allclose(bank.relative_distances("bottle", psi).flatten(), expected, rtol=1e-4)
+        # In pieces as in one, and with another scale of the features.
+        assert torch.equal(bank.relative_distances("bottle", psi, chunk=5), bank.relative_distances("bottle", psi))
+        large = PrototypeBank()
+        large.add("bottle", 100 * torch.from_numpy(features).float(), sources=torch.arange(60) % 3)
+        torch.testing.assert_close(
+            large.relative_distances("bottle", 100 * psi), bank.relative_distances("bottle", psi), rtol=1e-3, atol=0
+        )
+
+    def test_without_sources_it_is_the_distance_alone(self):
+        bank = PrototypeBank()
+        bank.add("bottle", vectors(4, 5))
+        psi = vectors(1, 5, 2, 2, seed=1)
+        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 3)
+
+    def test_packed_and_saved_banks_keep_their_spread(self, tmp_path):
+        bank, _, _ = self.bank()
+        copied = PrototypeBank()
+        copied.add_packed("lid", bank.packed("bottle"))
+        assert torch.equal(copied.packed("lid"), bank.packed("bottle")) and bank.packed("bottle").shape == (60, 6)
+        bank.add("cable", vectors(3, 5, seed=5))
+        bank.save_pretrained(tmp_path)
+        loaded = PrototypeBank.from_pretrained(tmp_path)
+        for name in ("bottle", "cable"):
+            assert torch.equal(loaded.spread(name), bank.spread(name)) and loaded.spread(name).min() > 0
+
+    def test_sources_of_collected_vectors(self):
+        images = pictures(5, 4, 6)
+        marked = images * 0 + torch.arange(5.0).view(5, 1, 1, 1)
+        collected = collect_prototypes(torch.nn.Identity(), marked, rotations=3)
+        assert torch.equal(prototype_sources(len(collected), 5, 3), collected[:, 0].round().long())
+        assert prototype_sources(12, 1, 3).tolist() == [0] * 4 + [1] * 4 + [2] * 4
 
 
 class TestGreedyCoreset:

@@ -52,13 +52,14 @@ class Backbone(nn.Module):
         super().__init__()
         self.extractor = extractor
         config = extractor.config
-        self.channels = [*extractor.model.feature_info.channels(), *([27] if config.color_weight > 0 else [])]
+        self.channels = extractor.channels
         self.facts = {
             **facts,
             "network": config.model_name,
             "levels": list(config.out_indices),
             "normalize": config.normalize,
             "color_weight": config.color_weight,
+            "context_weight": config.context_weight,
             "channels": sum(self.channels),
         }
 
@@ -68,7 +69,8 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature levels, the finest first; 27 channels of neighboring colors last, where the extractor has them.
+        """Feature levels, the finest first; then the context and the neighboring colors, where the
+        extractor has them.
 
         Args:
             images: `[N, 3, H, W]` in [-1, 1].

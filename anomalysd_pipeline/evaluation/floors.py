@@ -11,10 +11,11 @@ from PIL import Image
 from torch import Tensor
 
 from ..adaptation_folder import base_name
+from ..collection import collect_prototypes
 from ..data import to_tensor
 from ..images import resize, to_pil
 from ..prompts import readable_name
-from ..prototypes import PrototypeBank, collect_prototypes
+from ..prototypes import PrototypeBank
 from ..scoring import image_score, smooth, smoothing_sigma
 from .detector import Detector, Prediction, TensorDetector, require_normals
 

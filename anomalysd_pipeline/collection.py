@@ -1,0 +1,94 @@
+"""From normal pictures to the vectors of a prototype bank, Eq. (13) of AnomalySD (arXiv 2408.01960), and how much they
+differ between pictures."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_IMAGES_PER_PASS = 4
+_COMPARED = 2**14
+_ENTRIES = 2**24
+
+
+@torch.no_grad()
+def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4) -> Tensor:
+    """All feature vectors of rotated normal pictures, P_c of Eq. (13).
+
+    Args:
+        extractor: A [`PrototypeExtractor`], or any module from [N, 3, H, W] to [N, C, h, w].
+        images: [K, 3, H, W] in [-1, 1], on the extractor's device.
+        rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
+            exact, others are bilinear with the border mirrored.
+
+    Returns:
+        [M, C], M = K * rotations * h * w.
+
+    Raises:
+        ValueError: If `images` has another shape, `rotations` is less than 1, or features are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"`images` must be [K, 3, H, W] with at least one picture, got {list(images.shape)}.")
+    if rotations < 1:
+        raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
+    collected = []
+    for step in range(rotations):
+        for part in images.split(_IMAGES_PER_PASS):
+            psi = extractor(_rotate(part, 360 * step / rotations))
+            collected.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
+    features = torch.cat(collected)
+    if not torch.isfinite(features).all():
+        raise ValueError(
+            "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
+        )
+    return features
+
+
+def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:
+    """From which picture each of the `count` vectors of [`collect_prototypes`] is, int64 [count]; from which turned
+    copy, where there is one picture alone."""
+    positions = count // (pictures * rotations)
+    if pictures == 1:
+        return torch.arange(rotations).repeat_interleave(positions)
+    return torch.arange(pictures).repeat_interleave(positions).repeat(rotations)
+
+
+def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Tensor:
+    """How far vectors are from the nearest of another source, as the square of the Euclidean distance.
+
+    Args:
+        features: [M, C].
+        sources: whole numbers [M], at least two different ones.
+        kept: indices [S] of the vectors that are asked for.
+        seed: of the sample of at most 16384 vectors with which they are compared.
+
+    Returns:
+        float32 [S].
+    """
+    others = torch.arange(len(features), device=features.device)
+    if len(others) > _COMPARED:
+        chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:_COMPARED]
+        others = others[chosen.to(others.device)]
+    center = features.float().mean(dim=0)
+    compared = features[others].float() - center
+    squares, results = compared.square().sum(dim=1), []
+    for part in kept.split(max(1, _ENTRIES // len(compared))):
+        query = features[part].float() - center
+        distances = torch.addmm(squares, query, compared.T, alpha=-2) + query.square().sum(dim=1, keepdim=True)
+        distances[sources[part][:, None] == sources[others][None]] = torch.inf
+        results.append(distances.amin(dim=1).clamp(min=0))
+    return torch.cat(results)
+
+
+def _rotate(images: Tensor, degrees: float) -> Tensor:
+    if degrees % 90 == 0:
+        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
+    return _resample_rotated(images, degrees)
+
+
+def _resample_rotated(images: Tensor, degrees: float) -> Tensor:
+    height, width = images.shape[-2:]
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    cos, sin = angle.cos().item(), angle.sin().item()
+    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+    grid = F.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
