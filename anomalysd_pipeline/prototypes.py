@@ -333,7 +333,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return self._nearest(category, psi, chunk, 1)[0]
 
     def relative_distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
-        """E in units of what normal parts differ by there: E / (2 m + s), not in the paper.
+        """E in units of what normal parts differ by there: E / (4 m + s), not in the paper.
 
         s is the mean spread of the 9 nearest prototypes and m that of the whole category. Where normal parts vary, a
         distance means little; this also makes the numbers of different features and parts comparable, some tenths
@@ -347,7 +347,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         spread = self.spread(category).float()
         distances, index = self._nearest(category, psi, chunk, min(_NEIGHBORS, len(spread)))
         local = spread[index].mean(dim=-1)
-        return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
+        return distances / (4 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

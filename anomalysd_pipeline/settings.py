@@ -16,7 +16,7 @@ PRESETS = {
         "feature_weight": 0.0,
     },
     "fast": {**_FAST, "feature_weight": 0.0},
-    # For features of unit length, see docs/features.md: there E lies in [0, 4] and outweighs the perceptual distance.
+    # See docs/features.md: the relative distance then outweighs the perceptual one.
     "sota": {**_FAST, "feature_weight": 1.0},
 }
 """What a preset sets where the checkpoint's own config does not say otherwise."""
@@ -40,7 +40,8 @@ class InspectionSettings:
     mask_scales: the k of the multi-scale masks.
     mask_grouping: "none" (a pass per cell) or "grouped" (cells that do not touch share a pass).
     prototype_weight: alpha of Eq. (21), in [0, 1].
-    feature_weight: weight of the prototype distance map in the score, 0 in the paper.
+    feature_weight: weight of the relative prototype distance in the score, see `PrototypeBank.relative_distances`; 0
+        in the paper.
     guidance_scale: classifier-free guidance, 1 for none.
     """
 

@@ -19,7 +19,7 @@ SYSTEMS = {
     "AnomalySD": [],
     "AnomalySD, adapted": ["--adapt"],
     "AnomalySD, the paper's score": ["--feature_weight", "0"],
-    "AnomalySD, ImageNet features": ["--timm_model", "imagenet", "--feature_weight", "3e-4"],
+    "AnomalySD, ImageNet features": ["--timm_model", "imagenet"],
     "color patches": ["--peer", "color_patches"],
     "plain inpainting": ["--peer", "plain_inpainting"],
     "PatchCore": ["--peer", "patchcore"],

@@ -150,7 +150,8 @@ DEFAULTS = {
     # With more noise the parts of a machine drowned, and normal ones did not come back as they were.
     "noise_strength": 0.25,
     "prototype_weight": 0.1,
-    "feature_weight": 1.0,
+    # So small a denoiser repaints edges a little wrong on good parts too: with less, it drowned the prototypes there.
+    "feature_weight": 12.0,
     # Its features change as a part turns: with 4 rotations the edges of a turned nut had no counterpart in the bank.
     "rotations": 16,
     "adaptation": {

@@ -148,7 +148,7 @@ class TestRelativeDistances:
         squares = cdist(psi.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy(), features, "sqeuclidean")
         spread = bank.spread("bottle").double().numpy()
         local = spread[np.argsort(squares, axis=1)[:, :9]].mean(axis=1)
-        expected = squares.min(axis=1) / (2 * spread.mean() + local)
+        expected = squares.min(axis=1) / (4 * spread.mean() + local)
         np.testing.assert_allclose(bank.relative_distances("bottle", psi).flatten(), expected, rtol=1e-4)
         # In pieces as in one, and with another scale of the features.
         assert torch.equal(bank.relative_distances("bottle", psi, chunk=5), bank.relative_distances("bottle", psi))
@@ -162,7 +162,7 @@ class TestRelativeDistances:
         bank = PrototypeBank()
         bank.add("bottle", vectors(4, 5))
         psi = vectors(1, 5, 2, 2, seed=1)
-        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 3)
+        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 5)
 
     def test_packed_and_saved_banks_keep_their_spread(self, tmp_path):
         bank, _, _ = self.bank()
