@@ -7,11 +7,10 @@ serves the app. See docs/app.md.
 
 from anomalysd_pipeline.app import space
 
-space.prepare()
+with space.prepared():
+    from anomalysd_pipeline.app.page import build
 
-from anomalysd_pipeline.app.page import build  # noqa: E402  # on a Space with ZeroGPU its package comes first
-
-demo = build()
+    demo = build()
 
 if __name__ == "__main__":
     demo.launch()

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from anomalysd_pipeline.app.limits import Limits
-from anomalysd_pipeline.app.sessions import IDLE_ENOUGH, Part, SessionStore
+from anomalysd_pipeline.app.sessions import EMPTY_ENOUGH, IDLE_ENOUGH, Part, SessionStore
 
 LIMITS = Limits(sessions=3, idle_seconds=1000, disk_bytes=10_000, parts=2)
 
@@ -163,6 +163,8 @@ class TestDropping:
 class TestPlaces:
     def test_none_is_left_while_all_are_busy(self, store, clock):
         sessions = [store.get(None) for _ in range(3)]
+        for session in sessions:
+            session.parts["nut"] = Part("nut")
         clock.now = IDLE_ENOUGH
         with pytest.raises(ValueError, match="busy: all 3 places are taken; try again"):
             store.get(None)
@@ -173,12 +175,25 @@ class TestPlaces:
         for now in (0, 1, 2):
             clock.now = now
             sessions.append(store.get(None))
+            sessions[-1].parts["nut"] = Part("nut")
         clock.now = 3
         store.get(sessions[0].key)
         clock.now = IDLE_ENOUGH + 2
         new = store.get(None)
         assert sessions[1].dropped and not sessions[1].folder.exists()
         assert [store.get(one.key) is one for one in (sessions[0], sessions[2], new)] == [True] * 3
+
+    def test_one_without_parts_leaves_soon_and_first(self, store, clock):
+        old, empty, young = (store.get(None) for _ in range(3))
+        old.parts["nut"] = young.parts["nut"] = Part("nut")
+        clock.now = EMPTY_ENOUGH
+        with pytest.raises(ValueError, match="busy"):
+            store.get(None)
+        clock.now = IDLE_ENOUGH + 1
+        store.get(empty.key)
+        clock.now += EMPTY_ENOUGH + 1
+        store.get(None)
+        assert empty.dropped and not old.dropped and not young.dropped
 
     def test_one_at_work_never_leaves(self, store, clock):
         sessions = [store.get(None) for _ in range(3)]

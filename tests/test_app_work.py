@@ -147,6 +147,17 @@ class TestTeach:
         assert session.parts["nut"].pictures == list(pictures("nut")) and not session.parts["nut"].taught
         assert session.pipe.prompt_book.prompts("nut") == ["A nut.", "A nut with a hole."]
 
+    def test_one_whose_news_are_all_read_late_has_its_facts(self, session):
+        lesson = Lesson("nut", pictures("nut"), None, "quick")
+        before = set(threading.enumerate())
+        states = work.teach(session, Turns(), lesson, threading.Event())
+        assert next(states).stage == "waiting"
+        for thread in set(threading.enumerate()) - before:
+            thread.join()
+        *_, last = states
+        assert last.stage == "done" and last.facts["threshold"] > 0
+        assert session.parts["nut"].facts == last.facts
+
     def test_the_threshold_is_that_of_calibrate(self, base, session):
         taught(session)
         alone = own_pipeline(base)

@@ -82,7 +82,12 @@ class Handouts:
 
     def may_read(self, path: str, visitor: str | None) -> bool:
         """Whether nothing speaks against serving a file to a visitor; that it is gradio's to serve, gradio checks."""
-        resolved = Path(os.path.realpath(path))
+        if "://" in path:
+            return False  # gradio would fetch it, for whomever
+        try:
+            resolved = Path(os.path.realpath(path))
+        except ValueError:  # a character that no path has
+            return False
         with self._lock:
             if resolved.is_relative_to(self.folder):
                 parts = resolved.relative_to(self.folder).parts
@@ -98,10 +103,10 @@ class Handouts:
         Raises:
             ValueError: it is anything else.
         """
-        if isinstance(path, str) and "\0" not in path:
-            resolved = Path(os.path.realpath(path))
-            if resolved.is_relative_to(self.uploads) and resolved.is_file() and self.may_read(path, visitor):
-                return str(resolved)
+        if isinstance(path, str) and self.may_read(path, visitor):
+            resolved = os.path.realpath(path)
+            if Path(resolved).is_relative_to(self.uploads) and os.path.isfile(resolved):
+                return resolved
         raise ValueError(f"`{argument}` is no file that you have uploaded, or it is gone; upload it again.")
 
     def _remove_all(self, given) -> None:
@@ -177,7 +182,7 @@ def _asked_file(path: str) -> str | None:
     for mark in ("/file=", "/file/"):
         _, found, file = path.partition(mark)
         if found:
-            return file if os.path.isabs(file) else os.path.abspath(file)
+            return file if os.path.isabs(file) or "://" in file else os.path.abspath(file)
     return None
 
 

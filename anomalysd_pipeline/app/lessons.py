@@ -101,7 +101,7 @@ def make_lesson(
         check_category(name)
     except ValueError as error:
         raise ValueError(str(error).replace("`category`", "`name`")) from error
-    if length not in LENGTHS:
+    if not isinstance(length, str) or length not in LENGTHS:
         raise ValueError(f"`length` must be one of {', '.join(map(repr, LENGTHS))}, got {str(length)[:40]!r}.")
     levels = {"coarse": _lines(coarse, "coarse", limits), "fine": _lines(fine, "fine", limits)}
     if levels["fine"] and not levels["coarse"]:
@@ -159,8 +159,8 @@ def learn_on_gpu(
         yield LessonState()
         while True:
             item = told.get()
-            # What has been overtaken by later news need not be drawn.
-            while isinstance(item, LessonState) and not told.empty():
+            # What has been overtaken by later news need not be drawn; the facts come once, in the last state.
+            while isinstance(item, LessonState) and not item.facts and not told.empty():
                 item = told.get()
             if isinstance(item, BaseException):
                 raise item

@@ -47,6 +47,8 @@ class Page(gr.Blocks):
             "ssr_mode": False,
             "max_threads": 64,
             "footer_links": ["api"],
+            # Else gradio opens its own page first, and gives up where a busy machine takes 3 seconds for it.
+            "_frontend": False,
         }
         self.desk.sweep()
         timer = threading.Timer(WARM_UP_SECONDS, self.desk.models.warm_up)

@@ -21,6 +21,9 @@ from .limits import Limits
 IDLE_ENOUGH = 300
 """Seconds after which an idle session makes room for a new visitor where all places are taken."""
 
+EMPTY_ENOUGH = 1
+"""The same of one that holds no parts and so can be replaced: a program may open as many of these as it likes."""
+
 
 @dataclass
 class Part:
@@ -80,6 +83,11 @@ class Session:
         """Seconds since it was last used; 0 while it is `in_use`."""
         with self._state:
             return 0.0 if self._users else self._clock() - self._last_used
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether it has been idle for long enough to make room for another."""
+        return self.idle > (IDLE_ENOUGH if self.parts else EMPTY_ENOUGH)
 
     @property
     def dropped(self) -> bool:
@@ -220,8 +228,9 @@ class SessionStore:
                 session.touch()
                 return session
             if len(self._sessions) >= self.limits.sessions:
-                leaving = max(self._sessions.values(), key=lambda one: one.idle)
-                if leaving.idle <= IDLE_ENOUGH:
+                # Those without parts first, and among equals the one idle longest.
+                leaving = max(self._sessions.values(), key=lambda one: (one.may_leave, not one.parts, one.idle))
+                if not leaving.may_leave:
                     raise ValueError(
                         f"The app is busy: all {self.limits.sessions} places are taken; try again in a few minutes."
                     )

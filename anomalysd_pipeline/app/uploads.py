@@ -14,14 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from PIL import Image
-from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 
 from .limits import Limits
 from .zips import Budget, entry_fault, is_incidental, is_zip, open_zip, read_entry
 
 _PACKED = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip")
 _SMALLEST_SIDE = 8
-_LARGE, _LARGEST_TILE = 16_000_000, 4_000_000
+_LARGE = 16_000_000
 _ONE_LARGE = threading.Lock()
 """Pictures of more pixels than `_LARGE` are decoded one at a time: each takes up to a gigabyte meanwhile."""
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)", re.IGNORECASE)
@@ -74,11 +73,9 @@ def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits:
         raise ValueError(f"{name} is not there anymore; upload it again.")
     if os.path.getsize(path) > limits.upload_bytes:
         raise ValueError(f"{name} is larger than {limits.upload_bytes / 1e6:.3g} MB; give a smaller file.")
-    pixels, tile = _header(path)
+    pixels = _pixels(path)
     if pixels > limits.pixels:
         raise ValueError(f"{name} has more than {limits.pixels / 1e6:.3g} megapixels; scale it down.")
-    if tile > max(_LARGEST_TILE, pixels):
-        raise ValueError(f"{name} is stored in tiles far larger than itself; save it again as a PNG or JPEG.")
     try:
         if pixels <= _LARGE:
             return _within(flatten(open_image(path, name), name, "white"), limits.side)
@@ -173,19 +170,18 @@ def _visible(text: str) -> str:
     return " ".join("".join(c for c in spaced if c.isprintable()).split())
 
 
-def _header(path: str | os.PathLike) -> tuple[int, int]:
-    """Pixels of a picture, and of each tile that a TIFF is stored in: a decoder makes room for a whole one."""
+def _pixels(path: str | os.PathLike) -> int:
+    """Of a picture, as its header claims; 0 for what is none."""
     from ..data import FORMATS
 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
-                tags = getattr(image, "tag_v2", {})
-                return image.width * image.height, int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
+                return image.width * image.height
     # What is wrong with it is found again, and said, by `open_image`.
     except Exception:
-        return 0, 0
+        return 0
 
 
 def _within(image: Image.Image, side: int) -> Image.Image:

@@ -1,0 +1,348 @@
+"""What an attacker would send to the running app: refused with a sentence, the app alive, nothing of the server told.
+
+SECURITY.md lists what each class shows.
+"""
+
+import contextlib
+import io
+import json
+import os
+import time
+import zipfile
+
+import pytest
+from PIL import Image
+
+from anomalysd_pipeline.app.limits import Limits
+from anomalysd_pipeline.app.sessions import EMPTY_ENOUGH
+from anomalysd_pipeline.app.space import local_token
+
+from .browser import ROOT, running_app
+from .hostile_files import encoded, gif_header, picture, png_header, tiff_tags, webp_header
+from .stranger import JSON, Refused, Stranger, joined
+from .tiny_adaptations import quick_pipeline
+
+pytest.importorskip("gradio")
+
+BOUNDS = {
+    "UPLOAD_BYTES": 400_000,
+    "UNPACKED_BYTES": 600_000,
+    "ZIP_ENTRIES": 20,
+    "PICTURES": 6,
+    "PIXELS": 4_000_000,
+    "SESSIONS": 24,
+}
+MARKUP = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def app(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hostile")
+    quick_pipeline().save_pretrained(folder / "tiny")
+    bounds = {f"ANOMALYSD_MAX_{name}": str(value) for name, value in BOUNDS.items()}
+    with running_app(folder / "app", ANOMALYSD_MODEL=str(folder / "tiny"), HF_TOKEN="hf_secret", **bounds) as app:
+        yield app
+
+
+@pytest.fixture
+def stranger(app):
+    """A visitor who speaks HTTP; afterwards the app must still serve its page, and a picture be inspected."""
+    with Stranger(app) as stranger:
+        yield stranger
+        assert app.is_alive()
+        (row,) = stranger.batch(("fine.png", encoded()))
+        assert row["score"] > 0
+        assert "Traceback" not in stranger.heard and "hf_secret" not in stranger.heard
+        for place in (app.folder, ROOT, os.path.expanduser("~/")):
+            assert str(place) not in stranger.heard
+
+
+def zipped(*entries, method=zipfile.ZIP_DEFLATED) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w", method) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return data.getvalue()
+
+
+class TestFilesThatAreNoImages:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"no picture",
+            b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+            b"\x7fELF" + bytes(100),
+            encoded()[:60],
+            b"\x89PNG\r\n\x1a\n" + os.urandom(500),
+        ],
+        ids=["empty", "text", "svg", "eps", "program", "cut short", "noise"],
+    )
+    def test_are_refused_by_their_name(self, stranger, content):
+        assert "picture.png" in stranger.refusal(
+            "inspect", stranger.upload("picture.png", content), "Any part", "fast"
+        )
+
+    def test_do_not_stop_a_batch(self, stranger):
+        rows = stranger.batch(("a.png", encoded()), ("b.png", b"text"), ("c.png", encoded(picture(seed=2))))
+        assert [bool(row["error"]) for row in rows] == [False, True, False]
+
+
+class TestBombs:
+    @pytest.mark.parametrize(
+        ("name", "content"),
+        [
+            ("a.png", png_header(50_000, 50_000)),
+            ("a.png", encoded(Image.new("1", (3000, 2000)))),
+            ("a.gif", gif_header((60_000, 60_000), (10, 10))),
+            ("a.webp", webp_header(16_000, 16_000)),
+            ("a.tif", tiff_tags(60_000, 60_000)),
+            ("a.tif", tiff_tags(32, 32, w=32_768, h=32_768)),
+        ],
+        ids=["png header", "png", "gif", "webp", "tiff", "tiff tile"],
+    )
+    def test_of_pixels(self, stranger, app, name, content):
+        before = app.memory()
+        assert name in stranger.refusal("inspect", stranger.upload(name, content), "Any part", "fast")
+        assert app.memory() - before < 200_000_000
+
+    def test_of_a_zip(self, stranger, app):
+        before = app.memory()
+        bomb = ("bomb.png", b"\x89PNG\r\n\x1a\n" + bytes(50_000_000))
+        many = [(f"{i}.png", encoded(Image.new("L", (550, 550)), compress_level=0)) for i in range(3)]
+        for entries, words in (([bomb], "larger than"), (many, "unpacked")):
+            rows = stranger.batch(("a.zip", zipped(*entries)), ("b.png", encoded()))
+            assert words in rows[-2]["error"] and not rows[-1]["error"]
+        assert app.memory() - before < 200_000_000
+
+    def test_of_entries(self, stranger):
+        (row,) = stranger.batch(("a.zip", zipped(*((f"{i}.png", b"") for i in range(3000)))))
+        assert "a.zip" in row["error"]
+
+    def test_of_zips_in_zips(self, stranger):
+        (row,) = stranger.batch(("a.zip", zipped(("inner.zip", zipped(("x.png", encoded()))))))
+        assert "archive within" in row["error"]
+
+    def test_of_pictures_and_bytes(self, stranger):
+        rows = stranger.batch(*((f"{i}.png", encoded()) for i in range(7)))
+        assert [bool(row["error"]) for row in rows] == [False] * 6 + [True] and "6 pictures" in rows[6]["error"]
+        with pytest.raises(Refused, match="413"):
+            stranger.upload("large.png", os.urandom(BOUNDS["UPLOAD_BYTES"] + 1000))
+
+
+class TestZipEntries:
+    @pytest.mark.parametrize("name", ["../../evil.png", "/etc/evil.png", "C:\\evil.png", "..\\..\\evil.png"])
+    def test_that_point_outside(self, stranger, app, name):
+        rows = stranger.batch(("a.zip", zipped((name, encoded()), ("fine.png", encoded()))))
+        assert rows[0]["error"] and not rows[1]["error"]
+        assert not list(app.folder.rglob("*evil*")) and not list(app.folder.parent.glob("*evil*"))
+
+    def test_of_an_adaptation(self, stranger, app):
+        for entries in ([("../evil.json", "{}")], [("adaptation.json", "{}"), ("run.py", "x")], [("x.pt", "x")]):
+            sentence = stranger.refusal("load_adaptation", stranger.upload("a.zip", zipped(*entries)))
+            assert "a.zip" in sentence
+        assert not list(app.folder.rglob("*evil*")) and not list(app.folder.rglob("run.py"))
+
+
+class TestTexts:
+    def test_markup_in_a_files_name(self, stranger):
+        name = f"{MARKUP}.png"
+        sentence = stranger.refusal("inspect", stranger.upload(name, b"no picture"), "Any part", "fast")
+        assert "onerror" in sentence
+        (row,) = stranger.batch(("a.zip", zipped((name, encoded()))))
+        assert "<" not in row["file"]
+
+    @pytest.mark.parametrize("name", ["../x", "a/b", "", " ", "x" * 100_000, "\x00", 7, None, ["nut"], {}])
+    def test_of_a_parts_name(self, stranger, name):
+        assert "`name`" in stranger.refusal("teach", name, [stranger.upload("a.png", encoded())], "", "", "quick")
+
+    @pytest.mark.parametrize("text", ["x" * 301, "\n".join("x" * 9), "x" * 1_000_000, 5, ["x"]])
+    def test_of_a_description(self, stranger, text):
+        given = [stranger.upload("a.png", encoded())]
+        assert "`coarse`" in stranger.refusal("teach", "nut", given, text, "", "quick")
+        assert "`fine`" in stranger.refusal("teach", "nut", given, "", text, "quick")
+
+
+class TestValues:
+    @pytest.mark.parametrize("preset", ["slow", "", None, 3, ["fast"], {"a": 1}, "x" * 10_000])
+    def test_of_a_preset(self, stranger, preset):
+        file = stranger.upload("a.png", encoded())
+        assert "`preset`" in stranger.refusal("inspect", file, "Any part", preset)
+        assert "`preset`" in stranger.refusal("batch", [file], "Any part", preset)
+
+    @pytest.mark.parametrize("part", [5, ["nut"], {"a": 1}, "../nut", "x" * 65])
+    def test_of_a_part(self, stranger, part):
+        assert "`part`" in stranger.refusal("inspect", stranger.upload("a.png", encoded()), part, "fast")
+
+    @pytest.mark.parametrize("length", ["forever", None, 10**9, -1, ["quick"]])
+    def test_of_a_length(self, stranger, length):
+        given = [stranger.upload("a.png", encoded())]
+        assert "`length`" in stranger.refusal("teach", "nut", given, "", "", length)
+
+    @pytest.mark.parametrize("count", [0, 9])
+    def test_of_how_many_pictures(self, stranger, count):
+        given = [stranger.upload("a.png", encoded())] * count
+        assert "`pictures`" in stranger.refusal("teach", "nut", given, "", "", "quick")
+
+    def test_of_a_function(self, stranger, app):
+        """Every function of the page, the private ones too, with everything that its arguments are not."""
+        config = stranger.http.get("config").json()
+        for values in ([], [None] * 9, ["x" * 1000] * 9, [{"path": "/etc/passwd"}] * 9, [1e400] * 9, [[[[]]]] * 9):
+            for function in config["dependencies"]:
+                body = {"data": values[: len(function["inputs"])], "fn_index": function["id"], "session_hash": "abc"}
+                answer = stranger.http.post("gradio_api/queue/join", content=json.dumps(body), headers=JSON)
+                stranger.heard += answer.text
+                answer = stranger.http.post("gradio_api/run/predict", content=json.dumps(body), headers=JSON)
+                assert answer.status_code >= 400 or "root:" not in answer.text
+                stranger.heard += answer.text
+
+    def test_of_what_is_no_json(self, stranger):
+        for body in (b"", b"{", b"[]", b'{"data": 5}', b"\xff" * 1000, b"[" * 100_000):
+            answer = stranger.http.post("gradio_api/call/inspect", content=body, headers=JSON)
+            assert 400 <= answer.status_code < 600
+            stranger.heard += answer.text
+
+
+class TestFilesOfTheServer:
+    @pytest.mark.parametrize(
+        "form", ["gradio_api/file={}", "gradio_api/file/{}", "file={}", "gradio_api/file=/tmp/..{}"]
+    )
+    def test_are_not_served(self, stranger, app, form):
+        model = next((ROOT / "anomalysd_pipeline" / "embedded").glob("*.json"))
+        for path in (
+            "/etc/passwd",
+            app.log,
+            ROOT / "app.py",
+            model,
+            f"{app.folder}/gradio/../log.txt",
+            "/proc/self/environ",
+        ):
+            for given in (str(path), str(path).replace("/", "%2f")):
+                answer = stranger.http.get(form.format(given))
+                assert answer.status_code >= 400 or answer.headers["content-type"].startswith("text/html")
+                assert "root:" not in answer.text and "model_index" not in answer.text
+                assert "hf_secret" not in answer.text and "from anomalysd_pipeline" not in answer.text
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "static/../../../app.py",
+            "static/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+            "assets/%2e%2e/%2e%2e/blocks.py",
+            "svelte/%2e%2e%2f%2e%2e%2fblocks.py",
+            "gradio_api/proxy=http://127.0.0.1:1/",
+            "gradio_api/proxy=https://example.org/",
+            "gradio_api/file=https://example.org/",
+            "gradio_api/custom_component/1/client/component/%2e%2e%2fapp.py",
+            "gradio_api/token",
+            "gradio_api/file=%00",
+            "gradio_api/file=/%ed%a0%80",
+            "monitoring",
+            "monitoring/summary",
+        ],
+    )
+    def test_by_other_doors(self, stranger, path):
+        answer = stranger.http.get(path)
+        assert answer.status_code < 500
+        for secret in ("root:", "hf_secret", "from __future__", "Example Domain"):
+            assert secret not in answer.text
+
+    def test_addresses_are_not_fetched(self, stranger, app):
+        for address in ("https://example.org/a.png", app.url, "ftp://example.org/"):
+            for form in ("gradio_api/file={}", "gradio_api/file/{}", "gradio_api/proxy={}"):
+                assert stranger.http.get(form.format(address)).status_code in (400, 403)
+
+    def test_are_not_taken_for_uploads(self, stranger, app):
+        meta = {"_type": "gradio.FileData"}
+        uploads = f"{app.folder}/gradio"
+        odd = ("\0", "\ud800", "", None, 7, "x" * 9000, f"{uploads}/{'x' * 9000}", uploads, f"{uploads}/\0")
+        for path in ("/etc/passwd", str(app.log), f"{uploads}/../log.txt", *odd):
+            assert "`picture`" in stranger.refusal("inspect", {"path": path, "meta": meta}, "Any part", "fast")
+
+    @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://127.0.0.1:1/a.png", "http://169.254.169.254/"])
+    def test_nor_are_addresses(self, stranger, url):
+        given = {"path": None, "url": url, "meta": {"_type": "gradio.FileData"}}
+        assert "`picture`" in stranger.refusal("inspect", given, "Any part", "fast")
+        assert "`picture`" in stranger.refusal("inspect", {**given, "path": url}, "Any part", "fast")
+
+    def test_are_not_written_to(self, stranger, app):
+        for name in ("../../evil.png", "/tmp/evil.png", "..%2fevil.png", "a\\..\\evil.png"):
+            path = os.path.realpath(stranger.upload(name, encoded())["path"])
+            assert path.startswith(os.path.realpath(app.folder / "gradio"))
+        answer = stranger.http.post("gradio_api/upload?upload_id=../../x", files={"files": ("a.png", b"x")})
+        assert answer.status_code in (200, 400, 422)
+
+
+class TestAnothersSession:
+    def test_files(self, stranger, app):
+        with Stranger(app) as owner:
+            given = owner.upload("mine.png", encoded(picture(seed=9)))
+            files = owner.call("inspect", given, "Any part", "fast")[1]
+            for path in [given["path"], *(file["path"] for file in files)]:
+                assert owner.http.get(f"gradio_api/file={path}").status_code == 200
+                for form in (
+                    "gradio_api/file={}",
+                    "gradio_api/file/{}",
+                    "gradio_api/file={}?x=1",
+                    "gradio_api/file=/tmp/..{}",
+                ):
+                    refused = stranger.http.get(form.format(path))
+                    assert refused.status_code in (403, 404), form
+                    stranger.heard += refused.text.replace(path, "")
+                assert "`picture`" in stranger.refusal("inspect", {**given, "path": path}, "Any part", "fast")
+
+    def test_parts(self, stranger, app):
+        with Stranger(app) as owner:
+            assert owner.teach("nut")["stage"] == "done"
+            assert stranger.inspect(("a.png", encoded()), "nut")["threshold"] is None
+
+    def test_its_number(self, stranger, app):
+        """gradio's number of a page, guessed: with it a part can neither be used nor its state be set."""
+        config = stranger.http.get("config").json()
+        teach, inspect = (
+            next(f["id"] for f in config["dependencies"] if f["api_name"] == name) for name in ("teach", "inspect")
+        )
+        with Stranger(app) as owner:
+            given = [owner.upload("a.png", encoded())]
+            assert joined(owner, teach, [None, "nut", given, "", "", "quick"])["success"]
+            own = joined(owner, inspect, [None, given[0], "nut", "fast"])
+            assert own["output"]["data"][1]["threshold"] is not None
+            stolen = joined(
+                stranger, inspect, [None, stranger.upload("b.png", encoded(picture(seed=3))), "nut", "fast"]
+            )
+            assert stolen["output"]["data"][1]["threshold"] is None
+            state = ["embedded", "guessed"]
+            forged = joined(
+                stranger, inspect, [state, stranger.upload("b.png", encoded(picture(seed=3))), "nut", "fast"]
+            )
+            assert forged["output"]["data"][1]["threshold"] is None
+
+
+class TestPlaces:
+    def test_one_who_opens_many_sessions_keeps_nobody_out(self, stranger, app):
+        with Stranger(app) as greedy:
+            given = greedy.upload("a.png", encoded())
+            for _ in range(Limits().sessions + 4):  # each a session, without gradio's number of a page
+                with contextlib.suppress(Refused):
+                    greedy.call("inspect", given, "Any part", "slow")
+        time.sleep(EMPTY_ENOUGH + 0.1)
+        assert stranger.inspect(("a.png", encoded()))["score"] > 0
+
+
+class TestToken:
+    @pytest.mark.parametrize(
+        ("host", "forwarded", "space", "given"),
+        [
+            ("127.0.0.1", False, "", True),
+            ("::1", False, "", True),
+            ("192.168.0.7", False, "", False),
+            ("127.0.0.1", True, "", False),
+            ("127.0.0.1", False, "user/space", False),
+            (None, False, "", False),
+        ],
+    )
+    def test_of_the_environment_is_for_this_machine(self, monkeypatch, host, forwarded, space, given):
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        monkeypatch.setenv("SPACE_ID", space)
+        assert local_token(host, forwarded) == ("hf_secret" if given else None)

@@ -1,0 +1,94 @@
+"""Twenty clients at once: no inspection is lost or mixed up, and the memory comes back to its level."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from anomalysd_pipeline.inspection import load_pipeline
+from anomalysd_pipeline.synthetic import normal_images
+
+from .browser import PATIENCE, running_app
+from .tiny_adaptations import quick_pipeline
+
+gradio_client = pytest.importorskip("gradio_client")
+
+CLIENTS, INSPECTIONS = 20, 10
+FAMILIES = ("hex_nut", "ring", "gear", "capsule")
+SPARE = 150_000_000
+"""Bytes by which the memory may differ: an allocator gives back what it has in pieces."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a tiny pipeline."""
+    folder = tmp_path_factory.mktemp("load") / "tiny"
+    quick_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A picture of its own for each client: paths and the pictures."""
+    folder = tmp_path_factory.mktemp("pictures")
+    pictures = [normal_images(FAMILIES[i % 4], 1, seed=i, size=64)[0] for i in range(CLIENTS)]
+    paths = [folder / f"picture_{i}.png" for i in range(CLIENTS)]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    return paths, pictures
+
+
+@pytest.fixture(scope="module")
+def expected(folder, pictures):
+    """The score of each picture, without the app."""
+    import torch
+
+    pipe = load_pipeline(str(folder), "cpu")
+    scores = [
+        float(pipe(picture, preset="fast", generator=torch.Generator().manual_seed(0)).pred_scores[0])
+        for picture in pictures[1]
+    ]
+    assert np.diff(sorted(scores)).min() > 1e-4  # each tells its picture
+    return scores
+
+
+def test_none_is_lost_and_none_mixed_up(folder, pictures, expected, tmp_path):
+    paths, _ = pictures
+    with running_app(tmp_path / "app", ANOMALYSD_MODEL=str(folder)) as app:
+
+        def open_client(number: int):
+            # Small answers alone are fetched: the files are asked for in other tests.
+            return gradio_client.Client(
+                app.url, verbose=False, download_files=False, httpx_kwargs={"timeout": PATIENCE}
+            )
+
+        with ThreadPoolExecutor(CLIENTS) as pool:
+            clients = list(pool.map(open_client, range(CLIENTS)))
+
+            def inspect(number: int, times: int) -> list[dict]:
+                picture = gradio_client.handle_file(str(paths[number]))
+                return [
+                    clients[number].predict(picture, "Any part", "fast", api_name="/inspect")[0] for _ in range(times)
+                ]
+
+            list(pool.map(inspect, range(CLIENTS), [1] * CLIENTS))
+            level = app.memory()
+            begin = threading.Barrier(CLIENTS)
+
+            def inspect_together(number: int) -> list[dict]:
+                begin.wait(PATIENCE)
+                return inspect(number, INSPECTIONS)
+
+            answers = list(pool.map(inspect_together, range(CLIENTS)))
+        for number, own in enumerate(answers):
+            assert [answer["file"] for answer in own] == [paths[number].name] * INSPECTIONS
+            assert [answer["score"] for answer in own] == pytest.approx([expected[number]] * INSPECTIONS, abs=2e-5)
+        for client in clients:
+            client.close()
+        deadline = time.monotonic() + PATIENCE
+        while app.memory() > level + SPARE and time.monotonic() < deadline:
+            time.sleep(0.5)
+        assert app.memory() <= level + SPARE
+        assert app.is_alive()
