@@ -33,7 +33,7 @@ def page(tmp_path_factory):
     index = folder / "model_index.json"
     config = json.loads(index.read_text())
     config["adaptation"] |= {"steps": 2, "decoder_steps": 2, "train_batch_size": 1}
-    config |= {"resolution": SIDE, "rotations": 1, "preset_overrides": {"fast": {"num_inference_steps": 2}}}
+    config |= {"resolution": SIDE, "rotations": 1, "preset_overrides": {"fast": {"num_inference_steps": 4}}}
     config["preset_overrides"]["fast"]["mask_scales"] = [1, 2]
     index.write_text(json.dumps(config))
     before = os.environ.get("GRADIO_TEMP_DIR")

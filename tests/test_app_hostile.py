@@ -53,8 +53,10 @@ def stranger(app):
         (row,) = stranger.batch(("fine.png", encoded()))
         assert row["score"] > 0
         assert "Traceback" not in stranger.heard and "hf_secret" not in stranger.heard
+        # gradio names the places of uploads and results, which only their owner is served; no other place.
+        heard = stranger.heard.replace(f"{app.folder}/gradio/", "")
         for place in (app.folder, ROOT, os.path.expanduser("~/")):
-            assert str(place) not in stranger.heard
+            assert str(place) not in heard
 
 
 def zipped(*entries, method=zipfile.ZIP_DEFLATED) -> bytes:
@@ -221,7 +223,8 @@ class TestFilesOfTheServer:
             for given in (str(path), str(path).replace("/", "%2f")):
                 answer = stranger.http.get(form.format(given))
                 assert answer.status_code >= 400 or answer.headers["content-type"].startswith("text/html")
-                assert "root:" not in answer.text and "model_index" not in answer.text
+                # What was asked for may be said again, what is in it may not.
+                assert "root:" not in answer.text and "_class_name" not in answer.text
                 assert "hf_secret" not in answer.text and "from anomalysd_pipeline" not in answer.text
 
     @pytest.mark.parametrize(
@@ -258,13 +261,15 @@ class TestFilesOfTheServer:
         uploads = f"{app.folder}/gradio"
         odd = ("\0", "\ud800", "", None, 7, "x" * 9000, f"{uploads}/{'x' * 9000}", uploads, f"{uploads}/\0")
         for path in ("/etc/passwd", str(app.log), f"{uploads}/../log.txt", *odd):
-            assert "`picture`" in stranger.refusal("inspect", {"path": path, "meta": meta}, "Any part", "fast")
+            with pytest.raises(Refused):
+                stranger.call("inspect", {"path": path, "meta": meta}, "Any part", "fast")
 
     @pytest.mark.parametrize("url", ["file:///etc/passwd", "http://127.0.0.1:1/a.png", "http://169.254.169.254/"])
     def test_nor_are_addresses(self, stranger, url):
         given = {"path": None, "url": url, "meta": {"_type": "gradio.FileData"}}
-        assert "`picture`" in stranger.refusal("inspect", given, "Any part", "fast")
-        assert "`picture`" in stranger.refusal("inspect", {**given, "path": url}, "Any part", "fast")
+        for upload in (given, {**given, "path": url}):
+            with pytest.raises(Refused):
+                stranger.call("inspect", upload, "Any part", "fast")
 
     def test_are_not_written_to(self, stranger, app):
         for name in ("../../evil.png", "/tmp/evil.png", "..%2fevil.png", "a\\..\\evil.png"):
