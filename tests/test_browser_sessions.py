@@ -102,6 +102,7 @@ class TestLessons:
         begin_a_long_lesson(visitor, nuts[:2])
         (old,) = work._lessons
         visitor.page.reload()
+        visitor.text_of("#inspect-verdict")  # the page is there
         assert visitor.parts() == ["Any part"]
         learn(visitor, nuts[:2], "other")
         for _ in range(1200):
