@@ -45,7 +45,7 @@ def expected(folder, pictures):
     """The score of each picture, without the app."""
     import torch
 
-    pipe = load_pipeline(str(folder), "cpu")
+    pipe = load_pipeline(str(folder), "cpu", "auto")  # in the precision of the app
     scores = [
         float(pipe(picture, preset="fast", generator=torch.Generator().manual_seed(0)).pred_scores[0])
         for picture in pictures[1]
@@ -75,7 +75,7 @@ def test_none_is_lost_and_none_mixed_up(folder, pictures, expected, tmp_path):
 
             alone = [inspect(number, 1)[0]["score"] for number in range(CLIENTS)]
             # What each client gets when it is alone is what it has to get beside others.
-            assert alone == pytest.approx(expected, rel=0.01)
+            assert alone == pytest.approx(expected, abs=2e-5)
             level = app.memory()
             begin = threading.Barrier(CLIENTS)
 
