@@ -62,7 +62,8 @@ def run_floor(arguments, name: str, seed: int, category: str, normals: list, tes
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: systems by categories, image AUROC / pixel AUROC / PRO, and the mean over the categories."""
+    """Markdown: systems by categories, image AUROC / pixel AUROC / PRO, and the mean over the categories of
+    the seeds that have all of them, which the last column counts."""
     categories = list(dict.fromkeys(result["category"] for result in results))
     lines = [f"| | {' | '.join(categories)} | mean | seeds |", f"|{'---|' * (len(categories) + 3)}"]
     for system in ROWS:
@@ -76,7 +77,7 @@ def table(results: list[dict]) -> str:
         complete = [found for found in by_seed.values() if found.keys() == set(categories)]
         cells = [_cell([found[c] for found in by_seed.values() if c in found]) for c in categories]
         cells.append(_cell([_mean(list(found.values())) for found in complete]) if complete else "")
-        lines.append(f"| {system} | {' | '.join(cells)} | {len(by_seed)} |")
+        lines.append(f"| {system} | {' | '.join(cells)} | {len(complete)} |")
     return "\n".join(lines)
 
 
