@@ -92,9 +92,16 @@ def inspect(pipe, image: Image.Image, category: str, seed: int = 0, **options) -
     Raises:
         ValueError: as `AnomalySDPipeline.__call__`.
     """
+    return inspect_whole(pipe, image, category, seed, **options)[0]
+
+
+def inspect_whole(
+    pipe, image: Image.Image, category: str | None, seed: int = 0, **options
+) -> tuple[Inspection, np.ndarray | None]:
+    """As `inspect`, and also the region that the prototypes proposed, bool `[H, W]`, None where there are none."""
     start = time.perf_counter()
     out = pipe(image, category=category, generator=torch.Generator().manual_seed(seed), **options)
-    return Inspection(
+    found = Inspection(
         image=image,
         inpainted=out.inpainted[0],
         anomaly_map=out.anomaly_maps[0],
@@ -103,6 +110,7 @@ def inspect(pipe, image: Image.Image, category: str, seed: int = 0, **options) -
         is_defective=out.pred_labels[0],
         seconds=time.perf_counter() - start,
     )
+    return found, None if out.prototype_masks is None else out.prototype_masks[0]
 
 
 def save_part(pipe, category: str, path: Path) -> None:
@@ -112,7 +120,7 @@ def save_part(pipe, category: str, path: Path) -> None:
         OSError: the file cannot be written.
     """
     record = json.dumps(pipe.config.categories[category])
-    save_file({"bank": pipe.bank[category].contiguous().cpu()}, path, metadata={"record": record})
+    save_file({"bank": pipe.bank.packed(category).contiguous().cpu()}, path, metadata={"record": record})
 
 
 def load_part(pipe, category: str, path: Path) -> None:
@@ -130,7 +138,7 @@ def load_part(pipe, category: str, path: Path) -> None:
         ) from error
     book = pipe.prompt_book
     book.add(category)
-    pipe.bank.to(pipe.device).add(category, bank.to(pipe.device))
+    pipe.bank.to(pipe.device).add_packed(category, bank.to(pipe.device))
     pipe.register_to_config(prompts=book.to_dict())
     pipe._store_category(category, **record)
 

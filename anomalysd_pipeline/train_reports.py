@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from PIL import Image
-from torch import nn
 
 from .adaptation import AdaptationProgress
 from .adaptation_settings import AdaptationSettings
 from .checkpoints import disk_errors
-from .data import to_tensor
-from .images import to_pil
-from .inpainting import draw_noise, encode, repaint
-from .prompts import average_embedding
 from .stages import Stage
+from .validation import validation_pictures
 from .visualize import montage
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
@@ -122,10 +116,10 @@ class Reports:
             return
         with stage.evaluation(), self.accelerator.autocast():
             module = self.accelerator.unwrap_model(stage.module)
-            if stage.name == "denoiser":
-                rows = self._repaint(module, self.pipe.vae)
-            else:
-                rows = self._repaint(stage.unet, self._with_decoder(module))
+            rows = [
+                validation_pictures(self.pipe, stage, module, images[0], category, self._texts(category))
+                for category, images in self.shots.items()
+            ]
         if not self.accelerator.is_main_process:
             return
         figure = montage(rows, ["normal part", "masked", "repainted"], list(self.shots), cell=_CELL)
@@ -194,39 +188,8 @@ class Reports:
         # wandb wants steps that never go back, and each stage starts at 1.
         return {"step": step} if tracker.name == "tensorboard" else {}
 
+    def _texts(self, category: str) -> list[str]:
+        return self._book.prompts(category, self.settings.prompt_design)
+
     def _disk_errors(self):
         return disk_errors("output_dir", self.output_dir, "go on with `--resume_from_checkpoint latest`")
-
-    def _with_decoder(self, decoder: nn.Module) -> SimpleNamespace:
-        """As much of a VAE as repainting needs, with the decoder in training."""
-        vae = self.pipe.vae
-        scale = vae.config.scaling_factor  # which the decoder in training undoes by itself
-        return SimpleNamespace(
-            config=vae.config, dtype=vae.dtype, encode=vae.encode, decode=lambda z, **_: (decoder(z * scale),)
-        )
-
-    def _repaint(self, unet: nn.Module, vae) -> list[list[Image.Image]]:
-        """One normal picture of each category: as it is, with its middle masked, and repainted as in an inspection."""
-        pipe, rows = self.pipe, []
-        side = pipe.config.resolution
-        for category, images in self.shots.items():
-            settings = pipe.settings(category=category)
-            image = to_tensor(images[0], side)[None].to(self.accelerator.device)  # [1, 3, R, R]
-            mask = torch.zeros_like(image[:, :1])  # [1, 1, R, R]
-            mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
-            latents = encode(vae, image)  # [1, 4, h, w]
-            texts = self._book.prompts(category, self.settings.prompt_design)
-            repainted = repaint(
-                unet,
-                vae,
-                copy.deepcopy(pipe.scheduler),  # the one in training keeps its own steps
-                image,
-                latents,
-                mask,
-                draw_noise(latents.shape, None, image.device, latents.dtype),
-                average_embedding(texts, pipe.tokenizer, pipe.text_encoder),
-                noise_strength=settings.noise_strength,
-                num_inference_steps=settings.num_inference_steps,
-            )
-            rows.append([to_pil(x[0], (side, side)) for x in (image, image * (mask < 0.5), repainted)])
-        return rows

@@ -146,13 +146,13 @@ class TestFolder:
 class TestPart:
     def test_it_is_what_was_registered(self, nuts, tmp_path):
         first, second = make_tiny_pipeline(), make_tiny_pipeline()
-        register(first, "hex nut", nuts[:2], preset="fast")
+        register(first, "hex nut", nuts[:2], preset="fast", feature_weight=2.0)
         save_part(first, "hex nut", tmp_path / "part")
         load_part(second, "hex nut", tmp_path / "part")
-        assert torch.equal(first.bank["hex nut"], second.bank["hex nut"])
+        assert torch.equal(first.bank.packed("hex nut"), second.bank.packed("hex nut"))
         assert first.config.categories == second.config.categories
         assert first.config.prompts == second.config.prompts
-        one, other = (pipe(nuts[2], category="hex nut", preset="fast") for pipe in (first, second))
+        one, other = (pipe(nuts[2], category="hex nut", preset="fast", feature_weight=2.0) for pipe in (first, second))
         assert one.pred_scores == other.pred_scores and one.thresholds == other.thresholds != [None]
 
     @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      "])

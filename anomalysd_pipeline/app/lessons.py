@@ -257,44 +257,17 @@ class _Teaching:
 
     def validation(self, module, stage) -> Image.Image:
         """A good part, and beside it the same with its middle repainted by the weights in training."""
-        import copy
+        from ..validation import validation_pictures
 
-        import torch
-
-        from ..data import to_tensor
-        from ..images import to_pil
-        from ..inpainting import draw_noise, encode, repaint
-        from ..prompts import average_embedding
-
-        pipe, vae, unet = self.pipe, self.pipe.vae, module
-        pipe.use_adaptation(None)  # somebody else's inspection may have switched the shared decoder
-        if stage.name == "decoder":
-            unet, scale = stage.unet, vae.config.scaling_factor  # which the decoder in training undoes by itself
-            vae = SimpleNamespace(
-                config=vae.config, dtype=vae.dtype, encode=vae.encode, decode=lambda z, **_: (module(z * scale),)
-            )
-        side, settings = pipe.config.resolution, pipe.settings()
-        image = to_tensor(self.lesson.pictures[0], side)[None].to(pipe.device)  # [1, 3, R, R]
-        mask = torch.zeros_like(image[:, :1])  # [1, 1, R, R]
-        mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
-        latents = encode(vae, image)  # [1, 4, h, w]
-        book = pipe.prompt_book
+        self.pipe.use_adaptation(None)  # somebody else's inspection may have switched the shared decoder
+        book = self.pipe.prompt_book
         book.add(self.lesson.name, self.lesson.prompts)
-        repainted = repaint(
-            unet,
-            vae,
-            copy.deepcopy(pipe.scheduler),  # the one in training keeps its own steps
-            image,
-            latents,
-            mask,
-            draw_noise(latents.shape, None, image.device, latents.dtype),
-            average_embedding(book.prompts(self.lesson.name), pipe.tokenizer, pipe.text_encoder),
-            noise_strength=settings.noise_strength,
-            num_inference_steps=settings.num_inference_steps,
-        )
+        texts = book.prompts(self.lesson.name)
+        good, _, repainted = validation_pictures(self.pipe, stage, module, self.lesson.pictures[0], None, texts)
+        side = self.pipe.config.resolution
         figure = Image.new("RGB", (2 * side + side // 16, side), "white")
-        figure.paste(to_pil(image[0], (side, side)), (0, 0))
-        figure.paste(to_pil(repainted[0], (side, side)), (side + side // 16, 0))
+        figure.paste(good, (0, 0))
+        figure.paste(repainted, (side + side // 16, 0))
         return figure
 
     def calibrate(self) -> None:

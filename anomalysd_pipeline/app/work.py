@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import threading
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -160,24 +159,10 @@ def _gpu_seconds_of_inspection(carried: Carried, picture, part, preset) -> float
 def inspect_on_gpu(
     carried: Carried, picture: Image.Image, part: str | None, preset: str
 ) -> tuple[Inspection, np.ndarray | None]:
-    """The inspection itself, as `inspection.inspect`, and the mask that the prototypes proposed."""
-    import torch
+    """The inspection itself."""
+    from ..inspection import inspect_whole
 
-    from ..inspection import Inspection
-
-    start = time.perf_counter()
-    noise = torch.Generator().manual_seed(0)
-    out = carried.pipe(picture, category=part, preset=preset, generator=noise)
-    result = Inspection(
-        image=picture,
-        inpainted=out.inpainted[0],
-        anomaly_map=out.anomaly_maps[0],
-        score=float(out.pred_scores[0]),
-        threshold=out.thresholds[0],
-        is_defective=out.pred_labels[0],
-        seconds=time.perf_counter() - start,
-    )
-    return result, None if out.prototype_masks is None else out.prototype_masks[0]
+    return inspect_whole(carried.pipe, picture, part, preset=preset)
 
 
 def batch(
