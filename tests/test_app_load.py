@@ -54,7 +54,6 @@ def expected(folder, pictures):
     return scores
 
 
-@pytest.mark.slow
 def test_none_is_lost_and_none_mixed_up(folder, pictures, expected, tmp_path):
     paths, _ = pictures
     with running_app(tmp_path / "app", ANOMALYSD_MODEL=str(folder)) as app:

@@ -179,3 +179,44 @@ class TestExclusion:
 
 def interrupted(*args):
     raise KeyboardInterrupt
+
+
+class TestCompute:
+    def test_one_thread_computes_for_all_one_after_another(self, turns):
+        from concurrent.futures import ThreadPoolExecutor
+
+        now = []
+
+        def work(number: int) -> tuple[int, int]:
+            now.append(number)
+            assert len(now) == 1
+            time.sleep(0.002)
+            now.remove(number)
+            return number, threading.get_ident()
+
+        with ThreadPoolExecutor(8) as pool:
+            found = list(pool.map(lambda number: turns.compute(work, number), range(24)))
+        assert [number for number, _ in found] == list(range(24))
+        assert len({thread for _, thread in found}) == 1
+
+    def test_it_waits_for_its_turn(self, turns):
+        done = threading.Event()
+        with turns.turn():
+            waiting = threading.Thread(target=turns.compute, args=(done.set,), daemon=True)
+            waiting.start()
+            until(lambda: turns.waiting == 1)
+            assert not done.is_set()
+        waiting.join(PATIENCE)
+        assert done.is_set() and turns.waiting == 0
+
+    def test_an_error_reaches_the_caller_and_ends_the_turn(self, turns):
+        with pytest.raises(ZeroDivisionError):
+            turns.compute(lambda: 1 / 0)
+        assert turns.compute(lambda: "next") == "next"
+
+    def test_the_caller_s_context_is_there(self, turns):
+        import contextvars
+
+        name = contextvars.ContextVar("name", default="nobody")
+        name.set("ann")
+        assert turns.compute(name.get) == "ann"

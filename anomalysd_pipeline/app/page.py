@@ -24,6 +24,11 @@ WELCOME_BACK = (
     "are not here. Load their adaptation in the tab Teach, or teach them anew."
 )
 
+UNUSABLE = (
+    "A file or value of this call cannot be used; give files that you have uploaded, and values of the kind that the "
+    "function takes."
+)
+
 
 class Page(gr.Blocks):
     """Blocks that are served as this app must be, whoever calls `launch`: an app file, a Space or a test."""
@@ -55,6 +60,16 @@ class Page(gr.Blocks):
         timer.daemon = True
         timer.start()
         return super().launch(*args, **{**defaults, **kwargs, "app_kwargs": app_kwargs})
+
+    async def preprocess_data(self, *args, **kwargs):
+        """As `gr.Blocks.preprocess_data`, but what it refuses, it refuses with a sentence."""
+        try:
+            return await super().preprocess_data(*args, **kwargs)
+        except gr.Error:
+            raise
+        # Whatever a stranger's values cause in gradio's own checks, whose words may name paths of the server.
+        except Exception as error:
+            raise gr.Error(UNUSABLE, print_exception=False) from error
 
 
 def build(limits: Limits | None = None, models: Models | None = None) -> Page:

@@ -14,6 +14,8 @@ import math
 import os
 from collections.abc import Callable, Iterator
 
+from .memory import share_arenas
+
 LONGEST = 300
 """Seconds of GPU that one call may ask for."""
 
@@ -35,6 +37,7 @@ def prepared() -> Iterator[None]:
     Meanwhile no garbage is collected: looking again and again through what was just imported, where there is none,
     takes a seventh of the time to the page.
     """
+    share_arenas()
     if is_zero_gpu():
         import spaces  # noqa: F401
     enabled = gc.isenabled()

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
 class Turns:
@@ -19,6 +24,7 @@ class Turns:
         self._condition = threading.Condition()
         self._tickets: deque[object] = deque()  # those who wait, in the order they came
         self._taken = False
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     @property
     def waiting(self) -> int:
@@ -58,6 +64,13 @@ class Turns:
                     self._condition.wait_for(lambda: not self._taken)
                     self._taken = True
                     raise
+
+    def compute(self, function: Callable[..., Result], *arguments) -> Result:
+        """Calls a function within a turn, in a thread that is the same for all: PyTorch keeps working memory and
+        helpers for each thread that ever computed, and a server has many."""
+        context = contextvars.copy_context()
+        with self.turn():
+            return self._worker.submit(context.run, function, *arguments).result()
 
     def _take(self) -> None:
         """Waits in line; called with the condition held."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -128,8 +129,9 @@ def inspect_one(
     part = check_part(part, session)
     with session.in_use(), _own_turn(session):
         pipe = session.pipe  # may wait for the base; nobody's turn meanwhile
-        with _turn(turns):
-            result, proposed = inspect_on_gpu(Carried(pipe), picture, part, preset)
+        # A GPU that is lent is nobody else's meanwhile, and computes in another process.
+        compute = inspect_on_gpu if is_zero_gpu() else functools.partial(turns.compute, inspect_on_gpu)
+        result, proposed = compute(Carried(pipe), picture, part, preset)
         settings = pipe.settings(preset=preset, category=part).to_dict()
         settings = {"preset": preset, **settings}
         record = pipe.config.categories.get(part)
