@@ -112,6 +112,17 @@ class TestLessons:
         assert old.dropped and not old.folder.exists() and old.key not in store._sessions
         assert visitor.parts() == ["Any part", "other"]
 
+    def test_who_comes_back_is_told_what_became_of_the_parts(self, visitors, nuts, monkeypatch):
+        from anomalysd_pipeline.app import desk
+
+        monkeypatch.setattr(desk, "GRACE_SECONDS", 1000.0)  # a session that is still there when the page comes back
+        visitor = visitors()
+        learn(visitor, nuts[:2], "nut")
+        assert visitor.page.locator("#note", has_text="Welcome back").count() == 0
+        visitor.page.reload()
+        assert "not here" in visitor.text_of("#note", "Welcome back")
+        assert visitors().page.locator("#note", has_text="Welcome back").count() == 0
+
     def test_an_inspection_comes_between_the_steps(self, visitors, nuts):
         teacher, other = visitors(), visitors()
         begin_a_long_lesson(teacher, nuts[:2])
