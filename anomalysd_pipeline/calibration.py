@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from .collection import collect_prototypes, prototype_sources
+from .collection import fill_bank
 from .data import augment, to_tensor
 from .detection import score_maps
 from .scoring import image_score
@@ -115,8 +115,7 @@ def calibrate_threshold(
         if held_out:
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = copy.deepcopy(pipe.bank)
-            features = collect_prototypes(pipe.extractor, others, rotations)
-            bank.add(category, features, sources=prototype_sources(len(features), len(others), rotations))
+            fill_bank(bank, category, pipe.extractor, others, rotations)
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]

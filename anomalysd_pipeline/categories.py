@@ -7,7 +7,7 @@ import copy
 import torch
 
 from .calibration import Calibration, calibrate_threshold
-from .collection import collect_prototypes, prototype_sources
+from .collection import fill_bank
 from .data import to_tensor
 from .images import load_pictures
 from .prompts import PromptBook, check_category
@@ -65,9 +65,7 @@ class CategoryMixin:
         pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
-        features = collect_prototypes(self.extractor, pictures.to(device), rotations)
-        sources = prototype_sources(len(features), len(pictures), rotations)
-        self.bank.to(device).add(category, features, sources=sources)
+        fill_bank(self.bank.to(device), category, self.extractor, pictures.to(device), rotations)
         self.register_to_config(prompts=book.to_dict())
         self._store_category(
             category,

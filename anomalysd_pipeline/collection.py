@@ -43,6 +43,16 @@ def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4)
     return features
 
 
+def fill_bank(bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4) -> None:
+    """Stores the prototypes of normal pictures in a [`PrototypeBank`], with what is known of where each is from.
+
+    Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
+    """
+    features = collect_prototypes(extractor, images, rotations)
+    sources = prototype_sources(len(features), len(images), rotations)
+    bank.add(category, features, sources=sources, unturned=len(features) // rotations)
+
+
 def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:
     """From which picture each of the `count` vectors of [`collect_prototypes`] is, int64 [count]; from which turned
     copy, where there is one picture alone."""

@@ -207,10 +207,15 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         sizes: Number of prototypes per category.
         dim: Length of a prototype; 0 while there are no categories.
         max_size: A category with more vectors than this is thinned to a coreset.
+        max_unturned: In a category that is thinned, as many vectors of the pictures as they were given, not turned,
+            are kept beside the coreset: all where they fit, else evenly spaced ones. A coreset keeps what is rare, and
+            few of the many that look alike, among which small defects hide.
     """
 
     @register_to_config
-    def __init__(self, sizes: dict[str, int] | None = None, dim: int = 0, max_size: int = 10000):
+    def __init__(
+        self, sizes: dict[str, int] | None = None, dim: int = 0, max_size: int = 10000, max_unturned: int = 0
+    ):
         super().__init__()
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
@@ -254,6 +259,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         seed: int = 0,
         sources: Tensor | None = None,
         spread: Tensor | None = None,
+        unturned: int = 0,
     ) -> None:
         """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
 
@@ -263,7 +269,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             seed: Of the coreset, see [`greedy_coreset`].
             sources: Whole numbers [M], from which picture each vector is, see `collection.prototype_sources`; None, or
                 one number alone: nothing is known of how normal parts differ, and every spread is 1.
-            spread: [M], instead of `sources`, where it is known.
+            spread: [M], instead of `sources`, where it is known; nothing is thinned then.
+            unturned: How many vectors, from the first on, are of pictures that were not turned.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
@@ -280,13 +287,14 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if not torch.isfinite(features).all():
             raise ValueError("`features` must be finite, got NaN or infinity.")
         kept = torch.arange(len(features), device=features.device)
-        if len(features) > self.config.max_size:
+        if len(features) > self.config.max_size and spread is None:
             kept = greedy_coreset(features, self.config.max_size, seed).to(features.device)
-        if spread is not None:
-            spread = spread[kept]
-        elif sources is None or len(sources.unique()) < 2:
+            count = min(unturned, self.config.max_unturned)
+            straight = torch.linspace(0, unturned - 1, count, dtype=torch.float64, device=kept.device).round().long()
+            kept = torch.cat([kept, straight]).unique() if count else kept
+        if spread is None and (sources is None or len(sources.unique()) < 2):
             spread = features.new_ones(len(kept))
-        else:
+        elif spread is None:
             spread = spread_of(features, sources.to(features.device), kept, seed)
         features = features[kept]
         like = {"dtype": self.placeholder.dtype, "device": self.placeholder.device}
@@ -333,7 +341,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return self._nearest(category, psi, chunk, 1)[0]
 
     def relative_distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
-        """E in units of what normal parts differ by there: E / (4 m + s), not in the paper.
+        """E in units of what normal parts differ by there: E / (2 m + s), not in the paper.
 
         s is the mean spread of the 9 nearest prototypes and m that of the whole category. Where normal parts vary, a
         distance means little; this also makes the numbers of different features and parts comparable, some tenths
@@ -347,7 +355,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         spread = self.spread(category).float()
         distances, index = self._nearest(category, psi, chunk, min(_NEIGHBORS, len(spread)))
         local = spread[index].mean(dim=-1)
-        return distances / (4 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
+        return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

@@ -21,7 +21,8 @@ from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
 from anomalysd_pipeline.scoring import PerceptualDistance
 from scripts.recipe import DEFAULTS, RESOLUTION, make_scheduler
 
-BANK_SIZE = 2048
+# Beside a coreset of the turned copies, all vectors of up to 8 pictures as they are: measured on drawn parts.
+BANK = {"max_size": 2048, "max_unturned": 8192}
 
 
 def assemble(work: Path) -> AnomalySDPipeline:
@@ -34,7 +35,7 @@ def assemble(work: Path) -> AnomalySDPipeline:
         scheduler=make_scheduler(),
         extractor=PrototypeExtractor.from_pretrained(work / "extractor"),
         perceptual=PerceptualDistance.from_pretrained(work / "perceptual"),
-        bank=PrototypeBank(max_size=BANK_SIZE),
+        bank=PrototypeBank(**BANK),
         resolution=RESOLUTION,
         **DEFAULTS,
     )

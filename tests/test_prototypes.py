@@ -5,7 +5,7 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
-from anomalysd_pipeline.collection import _resample_rotated, collect_prototypes, prototype_sources
+from anomalysd_pipeline.collection import _resample_rotated, collect_prototypes, fill_bank, prototype_sources
 from anomalysd_pipeline.coreset import greedy_coreset
 from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
 
@@ -102,6 +102,29 @@ class TestPrototypeBank:
         bank.add("bottle", features, seed=3)
         assert torch.equal(bank["bottle"], features[greedy_coreset(features, 10, seed=3)])
 
+    @pytest.mark.parametrize(
+        ("unturned", "straight"), [(6, range(6)), (8, range(8)), (15, (0, 2, 4, 6, 8, 10, 12, 14))]
+    )
+    def test_keeps_what_was_not_turned_beside_the_coreset(self, unturned, straight):
+        bank, features = PrototypeBank(max_size=10, max_unturned=8), vectors(40, 4)
+        bank.add("bottle", features, seed=3, unturned=unturned, sources=torch.arange(40) % 4)
+        kept = sorted({*greedy_coreset(features, 10, seed=3).tolist(), *straight})
+        assert torch.equal(bank["bottle"], features[kept])
+        squares = cdist(features[kept], features, "sqeuclidean")
+        squares[np.array(kept)[:, None] % 4 == np.arange(40)[None] % 4] = np.inf
+        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
+
+    def test_what_fits_is_kept_once_and_whole(self):
+        bank, features = PrototypeBank(max_size=40, max_unturned=8), vectors(40, 4)
+        bank.add("bottle", features, unturned=8)
+        assert torch.equal(bank["bottle"], features)
+
+    def test_what_was_packed_is_not_thinned_again(self):
+        bank, small = PrototypeBank(max_size=10, max_unturned=8), PrototypeBank(max_size=5)
+        bank.add("bottle", vectors(40, 4), unturned=8)
+        small.add_packed("bottle", bank.packed("bottle"))
+        assert len(bank["bottle"]) > 10 and torch.equal(small.packed("bottle"), bank.packed("bottle"))
+
     def test_rejects(self):
         bank = PrototypeBank()
         bank.add("bottle", vectors(3, 4))
@@ -148,7 +171,7 @@ class TestRelativeDistances:
         squares = cdist(psi.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy(), features, "sqeuclidean")
         spread = bank.spread("bottle").double().numpy()
         local = spread[np.argsort(squares, axis=1)[:, :9]].mean(axis=1)
-        expected = squares.min(axis=1) / (4 * spread.mean() + local)
+        expected = squares.min(axis=1) / (2 * spread.mean() + local)
         np.testing.assert_allclose(bank.relative_distances("bottle", psi).flatten(), expected, rtol=1e-4)
         # In pieces as in one, and with another scale of the features.
         assert torch.equal(bank.relative_distances("bottle", psi, chunk=5), bank.relative_distances("bottle", psi))
@@ -162,7 +185,7 @@ class TestRelativeDistances:
         bank = PrototypeBank()
         bank.add("bottle", vectors(4, 5))
         psi = vectors(1, 5, 2, 2, seed=1)
-        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 5)
+        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 3)
 
     def test_packed_and_saved_banks_keep_their_spread(self, tmp_path):
         bank, _, _ = self.bank()
@@ -174,6 +197,17 @@ class TestRelativeDistances:
         loaded = PrototypeBank.from_pretrained(tmp_path)
         for name in ("bottle", "cable"):
             assert torch.equal(loaded.spread(name), bank.spread(name)) and loaded.spread(name).min() > 0
+
+    def test_a_filled_bank_knows_what_was_turned_and_where_it_is_from(self):
+        images = pictures(3, 4, 6)
+        bank, expected = (PrototypeBank(max_size=20, max_unturned=100) for _ in range(2))
+        fill_bank(bank, "bottle", torch.nn.Identity(), images, rotations=3)
+        sources = torch.tensor([0, 1, 2] * 3).repeat_interleave(24)
+        features = collect_prototypes(torch.nn.Identity(), images, rotations=3)
+        expected.add("bottle", features, sources=sources, unturned=72)
+        assert torch.equal(bank.packed("bottle"), expected.packed("bottle"))
+        found = bank.distances("bottle", images)
+        assert found.max() == 0  # the pictures themselves are all there
 
     def test_sources_of_collected_vectors(self):
         images = pictures(5, 4, 6)
