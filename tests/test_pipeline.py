@@ -1,4 +1,4 @@
-"""The pipeline's contract: equality with diffusers, reproducibility, saving, errors."""
+"""The pipeline's contract: reproducibility, saving, errors."""
 
 import json
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -21,104 +20,6 @@ from anomalysd_pipeline.scoring import smoothing_sigma
 
 from .conftest import make_tiny_pipeline
 from .tiny import RESOLUTION, ddim, tiny_components, tiny_taesd, tiny_unet
-
-
-def two_pictures(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(2, 3, 8, 8, generator=generator) * 2 - 1
-    return torch.nn.functional.interpolate(coarse, size=RESOLUTION, mode="bicubic").clamp(-1, 1)
-
-
-def two_masks():
-    masks = torch.zeros(2, 1, RESOLUTION, RESOLUTION)
-    masks[0, :, 8:40, 16:48] = 1
-    masks[1, :, 30:, :21] = 1
-    return masks
-
-
-def without_posterior_spread(vae: AutoencoderKL) -> AutoencoderKL:
-    """diffusers samples the posterior; with a spread of e^-15 its sample is the mean."""
-    with torch.no_grad():
-        vae.quant_conv.weight[4:] = 0
-        vae.quant_conv.bias[4:] = -30
-    return vae
-
-
-class TestInpaintEqualsDiffusers:
-    """`pipe.inpaint` against diffusers' own inpainting pipeline: same weights, noise and strength."""
-
-    @pytest.fixture(scope="class")
-    def components(self):
-        components = tiny_components(seed=3)
-        without_posterior_spread(components["vae"])
-        return components
-
-    @pytest.mark.parametrize("strength", [0.2, 0.4, 0.6, 0.8, 1.0])
-    @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
-    @pytest.mark.parametrize("guidance", [1.0, 4.0])
-    def test_equal(self, components, scheduler, strength, guidance):
-        schedule = ddim() if scheduler == "ddim" else DPMSolverMultistepScheduler.from_config(ddim().config)
-        ours = AnomalySDPipeline(**{**components, "scheduler": schedule}, resolution=RESOLUTION)
-        theirs = StableDiffusionInpaintPipeline(
-            **{k: components[k] for k in ("vae", "text_encoder", "tokenizer", "unet")},
-            scheduler=type(schedule).from_config(schedule.config),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        theirs.set_progress_bar_config(disable=True)
-        images, masks = two_pictures(), two_masks()
-        with torch.no_grad():
-            embeds = average_embedding(["a perfect nut.", "a nut."], ours.tokenizer, ours.text_encoder).repeat(2, 1, 1)
-            negative = average_embedding([""], ours.tokenizer, ours.text_encoder).repeat(2, 1, 1)
-
-        def generators():
-            return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
-
-        # What diffusers draws: the noise from each generator after the posterior samples of the picture (unless the
-        # strength is 1), so the same draws are made here in the same order.
-        noise = []
-        for generator in generators():
-            if strength < 1:
-                torch.randn(1, 4, 16, 16, generator=generator)
-            noise.append(torch.randn(1, 4, 16, 16, generator=generator))
-        expected = theirs(
-            image=(images + 1) / 2,
-            mask_image=masks,
-            prompt_embeds=embeds,
-            negative_prompt_embeds=negative,
-            strength=strength,
-            num_inference_steps=10,
-            guidance_scale=guidance,
-            height=RESOLUTION,
-            width=RESOLUTION,
-            generator=generators(),
-            output_type="pt",
-        ).images
-        result = ours.inpaint(
-            images,
-            masks,
-            embeds,
-            noise_strength=strength,
-            num_inference_steps=10,
-            noise=torch.cat(noise),
-            guidance_scale=guidance,
-            negative_prompt_embeds=negative,
-        )
-        assert result.dtype == torch.float32 and result.shape == images.shape
-        assert expected.std() > 0.01  # a constant picture would be equal to anything constant
-        torch.testing.assert_close((result + 1) / 2, expected, atol=1e-4, rtol=0)
-
-    def test_strength_and_mask_matter(self, components):
-        pipe = AnomalySDPipeline(**components, resolution=RESOLUTION)
-        images = two_pictures()
-        embeds = average_embedding(["a perfect nut."], pipe.tokenizer, pipe.text_encoder)
-        results = [
-            pipe.inpaint(images, masks, embeds, noise_strength=strength, num_inference_steps=10)
-            for masks, strength in ((two_masks(), 0.2), (two_masks(), 0.8), (1 - two_masks(), 0.2))
-        ]
-        assert (results[0] - results[1]).abs().max() > 1e-3
-        assert (results[0] - results[2]).abs().max() > 1e-3
 
 
 class TestInspection:
@@ -190,7 +91,7 @@ class TestInspection:
         between[own[:, None] == own[None]] = np.inf
         spread = between.min(1)
         nearest = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).argsort(-1)[..., :9]
-        far = far / (4 * spread.mean() + spread[nearest].mean(-1))
+        far = far / (2 * spread.mean() + spread[nearest].mean(-1))
         far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[
             0, 0
         ].numpy()
@@ -466,16 +367,3 @@ class TestBadInput:
     def test_resolution_that_is_no_multiple_of_the_factor(self):
         with pytest.raises(ValueError, match="`resolution`"):
             make_tiny_pipeline(resolution=66)
-
-    def test_inpaint_shapes(self, tiny_pipeline):
-        embeds = torch.zeros(1, 77, 32)
-        good = {"images": two_pictures(), "masks": two_masks(), "prompt_embeds": embeds}
-        for name, bad in (
-            ("images", torch.zeros(2, 3, 63, 64)),
-            ("masks", torch.zeros(2, 1, 32, 32)),
-            ("noise", torch.zeros(2, 4, 8, 8)),
-        ):
-            with pytest.raises(ValueError, match=f"`{name}`"):
-                tiny_pipeline.inpaint(**{**good, name: bad})
-        with pytest.raises(ValueError, match="negative_prompt_embeds"):
-            tiny_pipeline.inpaint(**good, guidance_scale=3.0)
