@@ -192,7 +192,8 @@ class AdaptationMixin:
         self.use_adaptation(self.config.categories.get(category, {}).get("adaptation"))
 
     def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
-        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB.
+        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB
+        to some 20.
 
         Args:
             save_directory: made if missing; replaced as a whole if it holds an adaptation.
