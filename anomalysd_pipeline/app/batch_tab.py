@@ -197,7 +197,7 @@ class _Batch:
         """What was found, in one line."""
         verdicts = [row[1] for row in self.table]
         counts = {word: verdicts.count(word) for word in dict.fromkeys(verdicts)}
-        return f"{len(verdicts)} done: " + ", ".join(f"{count} {word.lower()}" for word, count in counts.items())
+        return f"{len(verdicts)} done: " + ", ".join(f"{count} × {word.lower()}" for word, count in counts.items())
 
     def files(self) -> list[str]:
         """The table and the zip, for the visitor to fetch."""

@@ -49,7 +49,7 @@ def build(picture: gr.Image, tabs: gr.Tabs) -> None:
             masks = gr.Gallery(
                 label="Masks",
                 columns=2,
-                height=240,
+                height=200,
                 object_fit="contain",
                 interactive=False,
                 elem_id="gallery-masks",

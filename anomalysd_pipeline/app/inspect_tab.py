@@ -64,7 +64,7 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
             masks = gr.Gallery(
                 label="Masks",
                 columns=3,
-                height=380,
+                height=240,
                 object_fit="contain",
                 elem_id="inspect-masks",
                 interactive=False,

@@ -99,13 +99,16 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* These are results: there is nothing to be removed from them. */
 :is(#inspect-downloads, #batch-downloads) .label-clear-button { display: none; }
 #batch-table { min-height: 12rem; }
+.caption-label { max-width: 100% !important; white-space: normal !important; overflow-wrap: anywhere;
+  line-height: 1.25 !important; }
 :is(button, input, textarea, [role=tab]):focus-visible { outline: 3px solid #0d9488 !important; outline-offset: 2px; }
 @media (max-width: 640px) {
   .stack { height: 300px; } .validation .stack { height: 150px; }
   .verdict { min-height: 9.5rem; } .progress p { min-height: 3rem; } .gauge { min-height: 4.2rem; }
   .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
   #title h1 { font-size: 1.35rem; }
-  #inspect-masks .grid-container { grid-template-columns: 1fr !important; }
+  .caption-label { padding: 0.2rem 0.3rem !important; }
+  #inspect-masks .grid-container { grid-template-columns: repeat(3, 1fr) !important; }
   :is(#batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
     grid-template-columns: repeat(2, 1fr) !important; }
   #batch-table { max-width: calc(100vw - 2rem); overflow: hidden; }
