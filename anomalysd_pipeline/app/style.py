@@ -108,8 +108,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
   .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
   #title h1 { font-size: 1.35rem; }
   .caption-label { padding: 0.2rem 0.3rem !important; }
-  #inspect-masks .grid-container { grid-template-columns: repeat(3, 1fr) !important; }
-  :is(#batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
+  :is(#inspect-masks, #batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
     grid-template-columns: repeat(2, 1fr) !important; }
   #batch-table { max-width: calc(100vw - 2rem); overflow: hidden; }
   #batch-table :is(.table-container, .table-wrap) { max-width: 100%; overflow-x: auto; }
