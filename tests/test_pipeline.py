@@ -13,6 +13,7 @@ from diffusers import (
 )
 
 from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.calibration import prediction_threshold
 from anomalysd_pipeline.collection import collect_prototypes
 from anomalysd_pipeline.data import to_tensor
 from anomalysd_pipeline.prompts import average_embedding
@@ -200,6 +201,12 @@ class TestCategories:
         assert out.pred_labels == [bool(s > record.threshold) for s in out.pred_scores]
         assert np.array_equal(out.pred_masks, out.anomaly_maps > record.threshold)
         json.dumps(dict(tiny_pipeline.config.categories))
+
+    def test_one_picture_has_a_wider_threshold(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts[:1])
+        record = tiny_pipeline.calibrate("hex_nut", nuts[:1], preset="fast")
+        assert not record.held_out and len(record.scores) == 8
+        assert record.threshold == pytest.approx(2 * prediction_threshold(record.scores, 0.05), rel=1e-6)
 
     def test_held_out_banks_do_not_know_the_picture_they_score(self, tiny_pipeline, nuts):
         """With the feature term on, a picture in its own bank would score lower than a new one."""
