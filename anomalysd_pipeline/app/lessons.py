@@ -20,7 +20,7 @@ from .uploads import clean_text
 
 LENGTHS = {
     "quick": "Quick: prototypes and threshold, seconds",
-    "standard": "Standard: fine-tune, about two minutes",
+    "standard": "Standard: fine-tune, about three minutes",
     "thorough": "Thorough: three times as long",
 }
 TIMES = {"standard": 1, "thorough": 3}
