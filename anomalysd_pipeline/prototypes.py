@@ -290,8 +290,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if len(features) > self.config.max_size and spread is None:
             kept = greedy_coreset(features, self.config.max_size, seed).to(features.device)
             count = min(unturned, self.config.max_unturned)
-            straight = torch.linspace(0, unturned - 1, count, dtype=torch.float64, device=kept.device).round().long()
-            kept = torch.cat([kept, straight]).unique() if count else kept
+            straight = torch.linspace(0, unturned - 1, count, dtype=torch.float64).round().long()
+            kept = torch.cat([kept, straight.to(kept.device)]).unique() if count else kept
         if spread is None and (sources is None or len(sources.unique()) < 2):
             spread = features.new_ones(len(kept))
         elif spread is None:
