@@ -43,3 +43,22 @@ def tiny_pipeline_folder(tmp_path_factory):
 def nuts():
     """Three normal pictures of one drawn hex nut, 64 px."""
     return normal_images("hex_nut", 3, seed=5, size=64)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A running Hub that this process' client talks to, without a login."""
+    from huggingface_hub import close_session, constants
+
+    from .hub_server import HubServer
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    close_session()
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        yield server
+    close_session()
