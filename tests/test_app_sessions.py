@@ -160,6 +160,26 @@ class TestDropping:
         assert (outside / "kept.txt").exists() and not session.folder.exists()
 
 
+class TestRenewing:
+    def test_the_new_key_alone_opens_it(self, store):
+        session = store.get(None)
+        session.parts["nut"], old = Part("nut"), session.key
+        assert store.renew(old) is session and session.key != old
+        assert store.get(session.key) is session and store.get(old) is not session
+        store.drop(old)  # as the page that had it does in the end
+        assert not session.dropped and store.get(session.key) is session
+
+    def test_counts_as_a_use(self, store, clock):
+        session = store.get(None)
+        clock.now = 999
+        store.renew(session.key)
+        clock.now = 1500
+        assert store.get(session.key) is session
+
+    def test_a_key_of_nobody_stays_one(self, store):
+        assert store.renew("x") is None and len(store) == 0
+
+
 class TestPlaces:
     def test_none_is_left_while_all_are_busy(self, store, clock):
         sessions = [store.get(None) for _ in range(3)]

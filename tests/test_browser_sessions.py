@@ -123,6 +123,29 @@ class TestLessons:
         assert "not here" in visitor.text_of("#note", "Welcome back")
         assert visitors().page.locator("#note", has_text="Welcome back").count() == 0
 
+    def test_who_comes_back_may_go_on_with_the_parts(self, visitors, nuts, monkeypatch):
+        from anomalysd_pipeline.app import desk
+
+        monkeypatch.setattr(desk, "GRACE_SECONDS", 1000.0)
+        visitor = visitors()
+        learn(visitor, nuts[:2], "nut")
+        before = visitor.inspect(nuts[2], "nut")
+        visitor.page.reload()
+        visitor.page.locator("#take-up").click()
+        visitor.page.locator("#note").wait_for(state="hidden")
+        assert visitor.parts() == ["Any part", "nut"] and visitor.inspect(nuts[2], "nut") == before
+
+    def test_the_parts_of_an_open_page_stay_there(self, visitors, nuts):
+        visitor = visitors()
+        learn(visitor, nuts[:2], "nut")
+        first, visitor.page = visitor.page, visitor.context.new_page()
+        visitor.page.goto(first.url)
+        visitor.page.locator("#take-up").click()
+        visitor.page.get_by_text("are on another page of yours").first.wait_for()
+        assert visitor.parts() == ["Any part"]
+        visitor.page = first
+        assert visitor.parts() == ["Any part", "nut"]
+
     def test_an_inspection_comes_between_the_steps(self, visitors, nuts):
         teacher, other = visitors(), visitors()
         begin_a_long_lesson(teacher, nuts[:2])

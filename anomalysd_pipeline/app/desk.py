@@ -21,8 +21,8 @@ from .sessions import Session, SessionStore
 from .turns import Turns
 
 SWEEP_SECONDS = 60.0
-GRACE_SECONDS = 120.0
-"""How long a session outlives its page."""
+GRACE_SECONDS = 600.0
+"""How long a session outlives its page: long enough to sign in elsewhere and come back."""
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,47 @@ class Desk:
 
     def has_taught(self, request: gr.Request | None) -> bool:
         """Whether this visitor has a session with parts, on another page or from before a reload."""
-        visitor = visitor_of(request)
-        known = list(self._visitors.items())
-        return visitor is not None and any(who == visitor and session.parts for session, who in known)
+        return bool(self._with_parts(visitor_of(request)))
+
+    def take_up(self, key: tuple[str, str] | None, request: gr.Request | None) -> Visit:
+        """Goes on with the parts that the visitor had on a page that is gone: reloaded, closed, or left to sign in.
+
+        Args:
+            key: of the page they are on now, whose session, which has no parts yet, ends.
+
+        Raises:
+            ValueError: this page has parts already, or there are none to go on with.
+        """
+        from .work import cancel_lesson
+
+        own = self.present(key)
+        if own is not None and own.parts:
+            raise ValueError("This page has parts of its own already; download their adaptations, then reload it.")
+        visitor, in_use = visitor_of(request), set(self._pages.values())
+        had = self._with_parts(visitor)
+        left = {one: session for one, session in had.items() if one not in in_use}
+        if not left:
+            said = "are on another page of yours; go on there, or close it" if had else "are gone; teach them anew"
+            raise ValueError(f"The parts that you taught before {said}.")
+        old = min(left, key=lambda one: left[one].idle)
+        # The page that is gone still has the old key, and ends that session when gradio forgets it.
+        session = self.stores[old[0]].renew(old[1])
+        if session is None:
+            raise ValueError("The parts that you taught before are gone; teach them anew.")
+        cancel_lesson(session)  # nobody sees it
+        if own is not None:
+            self.leave(key)
+        self._sessions.pop(old, None)
+        key = (old[0], session.key)
+        self._sessions[key] = session
+        return self.visit(key, request)
+
+    def _with_parts(self, visitor: str | None) -> dict[tuple[str, str], Session]:
+        """A visitor's sessions with parts, by key."""
+        if visitor is None:
+            return {}
+        mine = [(key, session) for key, session in list(self._sessions.items()) if not session.dropped]
+        return {key: session for key, session in mine if session.parts and self._visitors.get(session) == visitor}
 
     def leave(self, key: tuple[str, str] | None) -> None:
         """Ends a session: the visitor has gone, or wants to start anew."""

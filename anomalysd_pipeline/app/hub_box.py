@@ -10,7 +10,10 @@ from . import views
 from .desk import Desk, Visit, sentences
 from .space import is_space, local_token
 
-_ON_SPACE = "Sign in, and the adaptation goes to a repository of your own."
+_ON_SPACE = (
+    "Sign in, and the adaptation goes to a repository of your own. That loads the page anew: your parts wait, and a "
+    "button at its top brings them back."
+)
 _LOCALLY = (
     "On a Space you sign in here. On your own machine, start the app with `HF_TOKEN` set to a token with write "
     "access; only a browser on this machine can then publish."

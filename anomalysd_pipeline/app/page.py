@@ -8,7 +8,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from . import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
-from .desk import Desk
+from .desk import GRACE_SECONDS, Desk, sentences
 from .handouts import Door
 from .limits import Limits
 from .model import Models
@@ -21,7 +21,7 @@ WARM_UP_SECONDS = 1.5
 """The page comes first: loading the model takes the processor for seconds."""
 WELCOME_BACK = (
     "**Welcome back.** Each page is a session of its own: parts that you taught on another one, or before a reload, "
-    "are not here. Load their adaptation in the tab Teach, or teach them anew."
+    "are not here. Those of a page that you have left wait for {minutes:.0f} minutes."
 )
 
 UNUSABLE = (
@@ -85,7 +85,10 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
         # The key of the session alone; what it opens stays on the server, and so does the state itself.
         key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=desk.leave)
         gr.Markdown(TITLE, elem_id="title")
-        note = gr.Markdown("", elem_id="note", visible=False)
+        with gr.Row(elem_id="note", visible=False) as note:
+            with gr.Column(scale=4, min_width=300):
+                said = gr.Markdown("")
+            again = gr.Button("Go on with these parts", size="sm", scale=0, min_width=220, elem_id="take-up")
         with gr.Tabs(selected="inspect") as tabs:
             with gr.Tab("Inspect", id="inspect"):
                 inspecting = inspect_tab.build(desk, key)
@@ -104,11 +107,20 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
                 about_tab.build(desk, key, parts, about)
 
         def greet(request: gr.Request):
-            return gr.Markdown(WELCOME_BACK, visible=True) if desk.has_taught(request) else gr.skip()
+            if not desk.has_taught(request):
+                return gr.skip(), gr.skip()
+            return gr.Row(visible=True), WELCOME_BACK.format(minutes=GRACE_SECONDS / 60)
+
+        @sentences
+        def take_up(key, request: gr.Request):
+            visit = desk.take_up(key, request)
+            lists = [gr.Dropdown(choices=teach_tab.choices(visit)) for _ in parts]
+            return visit.key, gr.Row(visible=False), *lists
 
         def closed(request: gr.Request) -> None:
             desk.gone(request)
 
-        page.load(greet, None, note, api_visibility="private", queue=False, show_progress="hidden")
+        again.click(take_up, key, [key, note, *parts], api_visibility="private", show_progress="hidden")
+        page.load(greet, None, [note, said], api_visibility="private", queue=False, show_progress="hidden")
         page.unload(closed)
     return page.queue(max_size=256, default_concurrency_limit=8)

@@ -48,7 +48,7 @@ class Session:
     """What one visitor has; made by `SessionStore.get`.
 
     Attributes:
-        key: the secret that stands for the session; in no path and no address.
+        key: the secret that stands for the session; in no path and no address. `SessionStore.renew` changes it.
         folder: readable by the owner of the process alone; its name tells nothing of the key.
         parts: name to part.
         lock: to be held while `parts` or `pipe` change.
@@ -239,6 +239,16 @@ class SessionStore:
             self._sessions[session.key] = session
         if leaving is not None:
             leaving._end()
+        return session
+
+    def renew(self, key: str) -> Session | None:
+        """The session of a key under a new one, the old one then opening nothing; None where there is none."""
+        with self._lock:
+            session = self._sessions.pop(key, None)
+            if session is not None:
+                session.key = secrets.token_urlsafe(16)
+                session.touch()
+                self._sessions[session.key] = session
         return session
 
     def drop(self, key: str | None) -> None:

@@ -20,8 +20,8 @@ HELP = (
 COARSE_HELP = "The part in one line each, such as: A perfect hex nut."
 FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp edges and a clean thread."
 KEEP = (
-    "What you teach is yours alone. It is gone when you close or reload this page, or after an hour without use: "
-    "download the adaptation to keep it."
+    "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
+    "without use: download the adaptation to keep it."
 )
 SHOW_SECONDS = 0.4
 """Between two drawings of the progress."""
