@@ -17,6 +17,7 @@ from .adapters import PARTS, check_fits, same_fingerprint
 from .calibration import Calibration, prediction_threshold
 from .checkpoints import disk_errors, written_whole
 from .prompts import PROMPT_DESIGNS, check_category
+from .prototypes import PACKED_BESIDE
 from .settings import InspectionSettings
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
@@ -47,7 +48,7 @@ class StoredAdaptation:
     record: settings of its fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
-    banks: category to its prototypes and their spread, `[size, dim + 1]`, see `PrototypeBank.packed`.
+    banks: category to its prototypes, their spread and gaps, `[size, dim + 2]`, see `PrototypeBank.packed`.
     state: part to LoRA weights by name.
     """
 
@@ -220,7 +221,7 @@ def _check_fits(stored: StoredAdaptation, pipe) -> None:
     for part, own in stored.state.items():
         check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
     book = pipe.prompt_book
-    columns = sum(pipe.extractor.channels) + 1
+    columns = sum(pipe.extractor.channels) + PACKED_BESIDE
     for category, bank in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:

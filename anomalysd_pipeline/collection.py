@@ -5,6 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MISSING_PICTURES = 3
+"""Normal pictures from which on what is missing counts: of fewer, none can be held out to set a threshold."""
+
 _IMAGES_PER_PASS = 4
 _COMPARED = 2**14
 _ENTRIES = 2**24
@@ -43,14 +46,19 @@ def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4)
     return features
 
 
-def fill_bank(bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4) -> None:
+def fill_bank(
+    bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4, missing: bool = False
+) -> None:
     """Stores the prototypes of normal pictures in a [`PrototypeBank`], with what is known of where each is from.
 
-    Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
+    Args:
+        missing: whether to know what another picture lacks.
+        Others, and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
     features = collect_prototypes(extractor, images, rotations)
     sources = prototype_sources(len(features), len(images), rotations)
-    bank.add(category, features, sources=sources, unturned=len(features) // rotations)
+    whole = len(images) if missing else 0
+    bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole)
 
 
 def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:

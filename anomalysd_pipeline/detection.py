@@ -145,7 +145,7 @@ def score_maps(
     guided = None if prototype_masks is None else totals[:, -1]
     far = None
     if bank is not None and settings.feature_weight > 0:
-        far = torch.cat([bank.relative_distances(category, part) for part in psi.split(AT_ONCE)])  # [N, h, w]
+        far = torch.cat([bank.deviations(category, part) for part in psi.split(AT_ONCE)])  # [N, h, w]
         far = resize(far, (side, side))
     fused = fuse(multi_scale, guided, far, settings.prototype_weight, settings.feature_weight)  # Eq. (21)
     return smooth(fused, smoothing_sigma(side)), shown, prototype_masks

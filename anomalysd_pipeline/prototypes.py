@@ -16,11 +16,16 @@ from torch import Tensor, nn
 from .backbones import backbone_kind, create_backbone, load_weights
 from .collection import spread_of
 from .coreset import greedy_coreset
+from .missing import gaps_of, missing_distances
 
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**24
 _ROUNDING = 1e-10
 _NEIGHBORS = 9
+PACKED_BESIDE = 2
+"""Columns of `PrototypeBank.packed` beside the prototype."""
+MISSING_WEIGHT = 0.5
+"""Of what a picture lacks, beside what it has too much. Chosen on drawn parts, whole and with pieces broken off."""
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -201,10 +206,12 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     Banks are buffers [size, dim] named `bank_0`, `bank_1`, … in the alphabetical order of their categories (the order
     in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
     each is a buffer `spread_0`, … [size]: how far a prototype is from the nearest in another normal picture, which is
-    how much normal parts differ there.
+    how much normal parts differ there. A third, `gap_0`, … [whole], belongs to the first prototypes, where these are
+    all positions of the normal pictures, one picture after another: see `missing.gaps_of`.
 
     Args:
         sizes: Number of prototypes per category.
+        whole: How many of these, the first, are all positions of the normal pictures; 0: not known.
         dim: Length of a prototype; 0 while there are no categories.
         max_size: A category with more vectors than this is thinned to a coreset.
         max_unturned: In a category that is thinned, as many vectors of the pictures as they were given, not turned,
@@ -214,15 +221,22 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     @register_to_config
     def __init__(
-        self, sizes: dict[str, int] | None = None, dim: int = 0, max_size: int = 10000, max_unturned: int = 0
+        self,
+        sizes: dict[str, int] | None = None,
+        dim: int = 0,
+        max_size: int = 10000,
+        max_unturned: int = 0,
+        whole: dict[str, int] | None = None,
     ):
         super().__init__()
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
-        self.register_to_config(sizes=dict(sorted((sizes or {}).items())))
-        for index, size in enumerate(self.config.sizes.values()):
+        sizes = dict(sorted((sizes or {}).items()))
+        self.register_to_config(sizes=sizes, whole={category: (whole or {}).get(category, 0) for category in sizes})
+        for index, (category, size) in enumerate(sizes.items()):
             self.register_buffer(f"bank_{index}", torch.zeros(size, dim))
             self.register_buffer(f"spread_{index}", torch.zeros(size))
+            self.register_buffer(f"gap_{index}", torch.zeros(self.config.whole[category]))
 
     @property
     def categories(self) -> list[str]:
@@ -244,13 +258,22 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         self[category]
         return getattr(self, f"spread_{self.categories.index(category)}")
 
+    def gaps(self, category: str) -> Tensor:
+        """Gap of each of the first prototypes of `category`, [whole], >= 0. Raises ValueError if it has none."""
+        self[category]
+        return getattr(self, f"gap_{self.categories.index(category)}")
+
     def packed(self, category: str) -> Tensor:
-        """Prototypes and, in the last column, their spread, [size, dim + 1]: what `add_packed` takes."""
-        return torch.cat([self[category], self.spread(category)[:, None]], dim=1)
+        """Prototypes and, in the last columns, spread and gap (-1: none), [size, dim + 2]: what `add_packed` takes."""
+        bank, gaps = self[category], self.gaps(category)
+        column = F.pad(gaps, (0, len(bank) - len(gaps)), value=-1.0)
+        return torch.cat([bank, self.spread(category)[:, None], column[:, None]], dim=1)
 
     def add_packed(self, category: str, packed: Tensor) -> None:
         """Store what `packed` gave. Raises ValueError as `add` does."""
-        self.add(category, packed[:, :-1], spread=packed[:, -1])
+        self._check(category, packed[:, :-PACKED_BESIDE])
+        gaps = packed[:, -1]
+        self._store(category, packed[:, :-PACKED_BESIDE], packed[:, -2], gaps[gaps >= 0])
 
     def add(
         self,
@@ -258,8 +281,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         features: Tensor,
         seed: int = 0,
         sources: Tensor | None = None,
-        spread: Tensor | None = None,
         unturned: int = 0,
+        whole: int = 0,
     ) -> None:
         """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
 
@@ -269,55 +292,73 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             seed: Of the coreset, see [`greedy_coreset`].
             sources: Whole numbers [M], from which picture each vector is, see `collection.prototype_sources`; None, or
                 one number alone: nothing is known of how normal parts differ, and every spread is 1.
-            spread: [M], instead of `sources`, where it is known; nothing is thinned then.
             unturned: How many vectors, from the first on, are of pictures that were not turned.
+            whole: How many pictures these are, to know what another picture lacks: at least 2, all of them equally
+                large and kept; else, as with 0, `missing_distances` are none.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
         """
+        self._check(category, features)
+        kept = torch.arange(len(features), device=features.device)
+        if len(features) > self.config.max_size:
+            kept = greedy_coreset(features, self.config.max_size, seed).to(features.device)
+            count = min(unturned, self.config.max_unturned)
+            straight = torch.linspace(0, unturned - 1, count, dtype=torch.float64).round().long()
+            kept = torch.cat([kept, straight.to(kept.device)]).unique() if count else kept
+        if sources is None or len(sources.unique()) < 2:
+            spread = features.new_ones(len(kept))
+        else:
+            spread = spread_of(features, sources.to(features.device), kept, seed)
+        gaps = features.new_zeros(0)
+        all_kept = torch.equal(kept[:unturned], torch.arange(unturned, device=kept.device))
+        if whole > 1 and unturned and unturned % whole == 0 and all_kept:
+            gaps = gaps_of(features[:unturned].unflatten(0, (whole, -1))).flatten()
+        self._store(category, features[kept], spread, gaps)
+
+    def _check(self, category: str, features: Tensor) -> None:
         if not category:
             raise ValueError("`category` must be a non-empty name, got ''.")
         if features.ndim != 2 or 0 in features.shape:
             raise ValueError(f"`features` must be [M, dim] with at least one vector, got {list(features.shape)}.")
-        banks = {other: (self[other], self.spread(other)) for other in self.categories if other != category}
-        if banks and features.shape[1] != self.config.dim:
+        if any(other != category for other in self.categories) and features.shape[1] != self.config.dim:
             raise ValueError(
                 f"`features` must have {self.config.dim} channels like the other categories, got {features.shape[1]}."
             )
         if not torch.isfinite(features).all():
             raise ValueError("`features` must be finite, got NaN or infinity.")
-        kept = torch.arange(len(features), device=features.device)
-        if len(features) > self.config.max_size and spread is None:
-            kept = greedy_coreset(features, self.config.max_size, seed).to(features.device)
-            count = min(unturned, self.config.max_unturned)
-            straight = torch.linspace(0, unturned - 1, count, dtype=torch.float64).round().long()
-            kept = torch.cat([kept, straight.to(kept.device)]).unique() if count else kept
-        if spread is None and (sources is None or len(sources.unique()) < 2):
-            spread = features.new_ones(len(kept))
-        elif spread is None:
-            spread = spread_of(features, sources.to(features.device), kept, seed)
-        features = features[kept]
+
+    def _store(self, category: str, features: Tensor, spread: Tensor, gaps: Tensor) -> None:
         like = {"dtype": self.placeholder.dtype, "device": self.placeholder.device}
-        stored, known = features.detach().to(**like, copy=True), spread.detach().to(**like, copy=True)
-        if not torch.isfinite(stored).all() or not torch.isfinite(known).all():
-            raise ValueError(f"`features` must fit in the bank's {stored.dtype}, got up to {features.abs().max():g}.")
-        self._replace(banks | {category: (stored, known)})
+        stored = tuple(tensor.detach().to(**like, copy=True) for tensor in (features, spread, gaps))
+        if not all(torch.isfinite(tensor).all() for tensor in stored):
+            raise ValueError(
+                f"`features` must fit in the bank's {stored[0].dtype}, got up to {features.abs().max():g}."
+            )
+        self._replace({**self._held(), category: stored})
 
     def remove(self, category: str) -> None:
         """Forget a category. Raises ValueError if it has no bank."""
         self[category]
-        self._replace({other: (self[other], self.spread(other)) for other in self.categories if other != category})
+        self._replace({other: held for other, held in self._held().items() if other != category})
 
-    def _replace(self, banks: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def _held(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+        return {category: (self[category], self.spread(category), self.gaps(category)) for category in self.categories}
+
+    def _replace(self, banks: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
+        names = ("bank", "spread", "gap")
         for index in range(len(self.categories)):
-            delattr(self, f"bank_{index}")
-            delattr(self, f"spread_{index}")
+            for name in names:
+                delattr(self, f"{name}_{index}")
         banks = dict(sorted(banks.items()))
-        for index, (bank, spread) in enumerate(banks.values()):
-            self.register_buffer(f"bank_{index}", bank)
-            self.register_buffer(f"spread_{index}", spread)
-        dim = next((bank.shape[1] for bank, _ in banks.values()), 0)
-        self.register_to_config(sizes={category: len(bank) for category, (bank, _) in banks.items()}, dim=dim)
+        for index, tensors in enumerate(banks.values()):
+            for name, tensor in zip(names, tensors, strict=True):
+                self.register_buffer(f"{name}_{index}", tensor)
+        self.register_to_config(
+            sizes={category: len(bank) for category, (bank, _, _) in banks.items()},
+            dim=next((bank.shape[1] for bank, _, _ in banks.values()), 0),
+            whole={category: len(gaps) for category, (_, _, gaps) in banks.items()},
+        )
 
     @torch.no_grad()
     def distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
@@ -356,6 +397,34 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         distances, index = self._nearest(category, psi, chunk, min(_NEIGHBORS, len(spread)))
         local = spread[index].mean(dim=-1)
         return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def missing_distances(self, category: str, psi: Tensor) -> Tensor | None:
+        """What normal parts have and a picture lacks, see `missing.missing_distances`; not in the paper.
+
+        Args and errors: see [`distances`].
+
+        Returns:
+            float32 [N, h, w], >= 0; None where nothing is known, because the normal pictures are fewer than two, too
+            many to be kept whole, or of another size than `psi`.
+        """
+        gaps, bank = self.gaps(category), self[category]
+        positions = psi.shape[-2] * psi.shape[-1]
+        if len(gaps) == 0 or len(gaps) % positions:
+            return None
+        grids = bank[: len(gaps)].unflatten(0, (-1, positions))
+        return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
+
+    def deviations(self, category: str, psi: Tensor) -> Tensor:
+        """What a picture has and no normal part has, or, at half weight, the other way round: the larger of
+        [`relative_distances`] and [`missing_distances`] / 2.
+
+        Args and errors: see [`distances`].
+
+        Returns:
+            float32 [N, h, w], >= 0.
+        """
+        distances, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
+        return distances if missing is None else torch.maximum(distances, MISSING_WEIGHT * missing)
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

@@ -56,23 +56,24 @@ def evaluate(pipe, category, tests, settings):
     """What a registered category is judged by, each way of scoring, and the seconds per picture.
 
     Returns:
-        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (both, with the weight in
-        `settings`), each with the figures of `judge`. The feature term is added to one map of each picture, fusion and
-        smoothing being linear, rather than inspecting twice.
+        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (the first with the whole
+        feature term, by the weight in `settings`), each with the figures of `judge`. The feature term is added to one
+        map of each picture, fusion and smoothing being linear, rather than inspecting twice.
     """
     side = pipe.config.resolution
-    without, features = [], []
+    without, features, terms = [], [], []
     began = time.time()
     for image, _, _ in tests:
         x = to_tensor(image, side)[None]
         with torch.no_grad():
             maps, _, _ = score_maps(pipe, x, category, dataclasses.replace(settings, feature_weight=0.0), pipe.bank)
-            far = resize(pipe.bank.relative_distances(category, pipe.extractor(x)), (side, side))
+            psi = pipe.extractor(x)
+            for found, far in ((features, pipe.bank.relative_distances), (terms, pipe.bank.deviations)):
+                found.append(smooth(resize(far(category, psi), (side, side)), smoothing_sigma(side)))
         without.append(maps)
-        features.append(smooth(far, smoothing_sigma(side)))
     seconds = (time.time() - began) / len(tests)
-    without, features = torch.cat(without), torch.cat(features)
-    fused = without + settings.feature_weight * features
+    without, features, terms = torch.cat(without), torch.cat(features), torch.cat(terms)
+    fused = without + settings.feature_weight * terms
     scored = {"paper": without, "features": features, "fused": fused}
     return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds
 

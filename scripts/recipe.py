@@ -151,7 +151,7 @@ DEFAULTS = {
     "noise_strength": 0.25,
     "prototype_weight": 0.1,
     # So small a denoiser repaints edges a little wrong on good parts too: with less, it drowned the prototypes there.
-    "feature_weight": 8.0,
+    "feature_weight": 24.0,
     # Its features change as a part turns: with 4 rotations the edges of a turned nut had no counterpart in the bank.
     "rotations": 16,
     "adaptation": {

@@ -88,7 +88,7 @@ class TestPrototypeBank:
         assert "a" not in bank and bank.categories == ["b"] and torch.equal(bank["b"], vectors(2, 4, seed=2))
         bank.remove("b")
         bank.add("c", vectors(2, 7))
-        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0", "spread_0"}
+        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0", "spread_0", "gap_0"}
 
     def test_does_not_share_memory_with_its_input(self):
         bank, features = PrototypeBank(), vectors(3, 4)
@@ -191,7 +191,7 @@ class TestRelativeDistances:
         bank, _, _ = self.bank()
         copied = PrototypeBank()
         copied.add_packed("lid", bank.packed("bottle"))
-        assert torch.equal(copied.packed("lid"), bank.packed("bottle")) and bank.packed("bottle").shape == (60, 6)
+        assert torch.equal(copied.packed("lid"), bank.packed("bottle")) and bank.packed("bottle").shape == (60, 7)
         bank.add("cable", vectors(3, 5, seed=5))
         bank.save_pretrained(tmp_path)
         loaded = PrototypeBank.from_pretrained(tmp_path)
