@@ -24,7 +24,7 @@ _ROUNDING = 1e-10
 _NEIGHBORS = 9
 PACKED_BESIDE = 2
 """Columns of `PrototypeBank.packed` beside the prototype."""
-MISSING_WEIGHT = 0.5
+MISSING_WEIGHT = 0.4
 """Of what a picture lacks, beside what it has too much. Chosen on drawn parts, whole and with pieces broken off."""
 
 
@@ -415,8 +415,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
 
     def deviations(self, category: str, psi: Tensor) -> Tensor:
-        """What a picture has and no normal part has, or, at half weight, the other way round: the larger of
-        [`relative_distances`] and [`missing_distances`] / 2.
+        """What a picture has and no normal part has, or the other way round: the larger of [`relative_distances`] and
+        `MISSING_WEIGHT` times [`missing_distances`].
 
         Args and errors: see [`distances`].
 

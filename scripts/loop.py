@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers.training_utils import EMAModel
 
 
@@ -47,6 +48,7 @@ def train(
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+    AcceleratorState._reset_state()  # an earlier run in this process may have asked for another precision
     accelerator = Accelerator(mixed_precision=arguments.mixed_precision)
     folder = arguments.work / name
     folder.mkdir(parents=True, exist_ok=True)

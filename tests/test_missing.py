@@ -76,7 +76,8 @@ class TestFormulas:
 
 class TestBanks:
     def test_deviations_are_the_larger_of_both(self):
-        grids, psi = vectors(3, 6, 5), vectors(2, 5, 2, 3, seed=1)
+        # A picture that lacks nearly everything, and one that is like nothing normal.
+        grids, psi = vectors(3, 6, 5), vectors(2, 5, 2, 3, seed=1) * torch.tensor([0.1, 5.0]).view(2, 1, 1, 1)
         bank = bank_of(grids)
         there, lacking = bank.relative_distances("lid", psi), missing_distances(grids, gaps_of(grids), psi)
         torch.testing.assert_close(bank.missing_distances("lid", psi), lacking)
