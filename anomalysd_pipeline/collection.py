@@ -9,8 +9,9 @@ MISSING_PICTURES = 3
 """Normal pictures from which on what is missing counts: of fewer, none can be held out to set a threshold."""
 
 _IMAGES_PER_PASS = 4
+_CHECKED = 2**12
 _COMPARED = 2**14
-_ENTRIES = 2**24
+_ENTRIES = 2**22
 
 
 @torch.no_grad()
@@ -33,13 +34,16 @@ def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4)
         raise ValueError(f"`images` must be [K, 3, H, W] with at least one picture, got {list(images.shape)}.")
     if rotations < 1:
         raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
-    collected = []
+    features, done = None, 0
     for step in range(rotations):
         for part in images.split(_IMAGES_PER_PASS):
             psi = extractor(_rotate(part, 360 * step / rotations))
-            collected.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
-    features = torch.cat(collected)
-    if not torch.isfinite(features).all():
+            rows = psi.permute(0, 2, 3, 1).flatten(end_dim=2)
+            if features is None:  # in place: pieces and their whole at once would take twice the memory
+                features = rows.new_empty(len(images) * rotations * len(rows) // len(part), rows.shape[1])
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+    if not is_finite(features):
         raise ValueError(
             "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
         )
@@ -59,6 +63,11 @@ def fill_bank(
     sources = prototype_sources(len(features), len(images), rotations)
     whole = len(images) if missing else 0
     bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole)
+
+
+def is_finite(features: Tensor) -> bool:
+    """Whether all of [M, C] are finite; looked at in pieces, as PyTorch's own check takes more memory than they do."""
+    return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
 
 
 def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:

@@ -6,7 +6,7 @@ look as it does on a good part.
 import torch
 from torch import Tensor
 
-_ENTRIES = 2**24
+_ENTRIES = 2**22
 
 
 @torch.no_grad()

@@ -14,12 +14,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from .backbones import backbone_kind, create_backbone, load_weights
-from .collection import spread_of
+from .collection import is_finite, spread_of
 from .coreset import greedy_coreset
 from .missing import gaps_of, missing_distances
 
 NORMALIZATIONS = ("none", "layer")
-_DISTANCE_ENTRIES = 2**24
+_DISTANCE_ENTRIES = 2**22
 _ROUNDING = 1e-10
 _NEIGHBORS = 9
 PACKED_BESIDE = 2
@@ -325,7 +325,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`features` must have {self.config.dim} channels like the other categories, got {features.shape[1]}."
             )
-        if not torch.isfinite(features).all():
+        if not is_finite(features):
             raise ValueError("`features` must be finite, got NaN or infinity.")
 
     def _store(self, category: str, features: Tensor, spread: Tensor, gaps: Tensor) -> None:
@@ -371,7 +371,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             category: A category with a bank.
             psi: [N, C, h, w], C = dim.
             chunk: Positions compared at once, which takes `chunk * size` float32 values of memory besides float32
-                copies of `psi` and of the bank; None: as many as fit in 2^24 values (64 MiB).
+                copies of `psi` and of the bank; None: as many as fit in 2^22 values (16 MiB).
 
         Returns:
             float32 [N, h, w], >= 0; exactly 0 where the distance is below 1e-10 of the squared length of psi.
