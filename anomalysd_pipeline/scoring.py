@@ -239,8 +239,8 @@ def fuse(
     """Final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
 
     The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), in units of how
-    much normal parts differ (`PrototypeBank.relative_distances`); the paper uses the distance only to place a mask.
-    With b = 0 the map is the paper's.
+    much normal parts differ, or what the picture lacks (`PrototypeBank.deviations`); the paper uses the distance only
+    to place a mask. With b = 0 the map is the paper's.
 
     Args:
         multi_scale: S_ms [N, H, W].

@@ -40,8 +40,7 @@ class InspectionSettings:
     mask_scales: the k of the multi-scale masks.
     mask_grouping: "none" (a pass per cell) or "grouped" (cells that do not touch share a pass).
     prototype_weight: alpha of Eq. (21), in [0, 1].
-    feature_weight: weight of the relative prototype distance in the score, see `PrototypeBank.relative_distances`; 0
-        in the paper.
+    feature_weight: weight of the prototypes' own finding in the score, see `PrototypeBank.deviations`; 0 in the paper.
     guidance_scale: classifier-free guidance, 1 for none.
     """
 

@@ -17,14 +17,15 @@ paper's accuracy, for which Stable Diffusion and a GPU are needed.
 METHOD = """
 **How it works.** The picture is cut into cells at four scales. The model repaints one group of cells after another as
 a normal part would look, guided by the surroundings and by a description of the part. Where the picture and its
-repainted self differ, a defect is likely. A few pictures of good parts add prototypes, which show where to look, and a
+repainted self differ, a defect is likely. A few pictures of good parts add prototypes, to which the embedded model
+gives most of the weight: what the picture has and they have not, and the other way round. They also give the
 threshold, which makes a verdict out of a score.
 
 **What the score means.** It is the highest value of the map and keeps one scale for each part: nothing is stretched to
 the range of a picture. Half of the colors lie below the threshold, half above it.
 
-**Yours alone.** What you upload and teach is seen by no other visitor. It is deleted when you leave, and after an hour
-without use in any case.
+**Yours alone.** What you upload and teach is seen by no other visitor. It is deleted ten minutes after you leave,
+and after an hour without use in any case.
 
 The method is that of [AnomalySD](https://arxiv.org/abs/2408.01960). The functions of this page can be called from
 programs: see *Use via API* at the foot of the page.
