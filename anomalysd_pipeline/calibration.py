@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -119,7 +118,7 @@ def calibrate_threshold(
         bank = pipe.bank
         if held_out:
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
-            bank = copy.deepcopy(pipe.bank)
+            bank = pipe.bank.empty()
             fill_bank(bank, category, pipe.extractor, others, rotations, len(tensors) >= MISSING_PICTURES)
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(

@@ -96,14 +96,19 @@ def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Ten
         chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:_COMPARED]
         others = others[chosen.to(others.device)]
     center = features.float().mean(dim=0)
-    compared = features[others].float() - center
-    squares, results = compared.square().sum(dim=1), []
-    for part in kept.split(max(1, _ENTRIES // len(compared))):
+    compared = features[others].float()  # a copy
+    compared -= center
+    squares, found = compared.square().sum(dim=1), features.new_empty(len(kept), dtype=torch.float32)
+    # Into one tensor, and in place: small results between large temporaries leave memory that is not given back.
+    for part, result in zip(
+        *(tensor.split(max(1, _ENTRIES // len(compared))) for tensor in (kept, found)), strict=True
+    ):
         query = features[part].float() - center
-        distances = torch.addmm(squares, query, compared.T, alpha=-2) + query.square().sum(dim=1, keepdim=True)
-        distances[sources[part][:, None] == sources[others][None]] = torch.inf
-        results.append(distances.amin(dim=1).clamp(min=0))
-    return torch.cat(results)
+        distances = torch.addmm(squares, query, compared.T, alpha=-2)
+        distances += query.square().sum(dim=1, keepdim=True)
+        distances.masked_fill_(sources[part][:, None] == sources[others][None], torch.inf)
+        torch.amin(distances, dim=1, out=result)
+    return found.clamp_(min=0)
 
 
 def _rotate(images: Tensor, degrees: float) -> Tensor:

@@ -54,9 +54,10 @@ def _nearest_squares(queries: Tensor, vectors: Tensor) -> Tensor:
     """Of each of [Q, C], the square of the distance to the nearest of [V, C]; float32 [Q]."""
     center = vectors.float().mean(dim=0)
     vectors = vectors.float() - center
-    squares, results = vectors.square().sum(dim=1), []
-    for part in queries.split(max(1, _ENTRIES // len(vectors))):
+    squares, found = vectors.square().sum(dim=1), queries.new_empty(len(queries), dtype=torch.float32)
+    chunk = max(1, _ENTRIES // len(vectors))
+    for part, result in zip(queries.split(chunk), found.split(chunk), strict=True):
         part = part.float() - center
-        nearest = torch.addmm(squares, part, vectors.T, alpha=-2).amin(dim=1)
-        results.append((nearest + part.square().sum(dim=1)).clamp(min=0))
-    return torch.cat(results)
+        torch.amin(torch.addmm(squares, part, vectors.T, alpha=-2), dim=1, out=result)
+        result += part.square().sum(dim=1)
+    return found.clamp_(min=0)

@@ -337,6 +337,11 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             )
         self._replace({**self._held(), category: stored})
 
+    def empty(self) -> "PrototypeBank":
+        """A bank of the same limits, dtype and device without categories."""
+        limits = {name: self.config[name] for name in ("max_size", "max_unturned")}
+        return PrototypeBank(**limits).to(self.placeholder)
+
     def remove(self, category: str) -> None:
         """Forget a category. Raises ValueError if it has no bank."""
         self[category]
