@@ -8,7 +8,6 @@ from torch import Tensor, nn
 MISSING_PICTURES = 3
 """Normal pictures from which on what is missing counts: of fewer, none can be held out to set a threshold."""
 
-_IMAGES_PER_PASS = 4
 _CHECKED = 2**12
 _COMPARED = 2**14
 _ENTRIES = 2**22
@@ -36,11 +35,11 @@ def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4)
         raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
     features, done = None, 0
     for step in range(rotations):
-        for part in images.split(_IMAGES_PER_PASS):
-            psi = extractor(_rotate(part, 360 * step / rotations))
+        for image in images.split(1):  # one by one, which takes least memory
+            psi = extractor(_rotate(image, 360 * step / rotations))
             rows = psi.permute(0, 2, 3, 1).flatten(end_dim=2)
             if features is None:  # in place: pieces and their whole at once would take twice the memory
-                features = rows.new_empty(len(images) * rotations * len(rows) // len(part), rows.shape[1])
+                features = rows.new_empty(len(images) * rotations * len(rows), rows.shape[1])
             features[done : done + len(rows)] = rows
             done += len(rows)
     if not is_finite(features):
