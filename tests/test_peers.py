@@ -256,6 +256,17 @@ class TestDRAEM:
         other.load("nut", tmp_path / "nut.safetensors")
         np.testing.assert_array_equal(other.predict("nut", tests[2]).anomaly_map, expected.anomaly_map)
 
+    def test_bfloat16(self, narrow, nuts, tests):
+        found = []
+        for precision in ("no", "bf16"):
+            peer = make_detector("draem", steps=3, batch_size=2, resolution=32, mixed_precision=precision)
+            peer.fit("nut", nuts, seed=0)
+            found.append(peer.predict("nut", tests[2]).anomaly_map)
+            assert peer.describe()["mixed_precision"] == precision
+            assert all(tensor.dtype != torch.bfloat16 for tensor in peer.recall("nut").values())
+        assert found[1].dtype == np.float32
+        assert 0 < np.abs(found[0] - found[1]).max() < 0.05
+
     @pytest.mark.slow
     def test_at_its_own_width(self, nuts, tests):
         pytest.importorskip("anomalib")
@@ -267,6 +278,8 @@ class TestDRAEM:
         pytest.importorskip("anomalib")
         with pytest.raises(ValueError, match="`resolution` a multiple of 32"):
             make_detector("draem", resolution=100)
+        with pytest.raises(ValueError, match="`mixed_precision` must be 'no' or 'bf16'"):
+            make_detector("draem", mixed_precision="fp16")
         with pytest.raises(ValueError, match="`textures` must be an existing folder"):
             make_detector("draem", textures=tmp_path / "none")
 

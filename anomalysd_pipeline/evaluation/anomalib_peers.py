@@ -321,6 +321,7 @@ class DRAEM(TensorDetector):
         textures: folder of pictures from which defects are cut, the Describable Textures Dataset in the paper; None:
             Perlin noise.
         resolution: side in pixels, a multiple of 32.
+        mixed_precision: "bf16", in which the networks compute and the loss does not, or "no".
         device: where it computes.
         progress: whether to show training's progress.
 
@@ -336,10 +337,13 @@ class DRAEM(TensorDetector):
         batch_size: int = 8,
         textures: str | os.PathLike | None = None,
         resolution: int = 256,
+        mixed_precision: str = "no",
         device: str | torch.device = "cpu",
         progress: bool = False,
     ):
         super().__init__()
+        if mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"`mixed_precision` must be 'no' or 'bf16', got {mixed_precision!r}.")
         if steps < 1 or batch_size < 1 or resolution < 32 or resolution % 32:
             raise ValueError(
                 "`steps` and `batch_size` must be at least 1 and `resolution` a multiple of 32, got "
@@ -352,6 +356,7 @@ class DRAEM(TensorDetector):
         self._augmenter = import_anomalib("data.utils.generators.perlin").PerlinAnomalyGenerator
         self.steps, self.batch_size, self.textures = steps, batch_size, textures
         self.resolution, self.device, self.progress = resolution, torch.device(device), progress
+        self.mixed_precision = mixed_precision
         self._loaded: tuple[dict, nn.Module] | None = None
 
     def describe(self) -> dict:
@@ -363,8 +368,12 @@ class DRAEM(TensorDetector):
             "batch_size": self.batch_size,
             "defect_textures": "Perlin noise" if self.textures is None else os.path.basename(self.textures),
             "resolution": self.resolution,
+            "mixed_precision": self.mixed_precision,
             "score": "maximum of the map, which is the probability of a defect",
         }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision == "bf16")
 
     def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
         require_normals(self.name, normals)
@@ -372,14 +381,16 @@ class DRAEM(TensorDetector):
         with seeded(seed, self.device), torch.enable_grad():
             model = self._model().train().to(self.device)
             augmenter, criterion = self._augmenter(self.textures, blend_factor=(0.1, 1.0)), self._loss()
-            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+            fused = self.device.type in ("cpu", "cuda")  # several times faster on a processor
+            optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=fused)
             milestones = [round(self.steps * share) for share in (4 / 7, 6 / 7)]
             schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, gamma=0.1)
             for _ in trange(self.steps, desc=f"draem, {category}", disable=not self.progress):
                 batch = pictures[torch.randint(len(pictures), (self.batch_size,))]
                 painted, masks = augmenter(batch)
-                repaired, predicted = model(painted.to(self.device))
-                loss = criterion(batch.to(self.device), repaired, masks.to(self.device), predicted)
+                with self._autocast():
+                    repaired, predicted = model(painted.to(self.device))
+                loss = criterion(batch.to(self.device), repaired.float(), masks.to(self.device), predicted.float())
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -395,5 +406,6 @@ class DRAEM(TensorDetector):
                 model = self._model()
             model.load_state_dict(learned)
             self._loaded = (learned, model.eval().to(self.device))
-        found = self._loaded[1](to_tensor(image, self.resolution)[None].add(1).div(2).to(self.device))
-        return Prediction(found.pred_score.item(), found.anomaly_map[0].cpu().numpy())
+        with self._autocast():
+            found = self._loaded[1](to_tensor(image, self.resolution)[None].add(1).div(2).to(self.device))
+        return Prediction(found.pred_score.item(), found.anomaly_map[0].float().cpu().numpy())

@@ -122,7 +122,7 @@ def _add_model(group) -> None:
         "--mixed_precision",
         choices=("auto", "no", "bf16", "fp16"),
         default="no",
-        help="of repainting; auto: bf16 where the processor computes in it (default: %(default)s)",
+        help="of repainting, and of DRAEM; auto: bf16 where the processor computes in it (default: %(default)s)",
     )
     group.add_argument("--cpu", action="store_true", help="leave GPUs alone")
     group.add_argument(

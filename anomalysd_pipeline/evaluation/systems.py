@@ -104,9 +104,13 @@ def _make_peer(args: argparse.Namespace, draw: Draw, device: torch.device) -> De
 
     given = {}
     if args.peer == "draem":
+        from ..adaptation import resolve_precision
+
         given = {name: getattr(args, f"draem_{name}") for name in DRAEM_OPTIONS}
+        if resolve_precision(args.mixed_precision, device) == "bf16":  # fp16 would need its gradients scaled
+            given["mixed_precision"] = "bf16"
     given = {name: value for name, value in given.items() if value is not None}
-    with named(**{name: f"draem_{name}" for name in given}, backbone="backbone"):
+    with named(**{name: f"draem_{name}" for name in DRAEM_OPTIONS if name in given}, backbone="backbone"):
         return make_detector(args.peer, backbone=args.backbone, device=device, **given)
 
 
