@@ -108,12 +108,13 @@ def _by_seed(results: list[dict], row: str, categories: set[str]) -> dict[str, n
 
 
 def _cell(by_seed: dict[str, np.ndarray], first: int, sign: str = "") -> str:
-    """Two figures, each with its spread if there is more than one seed."""
+    """Two figures, each with its spread if there is more than one seed; differences with one digit more."""
     if not by_seed:
         return ""
+    digits = 4 if sign else 3
     values = np.stack(list(by_seed.values()))[:, first : first + 2]
-    spread = [f" ± {value:.3f}" if len(values) > 1 else "" for value in values.std(axis=0)]
-    return " / ".join(f"{mean:{sign}.3f}{own}" for mean, own in zip(values.mean(axis=0), spread, strict=True))
+    spread = [f" ± {value:.{digits}f}" if len(values) > 1 else "" for value in values.std(axis=0)]
+    return " / ".join(f"{mean:{sign}.{digits}f}{own}" for mean, own in zip(values.mean(axis=0), spread, strict=True))
 
 
 def report(results: list[dict]) -> str:

@@ -26,7 +26,7 @@ def test_a_row_is_the_mean_over_categories_then_mean_and_spread_over_seeds():
     ]
     # Against the row "none", seed by seed.
     results += [result("none", 0, "a", 0.5), result("none", 0, "b", 0.9, pixel=0.7), result("none", 1, "a", 0.1)]
-    assert ablations.table(results, ("both",))[0].split(" | ")[2] == "+0.100 / -0.100"
+    assert ablations.table(results, ("both",))[0].split(" | ")[2] == "+0.1000 / -0.1000"
 
 
 def test_a_seed_counts_when_every_category_is_there():
