@@ -8,10 +8,12 @@ import hashlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from .local_server import LocalServer
 
 LFS_SUFFIX = ".safetensors"
 
@@ -35,7 +37,7 @@ class Repository:
         return hashlib.sha1("\n".join(sorted(listing)).encode()).hexdigest()
 
 
-class HubServer:
+class HubServer(LocalServer):
     """`with HubServer() as hub:` answers at `hub.url`.
 
     Attributes:
@@ -53,17 +55,7 @@ class HubServer:
         self.requests: list[tuple[str, str]] = []
         self.refusal = refusal
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "HubServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, "hub")
 
 
 class _Handler(BaseHTTPRequestHandler):

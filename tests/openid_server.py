@@ -3,15 +3,16 @@
 import base64
 import json
 import secrets
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, urlencode, urlsplit
 
 from joserfc import jwk, jwt
 
+from .local_server import LocalServer
 
-class OpenIdServer:
+
+class OpenIdServer(LocalServer):
     """`with OpenIdServer(token) as provider:` asks visitors at `provider.url` whether an app may act for them.
 
     Args:
@@ -28,17 +29,7 @@ class OpenIdServer:
         self.token, self.asked = token, []
         self.key = jwk.RSAKey.generate_key(2048, {"kid": "signing", "use": "sig", "alg": "RS256"})
         self.agreed: dict[str, dict[str, str]] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"provider": self}))
-        self._server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> "OpenIdServer":
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        return self
-
-    def __exit__(self, *_) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        super().__init__(_Handler, "provider")
 
     def environment(self, scopes: str) -> dict[str, str]:
         """The variables that a Space with `hf_oauth: true` has."""
