@@ -55,13 +55,13 @@ def make_detector(
 def _class_of(name: str) -> type[Detector]:
     if name == "spade":
         return SPADE
-    from . import anomalib_peers, floors
+    from . import anomalib_peers, draem, floors
 
     return {
         "patchcore": anomalib_peers.PatchCore,
         "padim": anomalib_peers.PaDiM,
         "winclip": anomalib_peers.WinCLIP,
-        "draem": anomalib_peers.DRAEM,
+        "draem": draem.DRAEM,
         "color_patches": floors.ColorPatchFloor,
         "plain_inpainting": floors.PlainInpaintingFloor,
     }[name]
