@@ -5,8 +5,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+from PIL import Image
 
-from anomalysd_pipeline.synthetic import normal_images
+from anomalysd_pipeline.synthetic import normal_images, test_samples
 
 
 def make_tiny_pipeline(**kwargs):
@@ -43,6 +44,12 @@ def tiny_pipeline_folder(tmp_path_factory):
 def nuts():
     """Three normal pictures of one drawn hex nut, 64 px."""
     return normal_images("hex_nut", 3, seed=5, size=64)
+
+
+@pytest.fixture(scope="session")
+def tested_nuts():
+    """Two good and two defective pictures of the product of `nuts`."""
+    return [Image.fromarray(sample.image) for sample in test_samples("hex_nut", 2, 2, seed=5, size=64)]
 
 
 @pytest.fixture

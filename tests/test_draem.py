@@ -3,18 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from anomalysd_pipeline.data import to_tensor
 from anomalysd_pipeline.evaluation.peers import make_detector
-from anomalysd_pipeline.synthetic import test_samples
-
-
-@pytest.fixture(scope="module")
-def tests():
-    """Two good and two defective pictures of the product of `nuts`."""
-    return [Image.fromarray(sample.image) for sample in test_samples("hex_nut", 2, 2, seed=5, size=64)]
 
 
 class TestDRAEM:
@@ -31,13 +23,13 @@ class TestDRAEM:
 
         monkeypatch.setattr(module, "DraemModel", Narrow)
 
-    def test_training_follows_the_seed_alone(self, narrow, nuts, tests):
+    def test_training_follows_the_seed_alone(self, narrow, nuts, tested_nuts):
         peer = make_detector("draem", steps=2, batch_size=2, resolution=32)
         state = torch.get_rng_state()
         found = []
         for seed in (0, 0, 1):
             peer.fit("nut", nuts, seed=seed)
-            found.append(peer.predict("nut", tests[2]))
+            found.append(peer.predict("nut", tested_nuts[2]))
         assert torch.equal(torch.get_rng_state(), state)
         np.testing.assert_array_equal(found[0].anomaly_map, found[1].anomaly_map)
         assert np.abs(found[0].anomaly_map - found[2].anomaly_map).max() > 1e-6
@@ -55,34 +47,34 @@ class TestDRAEM:
                 errors.append((network(pictures) - pictures).square().mean().item())
         assert errors[1] < 0.9 * errors[0]
 
-    def test_categories_and_a_saved_state(self, narrow, nuts, tests, tmp_path):
+    def test_categories_and_a_saved_state(self, narrow, nuts, tested_nuts, tmp_path):
         peer, other = (make_detector("draem", steps=1, batch_size=2, resolution=32) for _ in range(2))
         peer.fit("nut", nuts, seed=0)
-        expected = peer.predict("nut", tests[2])
+        expected = peer.predict("nut", tested_nuts[2])
         peer.fit("screw", nuts, seed=1)
-        assert peer.predict("screw", tests[2]).score != expected.score
-        assert peer.predict("nut", tests[2]).score == expected.score
+        assert peer.predict("screw", tested_nuts[2]).score != expected.score
+        assert peer.predict("nut", tested_nuts[2]).score == expected.score
         peer.save("nut", tmp_path / "nut.safetensors")
         other.load("nut", tmp_path / "nut.safetensors")
-        np.testing.assert_array_equal(other.predict("nut", tests[2]).anomaly_map, expected.anomaly_map)
+        np.testing.assert_array_equal(other.predict("nut", tested_nuts[2]).anomaly_map, expected.anomaly_map)
 
-    def test_bfloat16(self, narrow, nuts, tests):
+    def test_bfloat16(self, narrow, nuts, tested_nuts):
         found = []
         for precision in ("no", "bf16"):
             peer = make_detector("draem", steps=3, batch_size=2, resolution=32, mixed_precision=precision)
             peer.fit("nut", nuts, seed=0)
-            found.append(peer.predict("nut", tests[2]).anomaly_map)
+            found.append(peer.predict("nut", tested_nuts[2]).anomaly_map)
             assert peer.describe()["mixed_precision"] == precision
             assert all(tensor.dtype != torch.bfloat16 for tensor in peer.recall("nut").values())
         assert found[1].dtype == np.float32
         assert 0 < np.abs(found[0] - found[1]).max() < 0.05
 
     @pytest.mark.slow
-    def test_at_its_own_width(self, nuts, tests):
+    def test_at_its_own_width(self, nuts, tested_nuts):
         pytest.importorskip("anomalib")
         peer = make_detector("draem", steps=2, batch_size=2, resolution=32)
         peer.fit("nut", nuts, seed=0)
-        assert 0 < peer.predict("nut", tests[2]).score < 1
+        assert 0 < peer.predict("nut", tested_nuts[2]).score < 1
 
     def test_bad_options(self, tmp_path):
         pytest.importorskip("anomalib")

@@ -7,14 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
 from anomalysd_pipeline.data import to_tensor
 from anomalysd_pipeline.evaluation.peers import PEERS, SPADE, make_detector
 from anomalysd_pipeline.prototypes import PrototypeExtractor
-from anomalysd_pipeline.synthetic import test_samples
 
 SIDE = 64
 
@@ -25,12 +23,6 @@ def extractor():
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return PrototypeExtractor("resnet10t", (1, 2), normalize="layer")
-
-
-@pytest.fixture(scope="module")
-def tests():
-    """Two good and two defective pictures of the product of `nuts`."""
-    return [Image.fromarray(sample.image) for sample in test_samples("hex_nut", 2, 2, seed=5, size=SIDE)]
 
 
 @torch.no_grad()
@@ -78,11 +70,11 @@ class TestRegistry:
 
 class TestSPADE:
     @pytest.mark.parametrize("neighbors", [1, 2, 50])
-    def test_equals_brute_force(self, extractor, nuts, tests, neighbors):
+    def test_equals_brute_force(self, extractor, nuts, tested_nuts, neighbors):
         peer = SPADE(extractor, neighbors=neighbors, resolution=SIDE)
         peer.fit("nut", nuts, seed=0)
         normal = [features_of(extractor, image) for image in nuts]
-        for image in tests:
+        for image in tested_nuts:
             asked = features_of(extractor, image)
             distances = [np.linalg.norm(f.mean(axis=(1, 2)) - asked.mean(axis=(1, 2))) for f in normal]
             chosen = np.argsort(distances)[:neighbors]
@@ -113,13 +105,13 @@ class TestPatchCore:
         return pooled.reshape(len(features), -1).T
 
     @pytest.mark.parametrize("rotations", [1, 4])
-    def test_the_whole_bank_equals_brute_force(self, extractor, nuts, tests, rotations):
+    def test_the_whole_bank_equals_brute_force(self, extractor, nuts, tested_nuts, rotations):
         options = {"coreset_sampling_ratio": 1.0, "num_neighbors": 1, "resolution": SIDE, "rotations": rotations}
         peer = make_detector("patchcore", backbone=extractor, **options)
         peer.fit("nut", nuts, seed=0)
         turned = [image.rotate(360 / rotations * step) for image in nuts for step in range(rotations)]
         bank = np.concatenate([self.embedding(extractor, image) for image in turned])
-        for image in tests[::2]:
+        for image in tested_nuts[::2]:
             distances = nearest(self.embedding(extractor, image), bank)
             found = peer.predict("nut", image)
             assert found.score == pytest.approx(distances.max(), rel=1e-3)
@@ -140,21 +132,21 @@ class TestPatchCore:
         assert torch.equal(banks[0], banks[1]) and not torch.equal(banks[0], banks[2])
         assert "Coreset" not in capfd.readouterr().err
 
-    def test_a_fit_leaves_the_network_alone(self, extractor, nuts, tests):
+    def test_a_fit_leaves_the_network_alone(self, extractor, nuts, tested_nuts):
         before = {name: tensor.clone() for name, tensor in extractor.state_dict().items()}
         peer = make_detector("patchcore", backbone=extractor, resolution=SIDE)
         peer.fit("nut", nuts, seed=0)
-        peer.predict("nut", tests[2])
+        peer.predict("nut", tested_nuts[2])
         assert not extractor.training
         assert all(torch.equal(tensor, before[name]) for name, tensor in extractor.state_dict().items())
 
-    def test_a_saved_state_predicts_the_same(self, extractor, nuts, tests, tmp_path):
+    def test_a_saved_state_predicts_the_same(self, extractor, nuts, tested_nuts, tmp_path):
         peer, other = (make_detector("patchcore", backbone=extractor, resolution=SIDE) for _ in range(2))
         peer.fit("nut", nuts, seed=0)
-        peer.fit("other", tests[:1], seed=0)
+        peer.fit("other", tested_nuts[:1], seed=0)
         peer.save("nut", tmp_path / "nut.safetensors")
         other.load("nut", tmp_path / "nut.safetensors")
-        expected, found = peer.predict("nut", tests[2]), other.predict("nut", tests[2])
+        expected, found = peer.predict("nut", tested_nuts[2]), other.predict("nut", tested_nuts[2])
         assert found.score == expected.score
         np.testing.assert_array_equal(found.anomaly_map, expected.anomaly_map)
 
@@ -173,14 +165,14 @@ class TestPaDiM:
         pytest.importorskip("anomalib")
 
     @pytest.mark.parametrize("count", [3, 1])
-    def test_equals_brute_force(self, extractor, nuts, tests, count):
+    def test_equals_brute_force(self, extractor, nuts, tested_nuts, count):
         peer = make_detector("padim", backbone=extractor, n_features=6, resolution=SIDE)
         peer.fit("nut", nuts[:count], seed=4)
         channels = peer.recall("nut")["idx"].numpy()
         assert len(set(channels)) == 6 and channels.max() < 192
         pictures = nuts if count == 3 else [nuts[0].rotate(angle) for angle in (0, 90, 180, 270)]
         normal = np.stack([features_of(extractor, image)[channels].reshape(6, -1) for image in pictures])  # [K, 6, P]
-        asked = features_of(extractor, tests[2])[channels].reshape(6, -1)
+        asked = features_of(extractor, tested_nuts[2])[channels].reshape(6, -1)
         distances = []
         for position in range(asked.shape[1]):
             covariance = np.cov(normal[:, :, position], rowvar=False) + (0.01 + 1e-5) * np.eye(6)
@@ -188,7 +180,7 @@ class TestPaDiM:
             distances.append(np.sqrt(delta @ np.linalg.inv(covariance) @ delta))
         large = enlarge(np.reshape(distances, (16, 16)), "bilinear")
         expected = gaussian_filter(large, sigma=4, mode="mirror")
-        found = peer.predict("nut", tests[2])
+        found = peer.predict("nut", tested_nuts[2])
         np.testing.assert_allclose(found.anomaly_map, expected, atol=2e-3)
         assert found.score == pytest.approx(expected.max(), rel=1e-3) and expected.max() > 0.1
 
@@ -197,13 +189,13 @@ class TestPaDiM:
         with pytest.raises(ValueError, match="`normals` must hold at least 2 pictures for `padim`"):
             peer.fit("nut", nuts[:1], seed=0)
 
-    def test_the_order_of_categories_does_not_matter(self, extractor, nuts, tests):
+    def test_the_order_of_categories_does_not_matter(self, extractor, nuts, tested_nuts):
         peer, other = (make_detector("padim", backbone=extractor, n_features=4, resolution=SIDE) for _ in range(2))
         peer.fit("nut", nuts, seed=0)
-        other.fit("screw", tests, seed=1)
+        other.fit("screw", tested_nuts, seed=1)
         other.fit("nut", nuts, seed=0)
         other.predict("screw", nuts[0])
-        expected, found = peer.predict("nut", tests[2]), other.predict("nut", tests[2])
+        expected, found = peer.predict("nut", tested_nuts[2]), other.predict("nut", tested_nuts[2])
         np.testing.assert_array_equal(found.anomaly_map, expected.anomaly_map)
 
 
@@ -265,19 +257,19 @@ class TestWinCLIP:
         monkeypatch.setattr(module, "tokenize", tokenize)
         return asked
 
-    def test_zero_shot_is_the_same_before_and_after_a_fit(self, asked_for, nuts, tests):
+    def test_zero_shot_is_the_same_before_and_after_a_fit(self, asked_for, nuts, tested_nuts):
         peer = make_detector("winclip")
         assert peer.zero_shot
-        unseen = peer.predict("hex_nut", tests[2])
+        unseen = peer.predict("hex_nut", tested_nuts[2])
         peer.fit("screw", nuts, seed=0)
-        few = peer.predict("screw", tests[2])
+        few = peer.predict("screw", tested_nuts[2])
         peer.fit("hex_nut", [], seed=0)
-        again = peer.predict("hex_nut", tests[2])
+        again = peer.predict("hex_nut", tested_nuts[2])
         np.testing.assert_array_equal(again.anomaly_map, unseen.anomaly_map)
         assert again.score == unseen.score != few.score
         assert unseen.anomaly_map.shape == (240, 240) and unseen.anomaly_map.dtype == np.float32
 
-    def test_equals_anomalib_used_as_it_documents(self, asked_for, nuts, tests):
+    def test_equals_anomalib_used_as_it_documents(self, asked_for, nuts, tested_nuts):
         from anomalib.models.image.winclip.torch_model import WinClipModel
         from torchvision.transforms.v2.functional import normalize, resize, to_image
 
@@ -286,19 +278,19 @@ class TestWinCLIP:
             return normalize(pixels, [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
         theirs = WinClipModel("hex nut", torch.stack([prepare(image) for image in nuts])).eval()
-        expected = theirs(prepare(tests[2])[None])
+        expected = theirs(prepare(tested_nuts[2])[None])
         peer = make_detector("winclip")
         peer.fit("hex_nut", nuts, seed=0)
-        found = peer.predict("hex_nut", tests[2])
+        found = peer.predict("hex_nut", tested_nuts[2])
         np.testing.assert_allclose(found.anomaly_map, expected.anomaly_map[0].numpy(), atol=1e-5)
         assert found.score == pytest.approx(expected.pred_score.item(), abs=1e-5)
 
-    def test_a_saved_state_predicts_the_same(self, asked_for, nuts, tests, tmp_path):
+    def test_a_saved_state_predicts_the_same(self, asked_for, nuts, tested_nuts, tmp_path):
         peer, other = make_detector("winclip"), make_detector("winclip")
         peer.fit("hex_nut", nuts, seed=0)
         peer.save("hex_nut", tmp_path / "nut.safetensors")
         other.load("hex_nut", tmp_path / "nut.safetensors")
-        expected, found = peer.predict("hex_nut", tests[2]), other.predict("hex_nut", tests[2])
+        expected, found = peer.predict("hex_nut", tested_nuts[2]), other.predict("hex_nut", tested_nuts[2])
         np.testing.assert_array_equal(found.anomaly_map, expected.anomaly_map)
         assert found.score == expected.score
 
