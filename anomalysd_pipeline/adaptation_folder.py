@@ -23,6 +23,7 @@ from .settings import InspectionSettings
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
 EMBEDDED_NAME = "embedded"
 _FORMAT = 1
+_BANKS = ("bank", "colors", "views")
 _KEYS = {
     "format",
     "version",
@@ -48,7 +49,7 @@ class StoredAdaptation:
     record: settings of its fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
-    banks: category to its prototypes, their spread and gaps, `[size, dim + 2]`, see `PrototypeBank.packed`.
+    banks: category to what `PrototypeBank.packed` gives of it.
     state: part to LoRA weights by name.
     """
 
@@ -57,7 +58,7 @@ class StoredAdaptation:
     record: dict
     categories: dict[str, dict]
     prompts: dict[str, dict]
-    banks: dict[str, Tensor]
+    banks: dict[str, dict[str, Tensor]]
     state: dict[str, dict[str, Tensor]]
 
 
@@ -124,7 +125,11 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
         for key, value in own.items()
     }
     # By number: a category may have any name.
-    tensors |= {f"bank.{index}": pipe.bank.packed(category).contiguous() for index, category in enumerate(categories)}
+    tensors |= {
+        f"{kind}.{index}": tensor.contiguous()
+        for index, category in enumerate(categories)
+        for kind, tensor in pipe.bank.packed(category).items()
+    }
     with disk_errors("save_directory", folder), written_whole(folder) as partial:
         (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
@@ -182,7 +187,10 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
         record={"settings": dict(facts["record"]["settings"])},
         categories={check_category(category): _check_record(record) for category, record in categories.items()},
         prompts={category: dict(facts["prompts"][category]) for category in categories},
-        banks={category: tensors[f"bank.{index}"] for index, category in enumerate(categories)},
+        banks={
+            category: {kind: tensors[f"{kind}.{index}"] for kind in _BANKS if f"{kind}.{index}" in tensors}
+            for index, category in enumerate(categories)
+        },
         state={
             part: own
             for part in PARTS
@@ -191,7 +199,7 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
     )
     if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
         raise ValueError("it names no category, or no weights, or has prompts of others")
-    if len(tensors) != len(stored.banks) + sum(map(len, stored.state.values())):
+    if len(tensors) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):
         raise ValueError(f"{WEIGHTS} has other weights than an adaptation")
     return stored
 
@@ -221,15 +229,23 @@ def _check_fits(stored: StoredAdaptation, pipe) -> None:
     for part, own in stored.state.items():
         check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
     book = pipe.prompt_book
-    columns = sum(pipe.extractor.channels) + PACKED_BESIDE
-    for category, bank in stored.banks.items():
+    channels = sum(pipe.extractor.channels)
+    columns = {"bank": channels + PACKED_BESIDE, "views": channels + 1}
+    if pipe.extractor.color_channels:
+        columns["colors"] = pipe.extractor.color_channels + PACKED_BESIDE
+    needed = columns.keys() - {"views"}
+    for category, banks in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:
             pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
-        if bank.ndim != 2 or bank.shape[1] != columns or not len(bank) or not bank.is_floating_point():
-            raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
-        if not bank.isfinite().all():
-            raise ValueError("a bank that is not finite")
+        if banks.keys() - {"views"} != needed:
+            raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(needed)}")
+        for kind, bank in banks.items():
+            fits = bank.ndim == 2 and len(bank) and bank.shape[1] == columns[kind]
+            if not fits or not bank.is_floating_point():
+                raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
+            if not bank.isfinite().all():
+                raise ValueError("a bank that is not finite")
 
 
 def _download(repo_id: str, hub: dict) -> Path:

@@ -243,7 +243,8 @@ class AdaptationMixin:
             book = self.prompt_book
             for category in found.categories:
                 book.add(category, found.prompts[category])
-                self.bank.add_packed(category, found.banks[category].to(self.bank.device))
+                packed = {name: tensor.to(self.bank.device) for name, tensor in found.banks[category].items()}
+                self.bank.add_packed(category, packed)
             self.register_to_config(prompts=book.to_dict())
             self.adapters.add(found.name, found.state)
             for category, record in found.categories.items():

@@ -61,7 +61,8 @@ def fill_bank(
     features = collect_prototypes(extractor, images, rotations)
     sources = prototype_sources(len(features), len(images), rotations)
     whole = len(images) if missing else 0
-    bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole)
+    colors = getattr(extractor, "color_channels", 0)
+    bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 
 def is_finite(features: Tensor) -> bool:

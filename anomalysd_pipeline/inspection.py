@@ -120,7 +120,8 @@ def save_part(pipe, category: str, path: Path) -> None:
         OSError: the file cannot be written.
     """
     record = json.dumps(pipe.config.categories[category])
-    save_file({"bank": pipe.bank.packed(category).contiguous().cpu()}, path, metadata={"record": record})
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in pipe.bank.packed(category).items()}
+    save_file(tensors, path, metadata={"record": record})
 
 
 def load_part(pipe, category: str, path: Path) -> None:
@@ -131,14 +132,15 @@ def load_part(pipe, category: str, path: Path) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            record, bank = json.loads(file.metadata()["record"]), file.get_tensor("bank")
+            record, names = json.loads(file.metadata()["record"]), file.keys()
+            packed = {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"'{path}', what an earlier run has learned, cannot be read ({error}); delete it, and it is learned anew."
         ) from error
     book = pipe.prompt_book
     book.add(category)
-    pipe.bank.to(pipe.device).add_packed(category, bank.to(pipe.device))
+    pipe.bank.to(pipe.device).add_packed(category, {name: t.to(pipe.device) for name, t in packed.items()})
     pipe.register_to_config(prompts=book.to_dict())
     pipe._store_category(category, **record)
 

@@ -17,15 +17,20 @@ from .backbones import backbone_kind, create_backbone, load_weights
 from .collection import is_finite, spread_of
 from .coreset import greedy_coreset
 from .missing import gaps_of, missing_distances
+from .whole import unlikeness, views_of
 
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**22
 _ROUNDING = 1e-10
 _NEIGHBORS = 9
+_UNBOUNDED = 2**62
+_COLORS = 4096
 PACKED_BESIDE = 2
 """Columns of `PrototypeBank.packed` beside the prototype."""
 MISSING_WEIGHT = 0.4
 """Of what a picture lacks, beside what it has too much. Chosen on drawn parts, whole and with pieces broken off."""
+COLOR_WEIGHT = 0.75
+"""Of the colors by themselves, beside all channels together. Chosen on drawn parts and metal plates."""
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -122,7 +127,12 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
     def channels(self) -> list[int]:
         """Channels of each part of psi: the levels, and where they are asked for the context and the colors."""
         levels, c = list(self.model.feature_info.channels()), self.config
-        return levels + [levels[-1]] * (c.context_weight > 0) + [27] * (c.color_weight > 0)
+        return levels + [levels[-1]] * (c.context_weight > 0) + [self.color_channels] * (c.color_weight > 0)
+
+    @property
+    def color_channels(self) -> int:
+        """How many of psi's last channels are colors."""
+        return 27 * (self.config.color_weight > 0)
 
     def _create(self, **weights) -> nn.Module:
         c = self.config
@@ -207,7 +217,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
     each is a buffer `spread_0`, … [size]: how far a prototype is from the nearest in another normal picture, which is
     how much normal parts differ there. A third, `gap_0`, … [whole], belongs to the first prototypes, where these are
-    all positions of the normal pictures, one picture after another: see `missing.gaps_of`.
+    all positions of the normal pictures, one picture after another: see `missing.gaps_of`. A fourth, `view_0`, …, is
+    what is known of the pictures as wholes, see `whole.views_of`.
 
     Args:
         sizes: Number of prototypes per category.
@@ -217,6 +228,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         max_unturned: In a category that is thinned, as many vectors of the pictures as they were given, not turned,
             are kept beside the coreset: all where they fit, else evenly spaced ones. A coreset keeps what is rare, and
             few of the many that look alike, among which small defects hide.
+        color_channels: How many of the last channels are colors that are also looked at by themselves, see `add`.
+        color_sizes: Number of color prototypes per category.
+        views: Number of rows of `whole.views_of` per category.
     """
 
     @register_to_config
@@ -227,16 +241,25 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         max_size: int = 10000,
         max_unturned: int = 0,
         whole: dict[str, int] | None = None,
+        color_channels: int = 0,
+        color_sizes: dict[str, int] | None = None,
+        views: dict[str, int] | None = None,
     ):
         super().__init__()
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
         sizes = dict(sorted((sizes or {}).items()))
-        self.register_to_config(sizes=sizes, whole={category: (whole or {}).get(category, 0) for category in sizes})
+        counts = {
+            name: {category: (given or {}).get(category, 0) for category in sizes}
+            for name, given in (("whole", whole), ("views", views))
+        }
+        self.register_to_config(sizes=sizes, **counts)
         for index, (category, size) in enumerate(sizes.items()):
             self.register_buffer(f"bank_{index}", torch.zeros(size, dim))
             self.register_buffer(f"spread_{index}", torch.zeros(size))
             self.register_buffer(f"gap_{index}", torch.zeros(self.config.whole[category]))
+            self.register_buffer(f"view_{index}", torch.zeros(self.config.views[category], dim + 1))
+        self.colors = PrototypeBank(color_sizes, color_channels, _COLORS, _UNBOUNDED) if color_channels else None
 
     @property
     def categories(self) -> list[str]:
@@ -263,17 +286,31 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         self[category]
         return getattr(self, f"gap_{self.categories.index(category)}")
 
-    def packed(self, category: str) -> Tensor:
-        """Prototypes and, in the last columns, spread and gap (-1: none), [size, dim + 2]: what `add_packed` takes."""
-        bank, gaps = self[category], self.gaps(category)
-        column = F.pad(gaps, (0, len(bank) - len(gaps)), value=-1.0)
-        return torch.cat([bank, self.spread(category)[:, None], column[:, None]], dim=1)
+    def views(self, category: str) -> Tensor:
+        """Of the normal pictures as wholes, [V, dim + 1], see `whole.views_of`. Raises ValueError if it has no bank."""
+        self[category]
+        return getattr(self, f"view_{self.categories.index(category)}")
 
-    def add_packed(self, category: str, packed: Tensor) -> None:
+    def packed(self, category: str) -> dict[str, Tensor]:
+        """All that is known of a category, for `add_packed`: "bank", prototypes and, in the last columns, spread and
+        gap (-1: none), [size, dim + 2]; "colors", the same of the colors, and "views", where there are such."""
+        bank, gaps, views = self[category], self.gaps(category), self.views(category)
+        column = F.pad(gaps, (0, len(bank) - len(gaps)), value=-1.0)
+        packed = {"bank": torch.cat([bank, self.spread(category)[:, None], column[:, None]], dim=1)}
+        if self.colors is not None:
+            packed["colors"] = self.colors.packed(category)["bank"]
+        return packed | {"views": views} if len(views) else packed
+
+    def add_packed(self, category: str, packed: dict[str, Tensor]) -> None:
         """Store what `packed` gave. Raises ValueError as `add` does."""
-        self._check(category, packed[:, :-PACKED_BESIDE])
-        gaps = packed[:, -1]
-        self._store(category, packed[:, :-PACKED_BESIDE], packed[:, -2], gaps[gaps >= 0])
+        bank, colors = packed["bank"], packed.get("colors")
+        self._check(category, bank[:, :-PACKED_BESIDE])
+        gaps = bank[:, -1]
+        views = packed.get("views", bank.new_zeros(0, bank.shape[1] - PACKED_BESIDE + 1))
+        stored = self._stored(bank[:, :-PACKED_BESIDE], bank[:, -2], gaps[gaps >= 0], views)
+        if colors is not None:
+            self._color_bank(colors.shape[1] - PACKED_BESIDE).add_packed(category, {"bank": colors})
+        self._replace({**self._held(), category: stored})
 
     def add(
         self,
@@ -283,6 +320,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         sources: Tensor | None = None,
         unturned: int = 0,
         whole: int = 0,
+        colors: int = 0,
     ) -> None:
         """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
 
@@ -293,8 +331,10 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             sources: Whole numbers [M], from which picture each vector is, see `collection.prototype_sources`; None, or
                 one number alone: nothing is known of how normal parts differ, and every spread is 1.
             unturned: How many vectors, from the first on, are of pictures that were not turned.
-            whole: How many pictures these are, to know what another picture lacks: at least 2, all of them equally
-                large and kept; else, as with 0, `missing_distances` are none.
+            whole: How many pictures these are, all of them equally large, to know how another picture differs as a
+                whole and, where all that was not turned is kept, what it lacks. Less than 2: neither.
+            colors: How many of the last channels are colors, which `deviations` also looks at by themselves: among
+                hundreds of other channels a wrong color hardly counts. The same in all categories; 0: none.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
@@ -310,11 +350,16 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             spread = features.new_ones(len(kept))
         else:
             spread = spread_of(features, sources.to(features.device), kept, seed)
-        gaps = features.new_zeros(0)
-        all_kept = torch.equal(kept[:unturned], torch.arange(unturned, device=kept.device))
-        if whole > 1 and unturned and unturned % whole == 0 and all_kept:
-            gaps = gaps_of(features[:unturned].unflatten(0, (whole, -1))).flatten()
-        self._store(category, features[kept], spread, gaps)
+        gaps, views = features.new_zeros(0), features.new_zeros(0, features.shape[1] + 1)
+        if whole > 1 and unturned and unturned % whole == 0:
+            if len(features) % unturned == 0:
+                views = views_of(features, whole, unturned)
+            if torch.equal(kept[:unturned], torch.arange(unturned, device=kept.device)):
+                gaps = gaps_of(features[:unturned].unflatten(0, (whole, -1))).flatten()
+        stored = self._stored(features[kept], spread, gaps, views)
+        if colors:
+            self._color_bank(colors).add(category, features[:, -colors:].contiguous(), seed, sources, unturned)
+        self._replace({**self._held(), category: stored})
 
     def _check(self, category: str, features: Tensor) -> None:
         if not category:
@@ -328,14 +373,20 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if not is_finite(features):
             raise ValueError("`features` must be finite, got NaN or infinity.")
 
-    def _store(self, category: str, features: Tensor, spread: Tensor, gaps: Tensor) -> None:
+    def _color_bank(self, channels: int) -> "PrototypeBank":
+        if self.colors is None:
+            self.colors = PrototypeBank(dim=channels, max_size=_COLORS, max_unturned=_UNBOUNDED).to(self.placeholder)
+            self.register_to_config(color_channels=channels)
+        return self.colors
+
+    def _stored(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         like = {"dtype": self.placeholder.dtype, "device": self.placeholder.device}
-        stored = tuple(tensor.detach().to(**like, copy=True) for tensor in (features, spread, gaps))
+        stored = tuple(tensor.detach().to(**like, copy=True) for tensor in tensors)
         if not all(torch.isfinite(tensor).all() for tensor in stored):
             raise ValueError(
-                f"`features` must fit in the bank's {stored[0].dtype}, got up to {features.abs().max():g}."
+                f"`features` must fit in the bank's {stored[0].dtype}, got up to {tensors[0].abs().max():g}."
             )
-        self._replace({**self._held(), category: stored})
+        return stored
 
     def empty(self) -> "PrototypeBank":
         """A bank of the same limits, dtype and device without categories."""
@@ -345,13 +396,16 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     def remove(self, category: str) -> None:
         """Forget a category. Raises ValueError if it has no bank."""
         self[category]
+        if self.colors is not None:
+            self.colors.remove(category)
         self._replace({other: held for other, held in self._held().items() if other != category})
 
-    def _held(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-        return {category: (self[category], self.spread(category), self.gaps(category)) for category in self.categories}
+    def _held(self) -> dict[str, tuple[Tensor, ...]]:
+        kinds = (self.__getitem__, self.spread, self.gaps, self.views)
+        return {category: tuple(kind(category) for kind in kinds) for category in self.categories}
 
-    def _replace(self, banks: dict[str, tuple[Tensor, Tensor, Tensor]]) -> None:
-        names = ("bank", "spread", "gap")
+    def _replace(self, banks: dict[str, tuple[Tensor, ...]]) -> None:
+        names = ("bank", "spread", "gap", "view")
         for index in range(len(self.categories)):
             for name in names:
                 delattr(self, f"{name}_{index}")
@@ -360,9 +414,11 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             for name, tensor in zip(names, tensors, strict=True):
                 self.register_buffer(f"{name}_{index}", tensor)
         self.register_to_config(
-            sizes={category: len(bank) for category, (bank, _, _) in banks.items()},
-            dim=next((bank.shape[1] for bank, _, _ in banks.values()), 0),
-            whole={category: len(gaps) for category, (_, _, gaps) in banks.items()},
+            sizes={category: len(bank) for category, (bank, *_) in banks.items()},
+            dim=next((bank.shape[1] for bank, *_ in banks.values()), 0),
+            whole={category: len(gaps) for category, (_, _, gaps, _) in banks.items()},
+            views={category: len(views) for category, (*_, views) in banks.items()},
+            color_sizes=None if self.colors is None else dict(self.colors.config.sizes),
         )
 
     @torch.no_grad()
@@ -420,16 +476,23 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
 
     def deviations(self, category: str, psi: Tensor) -> Tensor:
-        """What a picture has and no normal part has, or the other way round: the larger of [`relative_distances`] and
-        `MISSING_WEIGHT` times [`missing_distances`].
+        """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
+        `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
+        Where a picture as a whole is unlike the normal ones, all of this counts more, see `whole.unlikeness`.
 
         Args and errors: see [`distances`].
 
         Returns:
             float32 [N, h, w], >= 0.
         """
-        distances, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
-        return distances if missing is None else torch.maximum(distances, MISSING_WEIGHT * missing)
+        found, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
+        if missing is not None:
+            found = torch.maximum(found, MISSING_WEIGHT * missing)
+        if self.colors is not None:
+            colors = self.colors.relative_distances(category, psi[:, -self.config.color_channels :])
+            found = torch.maximum(found, COLOR_WEIGHT * colors)
+        views = self.views(category)
+        return found * unlikeness(views, psi)[:, None, None] if len(views) else found
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

@@ -88,7 +88,8 @@ class TestPrototypeBank:
         assert "a" not in bank and bank.categories == ["b"] and torch.equal(bank["b"], vectors(2, 4, seed=2))
         bank.remove("b")
         bank.add("c", vectors(2, 7))
-        assert bank.config.dim == 7 and set(bank.state_dict()) == {"placeholder", "bank_0", "spread_0", "gap_0"}
+        names = {"placeholder", "bank_0", "spread_0", "gap_0", "view_0"}
+        assert bank.config.dim == 7 and set(bank.state_dict()) == names
 
     def test_does_not_share_memory_with_its_input(self):
         bank, features = PrototypeBank(), vectors(3, 4)
@@ -123,7 +124,7 @@ class TestPrototypeBank:
         bank, small = PrototypeBank(max_size=10, max_unturned=8), PrototypeBank(max_size=5)
         bank.add("bottle", vectors(40, 4), unturned=8)
         small.add_packed("bottle", bank.packed("bottle"))
-        assert len(bank["bottle"]) > 10 and torch.equal(small.packed("bottle"), bank.packed("bottle"))
+        assert len(bank["bottle"]) > 10 and torch.equal(small.packed("bottle")["bank"], bank.packed("bottle")["bank"])
 
     def test_rejects(self):
         bank = PrototypeBank()
@@ -191,7 +192,8 @@ class TestRelativeDistances:
         bank, _, _ = self.bank()
         copied = PrototypeBank()
         copied.add_packed("lid", bank.packed("bottle"))
-        assert torch.equal(copied.packed("lid"), bank.packed("bottle")) and bank.packed("bottle").shape == (60, 7)
+        packed = bank.packed("bottle")["bank"]
+        assert torch.equal(copied.packed("lid")["bank"], packed) and packed.shape == (60, 7)
         bank.add("cable", vectors(3, 5, seed=5))
         bank.save_pretrained(tmp_path)
         loaded = PrototypeBank.from_pretrained(tmp_path)
@@ -205,7 +207,7 @@ class TestRelativeDistances:
         sources = torch.tensor([0, 1, 2] * 3).repeat_interleave(24)
         features = collect_prototypes(torch.nn.Identity(), images, rotations=3)
         expected.add("bottle", features, sources=sources, unturned=72)
-        assert torch.equal(bank.packed("bottle"), expected.packed("bottle"))
+        assert torch.equal(bank.packed("bottle")["bank"], expected.packed("bottle")["bank"])
         found = bank.distances("bottle", images)
         assert found.max() == 0  # the pictures themselves are all there
 

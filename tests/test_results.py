@@ -149,7 +149,7 @@ class TestPart:
         register(first, "hex nut", nuts[:2], preset="fast", feature_weight=2.0)
         save_part(first, "hex nut", tmp_path / "part")
         load_part(second, "hex nut", tmp_path / "part")
-        assert torch.equal(first.bank.packed("hex nut"), second.bank.packed("hex nut"))
+        assert torch.equal(first.bank.packed("hex nut")["bank"], second.bank.packed("hex nut")["bank"])
         assert first.config.categories == second.config.categories
         assert first.config.prompts == second.config.prompts
         one, other = (pipe(nuts[2], category="hex nut", preset="fast", feature_weight=2.0) for pipe in (first, second))

@@ -129,15 +129,17 @@ class AnomalySDDetector(Detector):
         record = self.pipe.config.categories.get(category)
         if record is None:
             raise ValueError(f"`category` must be one that was fitted, got {category!r}.")
-        tensors = {"bank": self.pipe.bank.packed(category).cpu().contiguous()} if category in self.pipe.bank else {}
+        packed = self.pipe.bank.packed(category) if category in self.pipe.bank else {}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
         # A file without tensors is none, so zero shots have an empty bank.
         save_file(tensors or {"bank": torch.zeros(0)}, path, metadata={"record": json.dumps(record)})
 
     def load(self, category: str, path: str | Path) -> None:
         with safe_open(path, framework="pt") as file:
-            bank, record = file.get_tensor("bank"), json.loads(file.metadata()["record"])
-        if len(bank):
-            self.pipe.bank.to(self.pipe._execution_device).add_packed(category, bank)
+            record, names = json.loads(file.metadata()["record"]), file.keys()
+            packed = {name: file.get_tensor(name) for name in names}
+        if len(packed["bank"]):
+            self.pipe.bank.to(self.pipe._execution_device).add_packed(category, packed)
         self.pipe._store_category(category, **record)
 
     def _calibrate(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:

@@ -1,0 +1,92 @@
+"""Colors by themselves, beside all channels together."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from anomalysd_pipeline.collection import fill_bank
+from anomalysd_pipeline.coreset import greedy_coreset
+from anomalysd_pipeline.prototypes import COLOR_WEIGHT, PrototypeBank, PrototypeExtractor
+
+
+def vectors(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bank_of(features, colors=2, **options):
+    bank = PrototypeBank(**options)
+    bank.add("lid", features, sources=torch.arange(len(features)) % 3, unturned=12, colors=colors)
+    return bank
+
+
+def spread_between(features, sources):
+    between = cdist(features, features, "sqeuclidean")
+    between[sources[:, None] == sources[None]] = np.inf
+    return between.min(axis=1)
+
+
+def relative(queries, features, sources):
+    """`PrototypeBank.relative_distances` by brute force."""
+    spread, squares = spread_between(features, sources), cdist(queries, features, "sqeuclidean")
+    local = spread[np.argsort(squares, axis=1)[:, :9]].mean(axis=1)
+    return squares.min(axis=1) / (2 * spread.mean() + local)
+
+
+def test_deviations_are_the_larger_of_all_channels_and_of_colors_alone():
+    features, psi = vectors(40, 7), vectors(2, 7, 3, 4, seed=1)
+    found = bank_of(features).deviations("lid", psi).flatten()
+    queries, sources = psi.permute(0, 2, 3, 1).reshape(-1, 7).double().numpy(), np.arange(40) % 3
+    features = features.double().numpy()
+    together, alone = relative(queries, features, sources), relative(queries[:, 5:], features[:, 5:], sources)
+    np.testing.assert_allclose(found, np.maximum(together, COLOR_WEIGHT * alone), rtol=1e-3)
+    assert 0 < (COLOR_WEIGHT * alone > together).mean() < 1
+
+
+def test_a_wrong_color_among_many_channels_is_seen():
+    features = torch.cat([vectors(60, 40), 0.01 * vectors(60, 2, seed=1)], dim=1)
+    tested = features[:1].clone()
+    tested[0, 40:] = 1.0
+    psi = tested.view(1, 42, 1, 1)
+    plain, both = bank_of(features, colors=0), bank_of(features)
+    assert plain.deviations("lid", psi).item() < 0.1 < 10 < both.deviations("lid", psi).item()
+
+
+def test_a_coreset_of_the_colors_is_kept_beside_what_was_not_turned(monkeypatch):
+    monkeypatch.setattr("anomalysd_pipeline.prototypes._COLORS", 4)
+    features = vectors(40, 7)
+    bank = bank_of(features, max_size=10)
+    chosen = sorted({*range(12), *greedy_coreset(features[:, 5:], 4).tolist()})
+    assert torch.equal(bank.colors["lid"], features[chosen, 5:])
+    spread = spread_between(features[:, 5:].double().numpy(), np.arange(40) % 3)[chosen]
+    np.testing.assert_allclose(bank.colors.spread("lid"), spread, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_is_packed_saved_and_removed(tmp_path, dtype):
+    bank, psi = bank_of(vectors(40, 7)), vectors(1, 7, 2, 3, seed=1)
+    bank.add("axle", vectors(20, 7, seed=4), colors=2)
+    bank = bank.to(dtype)
+    expected = bank.deviations("lid", psi)
+    bank.save_pretrained(tmp_path)
+    loaded, copied = PrototypeBank.from_pretrained(tmp_path, torch_dtype=dtype), PrototypeBank().to(dtype)
+    copied.add_packed("lid", bank.packed("lid"))
+    for other in (loaded, copied):
+        assert torch.equal(other.deviations("lid", psi), expected)
+    bank.remove("axle")
+    assert bank.colors.categories == ["lid"] and torch.equal(bank.deviations("lid", psi), expected)
+    bank.save_pretrained(tmp_path / "less")
+    assert PrototypeBank.from_pretrained(tmp_path / "less").colors.categories == ["lid"]
+    assert bank.empty().colors is None
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_a_filled_bank_knows_the_colors_of_an_extractor_that_has_them(weight):
+    extractor = PrototypeExtractor("resnet10t", color_weight=weight)
+    bank, images = PrototypeBank(), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    fill_bank(bank, "lid", extractor, images, rotations=2)
+    assert extractor.color_channels == 27 * (weight > 0)
+    assert (bank.colors is None) == (weight == 0)
+    if weight:
+        rows = extractor(images)[:, -27:].permute(0, 2, 3, 1).flatten(end_dim=2)
+        torch.testing.assert_close(bank.colors["lid"][: len(rows)], rows)
