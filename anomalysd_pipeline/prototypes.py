@@ -17,7 +17,7 @@ from .backbones import backbone_kind, create_backbone, load_weights
 from .collection import is_finite, spread_of
 from .coreset import greedy_coreset
 from .missing import gaps_of, missing_distances
-from .whole import unlikeness, views_of
+from .whole import stress, unlikeness, views_of
 
 NORMALIZATIONS = ("none", "layer")
 _DISTANCE_ENTRIES = 2**22
@@ -287,7 +287,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return getattr(self, f"gap_{self.categories.index(category)}")
 
     def views(self, category: str) -> Tensor:
-        """Of the normal pictures as wholes, [V, dim + 1], see `whole.views_of`. Raises ValueError if it has no bank."""
+        """The normal pictures as wholes, [V, dim + 1], see `whole.views_of`. Raises ValueError if there is no bank."""
         self[category]
         return getattr(self, f"view_{self.categories.index(category)}")
 
@@ -478,7 +478,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     def deviations(self, category: str, psi: Tensor) -> Tensor:
         """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
         `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
-        Where a picture as a whole is unlike the normal ones, all of this counts more, see `whole.unlikeness`.
+        Where a picture as a whole is unlike the normal ones, what stands out counts more, see `whole`.
 
         Args and errors: see [`distances`].
 
@@ -492,7 +492,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             colors = self.colors.relative_distances(category, psi[:, -self.config.color_channels :])
             found = torch.maximum(found, COLOR_WEIGHT * colors)
         views = self.views(category)
-        return found * unlikeness(views, psi)[:, None, None] if len(views) else found
+        return stress(found, unlikeness(views, psi)) if len(views) else found
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

@@ -51,6 +51,24 @@ def unlikeness(views: Tensor, psi: Tensor) -> Tensor:
     return torch.where(allowed > 0, nearest / allowed, torch.ones_like(nearest)).clamp(min=1).sqrt()
 
 
+def stress(maps: Tensor, factors: Tensor) -> Tensor:
+    """Let what stands out in a map stand out by a factor: D becomes D f^(D / max D).
+
+    The highest value is multiplied by f, and those near zero are left as they are, for what looks normal is no more
+    suspicious in a picture that is unlike: multiplied as a whole, maps marked regions of plates less well.
+
+    Args:
+        maps: [N, h, w], >= 0.
+        factors: [N], >= 1.
+
+    Returns:
+        [N, h, w], in each map in the same order of size.
+    """
+    highest = maps.amax(dim=(1, 2), keepdim=True)
+    share = torch.where(highest > 0, maps / highest, torch.zeros_like(maps))
+    return maps * factors[:, None, None] ** share
+
+
 def _squares(one: Tensor, other: Tensor) -> Tensor:
     # Differences rather than products: averages lie close together, and far from zero.
     return torch.cdist(one, other, compute_mode="donot_use_mm_for_euclid_dist").square()

@@ -9,7 +9,7 @@ from anomalysd_pipeline import missing
 from anomalysd_pipeline.collection import fill_bank
 from anomalysd_pipeline.missing import gaps_of, missing_distances
 from anomalysd_pipeline.prototypes import MISSING_WEIGHT, PrototypeBank
-from anomalysd_pipeline.whole import unlikeness
+from anomalysd_pipeline.whole import stress, unlikeness
 
 
 def vectors(*shape, seed=0):
@@ -83,8 +83,8 @@ class TestBanks:
         there, lacking = bank.relative_distances("lid", psi), missing_distances(grids, gaps_of(grids), psi)
         torch.testing.assert_close(bank.missing_distances("lid", psi), lacking)
         expected = np.maximum(there.numpy(), MISSING_WEIGHT * lacking.numpy())
-        more = unlikeness(bank.views("lid"), psi)[:, None, None].numpy()
-        np.testing.assert_allclose(bank.deviations("lid", psi), expected * more, rtol=1e-6)
+        stressed = stress(torch.from_numpy(expected), unlikeness(bank.views("lid"), psi))
+        np.testing.assert_allclose(bank.deviations("lid", psi), stressed, rtol=1e-6)
         assert 0 < (expected > there.numpy()).mean() < 1
 
     def test_beside_a_coreset_the_pictures_stay_whole(self):

@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 
 from anomalysd_pipeline.collection import collect_prototypes, fill_bank
 from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
-from anomalysd_pipeline.whole import TOLERANCE, unlikeness, views_of
+from anomalysd_pipeline.whole import TOLERANCE, stress, unlikeness, views_of
 
 
 def vectors(*shape, seed=0):
@@ -45,6 +45,14 @@ class TestUnlikeness:
         assert torch.equal(unlikeness(views, torch.arange(3.0).view(3, 1, 1, 1).expand(3, 5, 2, 2)), torch.ones(3))
 
 
+class TestStress:
+    def test_the_highest_is_multiplied_and_zero_stays(self):
+        maps = torch.tensor([[[0.0, 1.0], [2.0, 4.0]], [[0.0, 1.0], [2.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]])
+        found = stress(maps, torch.tensor([16.0, 1.0, 3.0]))
+        torch.testing.assert_close(found[0], torch.tensor([[0.0, 2.0], [8.0, 64.0]]))
+        assert torch.equal(found[1:], maps[1:])
+
+
 class TestInABank:
     def bank(self, **options):
         bank = PrototypeBank()
@@ -58,8 +66,9 @@ class TestInABank:
         psi = vectors(2, 7, 2, 2, seed=3) + torch.tensor([0.0, 4.0])[:, None, None, None]
         plain.register_buffer("gap_0", bank.gaps("lid"))
         factor = expected(features.view(2, 3, 4, 7).mean(2).double().numpy(), psi.double().mean(dim=(2, 3)).numpy())
-        wanted = plain.deviations("lid", psi) * torch.from_numpy(factor).float()[:, None, None]
-        torch.testing.assert_close(bank.deviations("lid", psi), wanted)
+        before = plain.deviations("lid", psi).double().numpy()
+        wanted = before * factor[:, None, None] ** (before / before.max(axis=(1, 2), keepdims=True))
+        np.testing.assert_allclose(bank.deviations("lid", psi), wanted, rtol=1e-5)
         assert factor[1] > 2
 
     def test_one_picture_tells_nothing(self):
