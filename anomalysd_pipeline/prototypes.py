@@ -297,7 +297,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         bank, gaps, views = self[category], self.gaps(category), self.views(category)
         column = F.pad(gaps, (0, len(bank) - len(gaps)), value=-1.0)
         packed = {"bank": torch.cat([bank, self.spread(category)[:, None], column[:, None]], dim=1)}
-        if self.colors is not None:
+        if self._has_colors(category):
             packed["colors"] = self.colors.packed(category)["bank"]
         return packed | {"views": views} if len(views) else packed
 
@@ -308,6 +308,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         gaps = bank[:, -1]
         views = packed.get("views", bank.new_zeros(0, bank.shape[1] - PACKED_BESIDE + 1))
         stored = self._stored(bank[:, :-PACKED_BESIDE], bank[:, -2], gaps[gaps >= 0], views)
+        self._forget_colors(category)
         if colors is not None:
             self._color_bank(colors.shape[1] - PACKED_BESIDE).add_packed(category, {"bank": colors})
         self._replace({**self._held(), category: stored})
@@ -334,7 +335,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             whole: How many pictures these are, all of them equally large, to know how another picture differs as a
                 whole and, where all that was not turned is kept, what it lacks. Less than 2: neither.
             colors: How many of the last channels are colors, which `deviations` also looks at by themselves: among
-                hundreds of other channels a wrong color hardly counts. The same in all categories; 0: none.
+                hundreds of other channels a wrong color hardly counts. The same wherever there are any; 0: none.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
@@ -357,6 +358,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             if torch.equal(kept[:unturned], torch.arange(unturned, device=kept.device)):
                 gaps = gaps_of(features[:unturned].unflatten(0, (whole, -1))).flatten()
         stored = self._stored(features[kept], spread, gaps, views)
+        self._forget_colors(category)
         if colors:
             self._color_bank(colors).add(category, features[:, -colors:].contiguous(), seed, sources, unturned)
         self._replace({**self._held(), category: stored})
@@ -372,6 +374,13 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             )
         if not is_finite(features):
             raise ValueError("`features` must be finite, got NaN or infinity.")
+
+    def _has_colors(self, category: str) -> bool:
+        return self.colors is not None and category in self.colors
+
+    def _forget_colors(self, category: str) -> None:
+        if self._has_colors(category):
+            self.colors.remove(category)
 
     def _color_bank(self, channels: int) -> "PrototypeBank":
         if self.colors is None:
@@ -396,8 +405,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     def remove(self, category: str) -> None:
         """Forget a category. Raises ValueError if it has no bank."""
         self[category]
-        if self.colors is not None:
-            self.colors.remove(category)
+        self._forget_colors(category)
         self._replace({other: held for other, held in self._held().items() if other != category})
 
     def _held(self) -> dict[str, tuple[Tensor, ...]]:
@@ -488,7 +496,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         found, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
         if missing is not None:
             found = torch.maximum(found, MISSING_WEIGHT * missing)
-        if self.colors is not None:
+        if self._has_colors(category):
             colors = self.colors.relative_distances(category, psi[:, -self.config.color_channels :])
             found = torch.maximum(found, COLOR_WEIGHT * colors)
         views = self.views(category)

@@ -80,6 +80,18 @@ def test_is_packed_saved_and_removed(tmp_path, dtype):
     assert bank.empty().colors is None
 
 
+def test_a_category_may_be_without(tmp_path):
+    bank, psi = bank_of(vectors(40, 7)), vectors(1, 7, 2, 3, seed=1)
+    bank.add("axle", vectors(20, 7, seed=4))
+    expected = bank.relative_distances("axle", psi)
+    assert torch.equal(bank.deviations("axle", psi), expected) and set(bank.packed("axle")) == {"bank"}
+    bank.add("lid", vectors(20, 7, seed=4))
+    assert torch.equal(bank.deviations("lid", psi), expected) and bank.colors.categories == []
+    bank.remove("lid")
+    bank.save_pretrained(tmp_path)
+    assert torch.equal(PrototypeBank.from_pretrained(tmp_path).deviations("axle", psi), expected)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.5])
 def test_a_filled_bank_knows_the_colors_of_an_extractor_that_has_them(weight):
     extractor = PrototypeExtractor("resnet10t", color_weight=weight)
