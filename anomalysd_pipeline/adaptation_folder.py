@@ -233,13 +233,12 @@ def _check_fits(stored: StoredAdaptation, pipe) -> None:
     columns = {"bank": channels + PACKED_BESIDE, "views": channels + 1}
     if pipe.extractor.color_channels:
         columns["colors"] = pipe.extractor.color_channels + PACKED_BESIDE
-    needed = columns.keys() - {"views"}
     for category, banks in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:
             pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
-        if banks.keys() - {"views"} != needed:
-            raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(needed)}")
+        if "bank" not in banks or banks.keys() - columns.keys():
+            raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(columns)}")
         for kind, bank in banks.items():
             fits = bank.ndim == 2 and len(bank) and bank.shape[1] == columns[kind]
             if not fits or not bank.is_floating_point():

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from .collection import MISSING_PICTURES, fill_bank
+from .collection import COMPARED_PICTURES, fill_bank
 from .data import augment, to_tensor
 from .detection import score_maps
 from .scoring import image_score
@@ -119,7 +119,7 @@ def calibrate_threshold(
         if held_out:
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = pipe.bank.empty()
-            fill_bank(bank, category, pipe.extractor, others, rotations, len(tensors) >= MISSING_PICTURES)
+            fill_bank(bank, category, pipe.extractor, others, rotations, len(tensors) >= COMPARED_PICTURES)
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]

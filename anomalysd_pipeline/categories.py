@@ -7,7 +7,7 @@ import copy
 import torch
 
 from .calibration import Calibration, calibrate_threshold
-from .collection import MISSING_PICTURES, fill_bank
+from .collection import COMPARED_PICTURES, fill_bank
 from .data import to_tensor
 from .images import load_pictures
 from .prompts import PromptBook, check_category
@@ -65,8 +65,8 @@ class CategoryMixin:
         pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [K, 3, R, R]
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
-        missing = len(pictures) >= MISSING_PICTURES
-        fill_bank(self.bank.to(device), category, self.extractor, pictures.to(device), rotations, missing)
+        compare = len(pictures) >= COMPARED_PICTURES
+        fill_bank(self.bank.to(device), category, self.extractor, pictures.to(device), rotations, compare)
         self.register_to_config(prompts=book.to_dict())
         self._store_category(
             category,

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MISSING_PICTURES = 3
-"""Normal pictures from which on what is missing counts: of fewer, none can be held out to set a threshold."""
+COMPARED_PICTURES = 3
+"""Normal pictures from which on they are compared, see `fill_bank`: of fewer, none can be held out for a threshold."""
 
 _CHECKED = 2**12
 _COMPARED = 2**14
@@ -50,18 +50,19 @@ def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4)
 
 
 def fill_bank(
-    bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4, missing: bool = False
+    bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4, compare: bool = False
 ) -> None:
     """Stores the prototypes of normal pictures in a [`PrototypeBank`], with what is known of where each is from.
 
     Args:
-        missing: whether to know what another picture lacks.
+        compare: whether to know by the differences between the pictures what another one lacks, how its colors
+            deviate by themselves, and how unlike it is as a whole. Turned copies of one picture do not tell that.
         Others, and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
     features = collect_prototypes(extractor, images, rotations)
     sources = prototype_sources(len(features), len(images), rotations)
-    whole = len(images) if missing else 0
-    colors = getattr(extractor, "color_channels", 0)
+    whole = len(images) if compare else 0
+    colors = getattr(extractor, "color_channels", 0) if compare else 0
     bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 

@@ -92,13 +92,13 @@ def test_a_category_may_be_without(tmp_path):
     assert torch.equal(PrototypeBank.from_pretrained(tmp_path).deviations("axle", psi), expected)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.5])
-def test_a_filled_bank_knows_the_colors_of_an_extractor_that_has_them(weight):
+@pytest.mark.parametrize(("weight", "compare"), [(0.5, True), (0.5, False), (0.0, True)])
+def test_a_filled_bank_knows_the_colors_of_an_extractor_that_has_them(weight, compare):
     extractor = PrototypeExtractor("resnet10t", color_weight=weight)
     bank, images = PrototypeBank(), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    fill_bank(bank, "lid", extractor, images, rotations=2)
+    fill_bank(bank, "lid", extractor, images, rotations=2, compare=compare)
     assert extractor.color_channels == 27 * (weight > 0)
-    assert (bank.colors is None) == (weight == 0)
-    if weight:
+    assert (bank.colors is not None) == (weight > 0 and compare)
+    if bank.colors:
         rows = extractor(images)[:, -27:].permute(0, 2, 3, 1).flatten(end_dim=2)
         torch.testing.assert_close(bank.colors["lid"][: len(rows)], rows)

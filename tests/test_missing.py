@@ -124,7 +124,7 @@ class TestBanks:
     def test_a_filled_bank_knows_its_pictures_whole_where_asked(self, asked):
         images = torch.rand(3, 3, 4, 6, generator=torch.Generator().manual_seed(1)) * 2 - 1
         bank, tested = PrototypeBank(), images[:1].flip(3) * 0.5
-        fill_bank(bank, "lid", torch.nn.Identity(), images, rotations=3, missing=asked)
+        fill_bank(bank, "lid", torch.nn.Identity(), images, rotations=3, compare=asked)
         found = bank.missing_distances("lid", tested)
         grids = images.permute(0, 2, 3, 1).flatten(1, 2)
         assert (found is None) == (not asked)

@@ -97,6 +97,6 @@ class TestInABank:
     def test_a_filled_bank_knows_its_pictures(self):
         extractor, images = PrototypeExtractor("resnet10t"), vectors(3, 3, 64, 64, seed=1).clamp(-1, 1)
         bank = PrototypeBank()
-        fill_bank(bank, "lid", extractor, images, rotations=2, missing=True)
+        fill_bank(bank, "lid", extractor, images, rotations=2, compare=True)
         features = collect_prototypes(extractor, images, 2)
         torch.testing.assert_close(bank.views("lid"), views_of(features, 3, len(features) // 2))
