@@ -92,9 +92,10 @@ def calibrate_threshold(
 ) -> Calibration:
     """Scores normal pictures as if they were new and sets the threshold above them; the pipeline is left unchanged.
 
-    With two pictures or more, each is scored against a bank of the others. Up to `MIN_SCORES`, lightly augmented
-    copies (light, contrast, a small turn and scale) are scored as well; a single picture has only those, against its
-    own bank, and its threshold is raised by `SINGLE_PICTURE_MARGIN`.
+    With two pictures or more, each is scored against a bank of the others; only how unlike the others it may be as a
+    whole is known from all. Up to `MIN_SCORES`, lightly augmented copies (light, contrast, a small turn and scale) are
+    scored as well; a single picture has only those, against its own bank, and its threshold is raised by
+    `SINGLE_PICTURE_MARGIN`.
 
     Args:
         pipe: a pipeline in which `category` is registered.
@@ -120,6 +121,9 @@ def calibrate_threshold(
             others = torch.cat([tensors[:index], tensors[index + 1 :]]).to(pipe._execution_device)
             bank = pipe.bank.empty()
             fill_bank(bank, category, pipe.extractor, others, rotations, len(tensors) >= COMPARED_PICTURES)
+            # A picture unlike the others is why all of them are allowed more, not one that three others would reject.
+            if category in pipe.bank:
+                bank.take_reach(category, pipe.bank)
         augmented = [augment(tensor, generator, **VARIATION) for _ in range(copies - 1)]
         batch = torch.stack(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]

@@ -291,6 +291,13 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         self[category]
         return getattr(self, f"view_{self.categories.index(category)}")
 
+    def take_reach(self, category: str, other: "PrototypeBank") -> None:
+        """Let pictures be as far from the normal ones as a whole as `other` lets them, which knows more pictures of the
+        same category. Raises ValueError if one of them has no bank."""
+        own, known = self.views(category), other.views(category)
+        if len(own) and len(known):
+            own[:, -1] = known[0, -1]
+
     def packed(self, category: str) -> dict[str, Tensor]:
         """All that is known of a category, for `add_packed`: "bank", prototypes and, in the last columns, spread and
         gap (-1: none), [size, dim + 2]; "colors", the same of the colors, and "views", where there are such."""

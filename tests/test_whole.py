@@ -100,3 +100,16 @@ class TestInABank:
         fill_bank(bank, "lid", extractor, images, rotations=2, compare=True)
         features = collect_prototypes(extractor, images, 2)
         torch.testing.assert_close(bank.views("lid"), views_of(features, 3, len(features) // 2))
+
+    def test_what_a_larger_bank_allows_can_be_taken_over(self):
+        extractor, images = PrototypeExtractor("resnet10t"), vectors(4, 3, 64, 64, seed=1).clamp(-1, 1)
+        images[3] = 0.5  # unlike the others
+        known, held_out = PrototypeBank(), PrototypeBank()
+        fill_bank(known, "lid", extractor, images, rotations=2, compare=True)
+        fill_bank(held_out, "lid", extractor, images[:3], rotations=2, compare=True)
+        psi = extractor(images[3:])
+        assert unlikeness(held_out.views("lid"), psi) > 2
+        held_out.take_reach("lid", known)
+        assert unlikeness(held_out.views("lid"), psi) == 1
+        averages = views_of(collect_prototypes(extractor, images[:3], 2), 3, 768)[:, :-1]
+        assert torch.equal(held_out.views("lid")[:, :-1], averages)
