@@ -292,8 +292,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return getattr(self, f"view_{self.categories.index(category)}")
 
     def take_reach(self, category: str, other: "PrototypeBank") -> None:
-        """Let pictures be as far from the normal ones as a whole as `other` lets them, which knows more pictures of the
-        same category. Raises ValueError if one of them has no bank."""
+        """Let pictures be as unlike the normal ones as `other` lets them, which knows more pictures of the category.
+        Raises ValueError if one of them has no bank."""
         own, known = self.views(category), other.views(category)
         if len(own) and len(known):
             own[:, -1] = known[0, -1]
