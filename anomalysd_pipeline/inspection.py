@@ -133,7 +133,7 @@ def load_part(pipe, category: str, path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             record, names = json.loads(file.metadata()["record"]), file.keys()
-            packed = {name: file.get_tensor(name) for name in names}
+            packed = {"bank": file.get_tensor("bank")} | {name: file.get_tensor(name) for name in names}
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"'{path}', what an earlier run has learned, cannot be read ({error}); delete it, and it is learned anew."

@@ -315,9 +315,10 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         gaps = bank[:, -1]
         views = packed.get("views", bank.new_zeros(0, bank.shape[1] - PACKED_BESIDE + 1))
         stored = self._stored(bank[:, :-PACKED_BESIDE], bank[:, -2], gaps[gaps >= 0], views)
-        self._forget_colors(category)
         if colors is not None:
-            self._color_bank(colors.shape[1] - PACKED_BESIDE).add_packed(category, {"bank": colors})
+            self._color_bank().add_packed(category, {"bank": colors})
+        else:
+            self._forget_colors(category)
         self._replace({**self._held(), category: stored})
 
     def add(
@@ -365,9 +366,10 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             if torch.equal(kept[:unturned], torch.arange(unturned, device=kept.device)):
                 gaps = gaps_of(features[:unturned].unflatten(0, (whole, -1))).flatten()
         stored = self._stored(features[kept], spread, gaps, views)
-        self._forget_colors(category)
         if colors:
-            self._color_bank(colors).add(category, features[:, -colors:].contiguous(), seed, sources, unturned)
+            self._color_bank().add(category, features[:, -colors:].contiguous(), seed, sources, unturned)
+        else:
+            self._forget_colors(category)
         self._replace({**self._held(), category: stored})
 
     def _check(self, category: str, features: Tensor) -> None:
@@ -389,10 +391,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if self._has_colors(category):
             self.colors.remove(category)
 
-    def _color_bank(self, channels: int) -> "PrototypeBank":
+    def _color_bank(self) -> "PrototypeBank":
         if self.colors is None:
-            self.colors = PrototypeBank(dim=channels, max_size=_COLORS, max_unturned=_UNBOUNDED).to(self.placeholder)
-            self.register_to_config(color_channels=channels)
+            self.colors = PrototypeBank(max_size=_COLORS, max_unturned=_UNBOUNDED).to(self.placeholder)
         return self.colors
 
     def _stored(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -433,6 +434,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             dim=next((bank.shape[1] for bank, *_ in banks.values()), 0),
             whole={category: len(gaps) for category, (_, _, gaps, _) in banks.items()},
             views={category: len(views) for category, (*_, views) in banks.items()},
+            color_channels=0 if self.colors is None else self.colors.config.dim,
             color_sizes=None if self.colors is None else dict(self.colors.config.sizes),
         )
 
@@ -504,7 +506,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if missing is not None:
             found = torch.maximum(found, MISSING_WEIGHT * missing)
         if self._has_colors(category):
-            colors = self.colors.relative_distances(category, psi[:, -self.config.color_channels :])
+            colors = self.colors.relative_distances(category, psi[:, -self.colors.config.dim :])
             found = torch.maximum(found, COLOR_WEIGHT * colors)
         views = self.views(category)
         return stress(found, unlikeness(views, psi)) if len(views) else found

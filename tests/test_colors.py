@@ -9,6 +9,8 @@ from anomalysd_pipeline.collection import fill_bank
 from anomalysd_pipeline.coreset import greedy_coreset
 from anomalysd_pipeline.prototypes import COLOR_WEIGHT, PrototypeBank, PrototypeExtractor
 
+from .banks import check_copies
+
 
 def vectors(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -68,11 +70,7 @@ def test_is_packed_saved_and_removed(tmp_path, dtype):
     bank.add("axle", vectors(20, 7, seed=4), colors=2)
     bank = bank.to(dtype)
     expected = bank.deviations("lid", psi)
-    bank.save_pretrained(tmp_path)
-    loaded, copied = PrototypeBank.from_pretrained(tmp_path, torch_dtype=dtype), PrototypeBank().to(dtype)
-    copied.add_packed("lid", bank.packed("lid"))
-    for other in (loaded, copied):
-        assert torch.equal(other.deviations("lid", psi), expected)
+    check_copies(bank, "lid", psi, tmp_path)
     bank.remove("axle")
     assert bank.colors.categories == ["lid"] and torch.equal(bank.deviations("lid", psi), expected)
     bank.save_pretrained(tmp_path / "less")
@@ -90,6 +88,26 @@ def test_a_category_may_be_without(tmp_path):
     bank.remove("lid")
     bank.save_pretrained(tmp_path)
     assert torch.equal(PrototypeBank.from_pretrained(tmp_path).deviations("axle", psi), expected)
+
+
+def test_a_refused_category_leaves_the_colors_it_had():
+    bank, psi = bank_of(vectors(40, 7)), vectors(1, 7, 2, 3, seed=1)
+    bank.add("axle", vectors(20, 7, seed=4), colors=2)
+    expected, packed = bank.deviations("lid", psi), bank.packed("lid")
+    with pytest.raises(ValueError, match="must have 2 channels"):
+        bank.add("lid", vectors(20, 7, seed=5), colors=3)
+    with pytest.raises(ValueError, match="must be finite"):
+        bank.add_packed("lid", packed | {"colors": torch.full_like(packed["colors"], torch.nan)})
+    assert torch.equal(bank.deviations("lid", psi), expected)
+
+
+def test_the_only_category_may_change_its_colors(tmp_path):
+    bank, psi = bank_of(vectors(40, 7)), vectors(1, 7, 2, 3, seed=1)
+    other = bank_of(vectors(40, 7, seed=5), colors=4)
+    bank.add("lid", vectors(40, 7, seed=5), sources=torch.arange(40) % 3, unturned=12, colors=4)
+    bank.save_pretrained(tmp_path)
+    for found in (bank, PrototypeBank.from_pretrained(tmp_path)):
+        assert torch.equal(found.deviations("lid", psi), other.deviations("lid", psi))
 
 
 @pytest.mark.parametrize(("weight", "compare"), [(0.5, True), (0.5, False), (0.0, True)])

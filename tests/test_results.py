@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from anomalysd_pipeline.inspection import Inspection, load_part, register, save_part
 from anomalysd_pipeline.picture import Picture
@@ -158,5 +159,10 @@ class TestPart:
     @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      "])
     def test_a_damaged_one_is_one_sentence(self, content, tiny_pipeline, tmp_path):
         (tmp_path / "part").write_bytes(content)
+        with pytest.raises(ValueError, match="delete it"):
+            load_part(tiny_pipeline, "ring", tmp_path / "part")
+
+    def test_one_without_prototypes_is_one_sentence(self, tiny_pipeline, tmp_path):
+        save_file({"colors": torch.zeros(2, 3)}, tmp_path / "part", metadata={"record": "{}"})
         with pytest.raises(ValueError, match="delete it"):
             load_part(tiny_pipeline, "ring", tmp_path / "part")

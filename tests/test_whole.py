@@ -9,6 +9,8 @@ from anomalysd_pipeline.collection import collect_prototypes, fill_bank
 from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
 from anomalysd_pipeline.whole import TOLERANCE, stress, unlikeness, views_of
 
+from .banks import check_copies
+
 
 def vectors(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -86,11 +88,7 @@ class TestInABank:
         bank.add("axle", vectors(20, 7, seed=4))
         bank, psi = bank.to(dtype), vectors(1, 7, 2, 2, seed=5) + 3
         wanted = bank.deviations("lid", psi)
-        bank.save_pretrained(tmp_path)
-        loaded, copied = PrototypeBank.from_pretrained(tmp_path, torch_dtype=dtype), PrototypeBank().to(dtype)
-        copied.add_packed("lid", bank.packed("lid"))
-        for other in (loaded, copied):
-            assert torch.equal(other.deviations("lid", psi), wanted)
+        check_copies(bank, "lid", psi, tmp_path)
         bank.remove("axle")
         assert torch.equal(bank.deviations("lid", psi), wanted)
 
