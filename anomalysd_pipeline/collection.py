@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .memory import large_blocks_returned
+
 COMPARED_PICTURES = 3
 """Normal pictures from which on they are compared, see `fill_bank`: of fewer, none can be held out for a threshold."""
 
@@ -59,11 +61,12 @@ def fill_bank(
             deviate by themselves, and how unlike it is as a whole. Turned copies of one picture do not tell that.
         Others, and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
-    features = collect_prototypes(extractor, images, rotations)
-    sources = prototype_sources(len(features), len(images), rotations)
     whole = len(images) if compare else 0
     colors = getattr(extractor, "color_channels", 0) if compare else 0
-    bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
+    with large_blocks_returned():
+        features = collect_prototypes(extractor, images, rotations)
+        sources = prototype_sources(len(features), len(images), rotations)
+        bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 
 def is_finite(features: Tensor) -> bool:
