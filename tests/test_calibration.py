@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from anomalysd_pipeline.calibration import prediction_threshold
+from anomalysd_pipeline.calibration import TYPICAL_SPREAD, prediction_threshold
 from anomalysd_pipeline.masks import multi_scale_masks
 from anomalysd_pipeline.settings import PRESETS, InspectionSettings
 from anomalysd_pipeline.workload import Workload, in_batches
@@ -12,29 +13,55 @@ from anomalysd_pipeline.workload import Workload, in_batches
 FULL = {"noise_strength": 0.4, "prototype_weight": 0.1, "feature_weight": 0.0, "guidance_scale": 1.0}
 
 
+def draws(spread, count, seed=0):
+    """Of 2000 parts, `count` normal scores and one more."""
+    return np.exp(np.random.default_rng(seed).normal(-3, spread, (2000, count + 1)))
+
+
+def exceeded(scores, rate):
+    """How often the last score of a row is above what the others give."""
+    return np.mean([row[-1] > prediction_threshold(row[:-1], rate) for row in scores])
+
+
 class TestPredictionThreshold:
     @pytest.mark.parametrize("rate", [0.02, 0.1, 0.3])
     @pytest.mark.parametrize("count", [3, 8])
     def test_false_alarms_come_at_the_rate_asked_for(self, count, rate):
-        """Monte Carlo: for log-normal scores, a new one exceeds the bound at most as often as promised."""
-        rng = np.random.default_rng(0)
-        draws = np.exp(rng.normal(-3, 0.5, (4000, count + 1)))
-        exceeded = np.mean([row[-1] > prediction_threshold(row[:-1], rate) for row in draws])
-        # The bound is the larger of the prediction bound, exact at `rate`, and the highest score, exceeded at 1/(n+1).
-        ceiling = min(rate, 1 / (count + 1))
-        assert exceeded <= ceiling + 3 * np.sqrt(rate / 4000)
-        assert exceeded >= 0.4 * ceiling
+        """Monte Carlo: for log-normal scores that differ as is typical."""
+        found = exceeded(draws(TYPICAL_SPREAD, count), rate)
+        assert found == pytest.approx(rate, rel=0.25, abs=4 * np.sqrt(rate / 2000))
+
+    def test_the_scores_count_beside_what_is_typical(self):
+        """Parts whose scores differ more have more false alarms, but the fewer the more scores are known."""
+        found = [exceeded(draws(0.5, count), 0.05) for count in (3, 8, 15)]
+        alone = np.mean(draws(0.5, 1) > np.exp(-3 + stats.norm.ppf(0.95) * TYPICAL_SPREAD))
+        assert 0.05 < found[2] < found[1] < found[0] < alone
+
+    @pytest.mark.parametrize("rate", [0.05, 0.1, 0.3])
+    def test_many_scores_of_any_distribution(self, rate):
+        """One in ten scores is ten times as high."""
+        scores = draws(0.2, 40) * np.where(np.random.default_rng(1).random((2000, 41)) < 0.1, 10, 1)
+        found = exceeded(scores, rate)
+        assert rate - 1 / 41 - 3 * np.sqrt(rate / 2000) < found < rate + 3 * np.sqrt(rate / 2000)
+
+    def test_few_scores(self):
+        """By hand: the median is 4, half of the logarithms are at most log 2 away, and 8 further scores say 0.25."""
+        spread = np.log(2) / stats.norm.ppf(0.75)
+        pooled = np.sqrt((8 * 0.25**2 + 4 * spread**2) / 12)
+        found = prediction_threshold([1.0, 2.0, 4.0, 8.0, 64.0], 0.1)
+        assert found == pytest.approx(4 * np.exp(1.3562 * pooled * np.sqrt(6 / 5)), rel=1e-4)  # t of 90 %, 12 degrees
+
+    def test_one_unlike_the_others_changes_little(self):
+        usual = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.02, 0.98]
+        assert prediction_threshold([*usual[:-1], 50.0], 0.05) < 1.1 * prediction_threshold(usual, 0.05)
 
     def test_scales_with_the_scores(self):
         scores = [0.2, 0.3, 0.25]
         doubled = prediction_threshold([2 * s for s in scores], 0.05)
         assert doubled == pytest.approx(2 * prediction_threshold(scores, 0.05))
 
-    def test_is_never_below_a_score_seen(self):
-        assert prediction_threshold([0.1] * 50 + [9.0], 0.4) >= 9.0
-
-    def test_equal_scores_give_that_score(self):
-        assert prediction_threshold([0.5, 0.5, 0.5], 0.02) == pytest.approx(0.5)
+    def test_many_equal_scores_give_that_score(self):
+        assert prediction_threshold([0.5] * 20, 0.05) == pytest.approx(0.5)
 
     @pytest.mark.parametrize("scores", [[1.0], [], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
     def test_refuses_scores_without_a_spread(self, scores):
