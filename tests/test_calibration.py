@@ -45,9 +45,9 @@ class TestPredictionThreshold:
         assert rate - 1 / 41 - 3 * np.sqrt(rate / 2000) < found < rate + 3 * np.sqrt(rate / 2000)
 
     def test_few_scores(self):
-        """By hand: the median is 4, half of the logarithms are at most log 2 away, and 8 further scores say 0.25."""
+        """By hand: the median is 4, half of the logarithms are at most log 2 away, and 8 further scores say 0.35."""
         spread = np.log(2) / stats.norm.ppf(0.75)
-        pooled = np.sqrt((8 * 0.25**2 + 4 * spread**2) / 12)
+        pooled = np.sqrt((8 * 0.35**2 + 4 * spread**2) / 12)
         found = prediction_threshold([1.0, 2.0, 4.0, 8.0, 64.0], 0.1)
         assert found == pytest.approx(4 * np.exp(1.3562 * pooled * np.sqrt(6 / 5)), rel=1e-4)  # t of 90 %, 12 degrees
 
