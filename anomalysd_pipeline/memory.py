@@ -15,11 +15,12 @@ _LARGEST_THRESHOLD = 2**25
 """What glibc itself raises the threshold to, once blocks of that size were freed."""
 
 
-def _tell(parameter: int, value: int) -> bool:
+def _glibc(function: str, *arguments: int) -> bool:
+    """Calls one of its allocator's functions, which tell by 1 whether they did what was asked."""
     if sys.platform != "linux":
         return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl has not
-    return mallopt is not None and mallopt(parameter, value) == 1
+    found = getattr(ctypes.CDLL(None), function, None)  # musl does not have it
+    return found is not None and found(*arguments) == 1
 
 
 def share_arenas(count: int = 2) -> bool:
@@ -32,19 +33,20 @@ def share_arenas(count: int = 2) -> bool:
     Returns:
         Whether the system's allocator is one that can be told.
     """
-    return _tell(_M_ARENA_MAX, count)
+    return _glibc("mallopt", _M_ARENA_MAX, count)
 
 
 @contextlib.contextmanager
 def large_blocks_returned() -> Iterator[None]:
-    """Meanwhile, blocks of a MiB and more go back to the system as soon as they are freed.
+    """Before, what is free goes back to the system, and meanwhile blocks of a MiB and more as soon as they are freed.
 
     Otherwise glibc keeps blocks of up to 32 MiB in its heap, where what is stored between them stops them from ever
     being returned. For work that makes many of different sizes and stores little; where the same sizes come again and
     again, as in a network, it would cost time. On other systems nothing changes.
     """
-    _tell(_M_MMAP_THRESHOLD, _LARGE)
+    _glibc("malloc_trim", 0)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGE)
     try:
         yield
     finally:
-        _tell(_M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)
+        _glibc("mallopt", _M_MMAP_THRESHOLD, _LARGEST_THRESHOLD)

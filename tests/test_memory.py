@@ -42,7 +42,7 @@ print(bounded, psutil.Process().memory_info().rss - before)
 # Blocks of a few MiB, each with something small behind it that stays.
 BLOCKS = """
 import contextlib, ctypes, sys
-from anomalysd_pipeline.memory import _tell, _M_MMAP_THRESHOLD, large_blocks_returned
+from anomalysd_pipeline.memory import _M_MMAP_THRESHOLD, _glibc, large_blocks_returned
 import psutil
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
@@ -59,7 +59,7 @@ with large_blocks_returned() if bounded else contextlib.nullcontext():
         blocks.append(use(4 * 2**20))
         use(1000)
     for block in blocks: libc.free(block)
-print(bounded and _tell(_M_MMAP_THRESHOLD, 2**25), psutil.Process().memory_info().rss - before)
+print(bounded and _glibc("mallopt", _M_MMAP_THRESHOLD, 2**25), psutil.Process().memory_info().rss - before)
 """
 
 
