@@ -63,9 +63,9 @@ def fill_bank(
     """
     whole = len(images) if compare else 0
     colors = getattr(extractor, "color_channels", 0) if compare else 0
+    features = collect_prototypes(extractor, images, rotations)
+    sources = prototype_sources(len(features), len(images), rotations)
     with large_blocks_returned():
-        features = collect_prototypes(extractor, images, rotations)
-        sources = prototype_sources(len(features), len(images), rotations)
         bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 
