@@ -70,9 +70,10 @@ def prediction_threshold(scores: Sequence[float], false_alarm_rate: float) -> fl
     """The value that one further normal score exceeds with probability `false_alarm_rate`.
 
     From `MANY_SCORES` on, where the rate allows, it is one of the scores: the ceil((1 - p)(n + 1))-th smallest, which
-    a further one exceeds with a probability of at most p whatever their distribution (Vovk et al. 2005, split
-    conformal prediction). Of fewer, the bound of a normal distribution on the logarithm of the scores, which are
-    positive and skewed: exp(c + t_{1-p, v} s sqrt(1 + 1/n)), with v = w + n - 1 and s^2 = (w s_0^2 + (n - 1) d^2) / v.
+    a further one of the same distribution, whatever that is, exceeds with a probability of at most p (Vovk et al.
+    2005, split conformal prediction). Of fewer, the bound of a normal distribution on the logarithm of the scores,
+    which are positive and skewed: exp(c + t_{1-p, v} s sqrt(1 + 1/n)), with v = w + n - 1 and
+    s^2 = (w s_0^2 + (n - 1) d^2) / v.
     The center c is the median and the spread d 1.4826 times the median distance from it, because a picture that is
     unlike the few others says little about the next one, which will be compared with it too. As few scores know
     little of their spread, it is joined by what is typical, s_0 = `TYPICAL_SPREAD`, as if by w = `TYPICAL_WEIGHT`
