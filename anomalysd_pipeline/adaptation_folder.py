@@ -22,7 +22,7 @@ from .settings import InspectionSettings
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
 EMBEDDED_NAME = "embedded"
-_FORMAT = 1
+_FORMAT = 2
 _BANKS = ("bank", "colors", "views")
 _KEYS = {
     "format",
@@ -35,7 +35,15 @@ _KEYS = {
     "categories",
     "prompts",
 }
-_RECORD_KEYS = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
+_RECORD_KEYS = {
+    "shots",
+    "rotations",
+    "noise_strength",
+    "adaptation",
+    "prompt_design",
+    "adapted",
+    "calibration",
+}
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """What a folder may hold that is replaced as a whole; the last is added where it is published."""
 
@@ -206,11 +214,15 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
 
 def _check_record(record: dict) -> dict:
     """The record of a category as it was given, if inspections can rely on it."""
+    # Scores, and so thresholds, did not depend on it when it was not written.
+    record = {"adapted": False, **record}
     counts = (record["shots"], record["rotations"])
     if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):
         raise ValueError("a category's record has other keys or counts")
     if record["prompt_design"] not in PROMPT_DESIGNS:
         raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
+    if type(record["adapted"]) is not bool:
+        raise ValueError("a category's `adapted` is neither true nor false")
     if record["calibration"] is not None:
         calibration = Calibration(**record["calibration"])
         scales = tuple(calibration.settings["mask_scales"])

@@ -115,7 +115,7 @@ class AdaptationMixin:
                 self.add_category(category, images, (prompts or {}).get(category))
                 # Inspected with the prompts that it was trained with.
                 design = weights.settings.prompt_design
-                self._store_category(category, adaptation=None if full else name, prompt_design=design)
+                self._store_category(category, adaptation=None if full else name, prompt_design=design, adapted=True)
             if not full:
                 # In half precision, as it will be saved: what is measured now is what a reload will give.
                 state = {
@@ -301,7 +301,7 @@ class AdaptationMixin:
             vae.load_state_dict(weights.decoder, strict=False)
             self.register_modules(vae=vae)
         for category in self.categories:
-            self._store_category(category, calibration=None)  # thresholds of the old weights
+            self._store_category(category, calibration=None, adapted=False)  # both of the old weights
 
     @contextlib.contextmanager
     def _undone_on_error(self):

@@ -75,6 +75,7 @@ class CategoryMixin:
             noise_strength=noise_strength,
             adaptation=None,
             prompt_design="hierarchical",
+            adapted=False,
             calibration=None,
         )
         self._drop_unused_adaptations()

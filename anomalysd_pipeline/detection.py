@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,30 @@ def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractC
     return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision])
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What pictures are scored by, at the pipeline's resolution R.
+
+    Attributes:
+        multi_scale: S_ms, Eq. (19), float32 `[N, R, R]`.
+        guided: S_pg, Eq. (20), float32 `[N, R, R]`; None without normal pictures.
+        deviations: see `PrototypeBank.deviations`, float32 `[N, R, R]`; None where they are not asked for.
+        repainted: what is shown to people, `[N, 3, R, R]` in [-1, 1].
+        prototype_masks: bool `[N, 1, R, R]`; None without normal pictures.
+    """
+
+    multi_scale: Tensor
+    guided: Tensor | None
+    deviations: Tensor | None
+    repainted: Tensor
+    prototype_masks: Tensor | None
+
+    def maps(self, prototype_weight: float, feature_weight: float) -> Tensor:
+        """The smoothed score maps, Eq. (21), float32 `[N, R, R]`."""
+        fused = fuse(self.multi_scale, self.guided, self.deviations, prototype_weight, feature_weight)
+        return smooth(fused, smoothing_sigma(fused.shape[-1]))
+
+
 def score_maps(
     pipe: AnomalySDPipeline,
     pictures: Tensor,
@@ -46,23 +71,43 @@ def score_maps(
     generator=None,
     callback: Callable | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The stages between pictures and score maps, shared by inspection and calibration.
+    """From pictures to score maps, for inspection and calibration alike.
 
-    Args:
-        pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
-        bank: holds `category`, or None for zero-shot.
-        Others: see `__call__`.
+    Args: see `examine`.
 
     Returns:
         Smoothed maps float32 `[N, R, R]`, repainted pictures `[N, 3, R, R]` in [-1, 1], prototype masks bool
         `[N, 1, R, R]` or None.
     """
+    found = examine(pipe, pictures, category, settings, bank, batch_size, generator, callback)
+    maps = found.maps(settings.prototype_weight, settings.feature_weight)
+    return maps, found.repainted, found.prototype_masks
+
+
+def examine(
+    pipe: AnomalySDPipeline,
+    pictures: Tensor,
+    category: str | None,
+    settings: InspectionSettings,
+    bank: PrototypeBank | None,
+    batch_size: int | None = None,
+    generator=None,
+    callback: Callable | None = None,
+) -> Findings:
+    """The stages between pictures and what they are scored by.
+
+    Args:
+        pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
+        bank: holds `category`, or None for zero-shot.
+        Others: see `__call__`.
+    """
     pipe.use_adaptation_of(category)
+    facts = pipe.config.categories.get(category, {})
     device, side = pipe._execution_device, pipe.config.resolution
     pictures = pictures.to(device)
 
     # 1. The averaged prompt embedding
-    design = pipe.config.categories.get(category, {}).get("prompt_design", "hierarchical")
+    design = facts.get("prompt_design", "hierarchical")
     prompts = pipe.prompt_book.prompts(category or UNNAMED_CATEGORY, design)
     text = (pipe.tokenizer, pipe.text_encoder)
     prompt_embeds = average_embedding(prompts, *text)  # [1, L, d]
@@ -88,6 +133,8 @@ def score_maps(
     totals = torch.zeros(len(pictures), len(passes) + 1, side, side, device=device)  # [N, K + 1, R, R]
     # Shown to people: the coarse scales leave no seams, and the prototype mask knows where to look.
     shown = torch.zeros_like(pictures)  # [N, 3, R, R]
+    # Each of the scales covers every pixel once.
+    average = torch.zeros_like(pictures)  # [N, 3, R, R]
     shown_scale = len(passes) // 2
     steps = len(start_schedule(pipe.scheduler, settings.num_inference_steps, settings.noise_strength, device))
     done = 0
@@ -124,28 +171,35 @@ def score_maps(
             done += steps
             for finished in [picture for picture in references if picture < indices.min()]:
                 del references[finished]
+            differences = torch.empty(len(jobs), side, side, device=device)  # [B, R, R]
             for picture in indices.unique().tolist():
                 if picture not in references:
                     with autocast(device, pipe.mixed_precision):
                         references[picture] = pipe.perceptual.features(pictures[picture, None])
                 own = indices == picture
-                chosen = [level[own] for level in features]
-                difference = pipe.perceptual.distance_map(references[picture], chosen, (side, side))  # [b, R, R]
-                for row in rows[own].unique().tolist():
-                    of_row = rows[own] == row
-                    totals[picture, row] += scale_map(masks[own][of_row], difference[of_row])  # Eqs. (18), (20)
-                for mask, result, row in zip(masks[own], repainted[own], rows[own].tolist(), strict=True):
-                    if row in (shown_scale, len(passes)):
-                        shown[picture] = torch.where(mask > 0.5, result, shown[picture])
+                differences[own] = pipe.perceptual.distance_map(
+                    references[picture], [level[own] for level in features], (side, side)
+                )
+            # Sums change last: what failed for lack of memory is run again.
+            for index, picture in enumerate(indices.tolist()):
+                mask, result, row = masks[index], repainted[index], int(rows[index])
+                totals[picture, row] += scale_map(mask[None], differences[index, None])  # Eqs. (18), (20)
+                if row < len(passes):
+                    average[picture] += mask * result / len(passes)
+                if row in (shown_scale, len(passes)):
+                    shown[picture] = torch.where(mask > 0.5, result, shown[picture])
 
         in_batches(run, len(work), batch_size or (16 if device.type == "cuda" else 4))
 
-    # 6. Fuse the scales and the prototype map, and smooth
+    # 6. Fuse the scales, and compare with the normal pictures what was there before and after
     multi_scale = harmonic_mean(totals[:, :-1].transpose(0, 1))  # [N, R, R], Eq. (19)
     guided = None if prototype_masks is None else totals[:, -1]
     far = None
     if bank is not None and settings.feature_weight > 0:
-        far = torch.cat([bank.deviations(category, part) for part in psi.split(AT_ONCE)])  # [N, h, w]
-        far = resize(far, (side, side))
-    fused = fuse(multi_scale, guided, far, settings.prototype_weight, settings.feature_weight)  # Eq. (21)
-    return smooth(fused, smoothing_sigma(side)), shown, prototype_masks
+        far = []
+        for part, repainted in zip(psi.split(AT_ONCE), average.split(AT_ONCE), strict=True):
+            # A model that was never shown the part says little by how it repaints it.
+            after = pipe.extractor(repainted) if facts.get("adapted") else None
+            far.append(bank.deviations(category, part, after))  # [n, h, w]
+        far = resize(torch.cat(far), (side, side))
+    return Findings(multi_scale, guided, far, shown, prototype_masks)

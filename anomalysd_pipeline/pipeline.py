@@ -49,7 +49,8 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `noise_strength`, `adaptation`,
-            `prompt_design`, `calibration`.
+            `prompt_design`, `adapted` (whether the weights that it is inspected with were fine-tuned to it),
+            `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion

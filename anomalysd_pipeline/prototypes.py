@@ -31,6 +31,9 @@ MISSING_WEIGHT = 0.4
 """Of what a picture lacks, beside what it has too much. Chosen on drawn parts, whole and with pieces broken off."""
 COLOR_WEIGHT = 0.75
 """Of the colors by themselves, beside all channels together. Chosen on drawn parts and metal plates."""
+REPAINTED_WEIGHT, REPAINTED_LIMIT = 0.7, 0.35
+"""Of the distance of the repainted picture, and up to which it counts: beyond what normal parts differ by, it is the
+repainting that is odd, and says nothing. Chosen on drawn parts and metal plates."""
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -492,12 +495,19 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         grids = bank[: len(gaps)].unflatten(0, (-1, positions))
         return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
 
-    def deviations(self, category: str, psi: Tensor) -> Tensor:
+    def deviations(self, category: str, psi: Tensor, repainted: Tensor | None = None) -> Tensor:
         """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
         `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
         Where a picture as a whole is unlike the normal ones, what stands out counts more, see `whole`.
 
-        Args and errors: see [`distances`].
+        Repainted as a normal part would look, a position is still some way from the prototypes where normal parts
+        vary. So much is no sign of a defect: `REPAINTED_WEIGHT` times the [`relative_distances`] of the repainted
+        picture, up to `REPAINTED_LIMIT`, are taken off.
+
+        Args:
+            repainted: psi of the repainted pictures, [N, C, h, w]; None takes nothing off.
+
+        Other args, and errors: see [`distances`].
 
         Returns:
             float32 [N, h, w], >= 0.
@@ -509,7 +519,12 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             colors = self.colors.relative_distances(category, psi[:, -self.colors.config.dim :])
             found = torch.maximum(found, COLOR_WEIGHT * colors)
         views = self.views(category)
-        return stress(found, unlikeness(views, psi)) if len(views) else found
+        if len(views):
+            found = stress(found, unlikeness(views, psi))
+        if repainted is None:
+            return found
+        left = self.relative_distances(category, repainted).clamp(max=REPAINTED_LIMIT)
+        return (found - REPAINTED_WEIGHT * left).clamp(min=0)
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

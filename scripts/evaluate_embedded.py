@@ -8,7 +8,6 @@ first K files by name are the shots; synthetic parts are drawn by seed.
 """
 
 import argparse
-import dataclasses
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from PIL import Image
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data import load_image, to_tensor
 from anomalysd_pipeline.datasets import draw_shots, load_mask, read_mvtec
-from anomalysd_pipeline.detection import score_maps
+from anomalysd_pipeline.detection import examine
 from anomalysd_pipeline.images import resize
 from anomalysd_pipeline.metrics import image_metrics, pixel_metrics
 from anomalysd_pipeline.scoring import image_score, smooth, smoothing_sigma
@@ -56,25 +55,22 @@ def evaluate(pipe, category, tests, settings):
     """What a registered category is judged by, each way of scoring, and the seconds per picture.
 
     Returns:
-        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (the first with the whole
-        feature term, by the weight in `settings`), each with the figures of `judge`. The feature term is added to one
-        map of each picture, fusion and smoothing being linear, rather than inspecting twice.
+        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (by the weight in
+        `settings`), each with the figures of `judge`; all from one inspection of each picture.
     """
     side = pipe.config.resolution
-    without, features, terms = [], [], []
+    found = {"paper": [], "features": [], "fused": []}
     began = time.time()
     for image, _, _ in tests:
         x = to_tensor(image, side)[None]
         with torch.no_grad():
-            maps, _, _ = score_maps(pipe, x, category, dataclasses.replace(settings, feature_weight=0.0), pipe.bank)
-            psi = pipe.extractor(x)
-            for found, far in ((features, pipe.bank.relative_distances), (terms, pipe.bank.deviations)):
-                found.append(smooth(resize(far(category, psi), (side, side)), smoothing_sigma(side)))
-        without.append(maps)
+            seen = examine(pipe, x, category, settings, pipe.bank)
+            far = resize(pipe.bank.relative_distances(category, pipe.extractor(x)), (side, side))
+        found["paper"].append(seen.maps(settings.prototype_weight, 0.0))
+        found["features"].append(smooth(far, smoothing_sigma(side)))
+        found["fused"].append(seen.maps(settings.prototype_weight, settings.feature_weight))
     seconds = (time.time() - began) / len(tests)
-    without, features, terms = torch.cat(without), torch.cat(features), torch.cat(terms)
-    fused = without + settings.feature_weight * terms
-    scored = {"paper": without, "features": features, "fused": fused}
+    scored = {name: torch.cat(maps) for name, maps in found.items()}
     return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds
 
 

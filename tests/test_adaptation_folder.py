@@ -246,11 +246,20 @@ class TestRefused:
 
     def test_a_later_format(self, folder, pipe):
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        later = {"format": 2, "version": "9.0", "something": "else"}
+        later = {"format": 99, "version": "9.0", "something": "else"}
         (folder / FACTS).write_text(json.dumps(later))
         refused(pipe, folder, r"was written by a later version \(9.0\); update the package")
         (folder / FACTS).write_text(json.dumps(facts))
         assert pipe.load_adaptation(folder) == ["nut", "ring"]
+
+    def test_the_format_before_is_scored_as_it_was(self, folder, pipe):
+        """Its thresholds were found before what the repainting leaves was taken off."""
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        for record in facts["categories"].values():
+            assert record.pop("adapted") is True
+        (folder / FACTS).write_text(json.dumps(facts | {"format": 1}))
+        pipe.load_adaptation(folder)
+        assert pipe.config.categories["nut"]["adapted"] is False
 
     def test_a_pipeline(self, tiny_pipeline_folder, pipe):
         refused(pipe, tiny_pipeline_folder, f"must hold a complete {FACTS}")
@@ -327,6 +336,7 @@ FACT_EDITS = {
     "category record with more": put(["categories", "nut", "more"], 1),
     "category record with less": put(["categories", "nut", "shots"], ...),
     "prompt design": put(["categories", "nut", "prompt_design"], "poetic"),
+    "adapted text": put(["categories", "nut", "adapted"], "yes"),
     "prompt design list": put(["categories", "nut", "prompt_design"], ["simple"]),
     "shots text": put(["categories", "nut", "shots"], "2"),
     "rotations zero": put(["categories", "nut", "rotations"], 0),

@@ -42,39 +42,45 @@ class TestInspection:
         assert out.prototype_masks is None and out.pred_scores[0] > 0
         assert tiny_pipeline(nuts[0], category="bottle").pred_scores[0] != out.pred_scores[0]  # other prompts
 
-    def test_the_score_is_the_papers(self, tiny_pipeline, nuts):
+    @pytest.mark.parametrize("adapted", [False, True])
+    def test_the_score_is_the_papers(self, tiny_pipeline, nuts, adapted):
         """Every stage once more, pass by pass, through the public `inpaint` and numpy."""
         pipe = tiny_pipeline
         pipe.add_category("hex_nut", nuts[:2])
+        pipe._store_category("hex_nut", adapted=adapted)
         out = pipe(nuts[2], category="hex_nut", mask_scales=(1, 2), mask_grouping="none", feature_weight=0.3)
         x = to_tensor(nuts[2], RESOLUTION)[None]
         embeds = average_embedding(pipe.prompt_book.prompts("hex_nut"), pipe.tokenizer, pipe.text_encoder)
         noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
         reference = pipe.perceptual.features(x)
 
-        def difference(mask):
-            repainted = pipe.inpaint(x, mask, embeds, noise_strength=0.4, num_inference_steps=5, noise=noise)
+        def repaint(mask):
+            return pipe.inpaint(x, mask, embeds, noise_strength=0.4, num_inference_steps=5, noise=noise)
+
+        def difference(repainted):
             return (
                 pipe.perceptual.distance_map(reference, pipe.perceptual.features(repainted), (64, 64))[0]
                 .detach()
                 .numpy()
             )
 
-        by_scale = []
+        by_scale, average = [], torch.zeros(1, 3, 64, 64)
         for k in (1, 2):
             total, cell = np.zeros((64, 64)), 64 // k
             for i in range(k):
                 for j in range(k):
                     mask = torch.zeros(1, 1, 64, 64)
                     mask[..., i * cell : (i + 1) * cell, j * cell : (j + 1) * cell] = 1
-                    total += mask[0, 0].numpy() * difference(mask)
+                    repainted = repaint(mask)
+                    total += mask[0, 0].numpy() * difference(repainted)
+                    average += mask * repainted / 2
             by_scale.append(total)
         multi_scale = 2 / (1 / by_scale[0] + 1 / by_scale[1])
         with torch.no_grad():
             bank = collect_prototypes(
                 pipe.extractor, torch.stack([to_tensor(p, RESOLUTION) for p in nuts[:2]])
             ).numpy()
-            psi = pipe.extractor(x)[0].permute(1, 2, 0).numpy()
+            psi, after = (pipe.extractor(picture)[0].permute(1, 2, 0).numpy() for picture in (x, average))
         far = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).min(-1)
         cuts = np.sort(far.ravel())[:-1]
         cost = [far[far > r].var() + far[far <= r].var() for r in cuts]
@@ -85,14 +91,20 @@ class TestInspection:
             .repeat(64 // far.shape[1], 1)
         )
         assert np.array_equal(out.prototype_masks[0], mask > 0)
-        guided = mask * difference(torch.from_numpy(mask)[None, None])
+        guided = mask * difference(repaint(torch.from_numpy(mask)[None, None]))
         # E relative to how far the nearest prototypes are from those of the other picture.
         between = ((bank[:, None] - bank[None]) ** 2).sum(-1)
         own = np.tile(np.repeat([0, 1], far.size), len(bank) // (2 * far.size))
         between[own[:, None] == own[None]] = np.inf
         spread = between.min(1)
-        nearest = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).argsort(-1)[..., :9]
-        far = far / (2 * spread.mean() + spread[nearest].mean(-1))
+
+        def relative(features):
+            squares = ((features[:, :, None] - bank[None, None]) ** 2).sum(-1)
+            return squares.min(-1) / (2 * spread.mean() + spread[squares.argsort(-1)[..., :9]].mean(-1))
+
+        far = relative(psi)
+        if adapted:
+            far = np.maximum(far - 0.7 * np.minimum(relative(after), 0.35), 0)
         far = torch.nn.functional.interpolate(torch.from_numpy(far)[None, None], size=64, mode="bilinear")[
             0, 0
         ].numpy()
