@@ -198,7 +198,7 @@ def examine(
     if bank is not None and settings.feature_weight > 0:
         far = []
         for part, repainted in zip(psi.split(AT_ONCE), average.split(AT_ONCE), strict=True):
-            # A model that was never shown the part says little by how it repaints it.
+            # Left out where the model does not know the part; see docs/features.md.
             after = pipe.extractor(repainted) if facts.get("adapted") else None
             far.append(bank.deviations(category, part, after))  # [n, h, w]
         far = resize(torch.cat(far), (side, side))
