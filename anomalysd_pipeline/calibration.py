@@ -14,7 +14,7 @@ from scipy import stats
 
 from .collection import COMPARED_PICTURES, fill_bank
 from .data import augment, to_tensor
-from .detection import score_maps
+from .detection import examine
 from .scoring import image_score
 from .settings import InspectionSettings
 
@@ -151,8 +151,8 @@ def calibrate_threshold(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]
         )
         noise = [torch.Generator().manual_seed(seed) for _ in batch]
-        maps, _, _ = score_maps(pipe, batch, category, settings, bank, generator=noise)
-        scores += image_score(maps).tolist()
+        found = examine(pipe, batch, category, settings, bank, generator=noise)
+        scores += image_score(found.maps(settings.prototype_weight, settings.feature_weight)).tolist()
     pipe.maybe_free_model_hooks()
     floor = np.finfo(np.float32).tiny  # a map that is zero everywhere has no logarithm
     return Calibration(

@@ -61,29 +61,6 @@ class Findings:
         return smooth(fused, smoothing_sigma(fused.shape[-1]))
 
 
-def score_maps(
-    pipe: AnomalySDPipeline,
-    pictures: Tensor,
-    category: str | None,
-    settings: InspectionSettings,
-    bank: PrototypeBank | None,
-    batch_size: int | None = None,
-    generator=None,
-    callback: Callable | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """From pictures to score maps, for inspection and calibration alike.
-
-    Args: see `examine`.
-
-    Returns:
-        Smoothed maps float32 `[N, R, R]`, repainted pictures `[N, 3, R, R]` in [-1, 1], prototype masks bool
-        `[N, 1, R, R]` or None.
-    """
-    found = examine(pipe, pictures, category, settings, bank, batch_size, generator, callback)
-    maps = found.maps(settings.prototype_weight, settings.feature_weight)
-    return maps, found.repainted, found.prototype_masks
-
-
 def examine(
     pipe: AnomalySDPipeline,
     pictures: Tensor,
@@ -94,7 +71,7 @@ def examine(
     generator=None,
     callback: Callable | None = None,
 ) -> Findings:
-    """The stages between pictures and what they are scored by.
+    """The stages between pictures and what they are scored by, for inspection and calibration alike.
 
     Args:
         pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.

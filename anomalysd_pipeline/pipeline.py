@@ -16,7 +16,7 @@ from .adaptations import AdaptationMixin
 from .adapters import AdapterStore
 from .categories import CategoryMixin
 from .data import to_tensor
-from .detection import score_maps
+from .detection import examine
 from .images import load_pictures, resize, stack, to_pil
 from .inpainting import draw_noise, encode, repaint
 from .loading import LoadingMixin
@@ -243,11 +243,11 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
         # 2. Score maps at the model's resolution
         bank = self.bank if category in self.bank else None
         try:
-            maps, inpainted, prototype_masks = score_maps(
-                self, pictures, category, settings, bank, batch_size, generator, callback_on_step_end
-            )
+            found = examine(self, pictures, category, settings, bank, batch_size, generator, callback_on_step_end)
         finally:
             self.maybe_free_model_hooks()
+        maps = found.maps(settings.prototype_weight, settings.feature_weight)  # [N, R, R]
+        prototype_masks = found.prototype_masks
 
         # 3. Image scores before resizing, so that a score does not depend on the size of the file
         scores = image_score(maps)  # [N]
@@ -267,7 +267,7 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
             pred_masks=None if threshold is None else stack([m > threshold for m in maps], output_type),
-            inpainted=[to_pil(x, size) for x, size in zip(inpainted, sizes, strict=True)],
+            inpainted=[to_pil(x, size) for x, size in zip(found.repainted, sizes, strict=True)],
             prototype_masks=None if prototype_masks is None else stack(prototype_masks, output_type),
             thresholds=[threshold] * len(labels),
         )
