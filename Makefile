@@ -37,8 +37,9 @@ demo: $(STAMP)
 app: $(STAMP)
 	@$(RUN) app.py
 
+# A worker on each of up to four cores; the tests of one file share what they have made.
 test: $(TEST_STAMP)
-	@$(RUN) -m pytest -q
+	@$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
 
 lint: $(TEST_STAMP)
 	@$(RUN) -m ruff check .

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .images import resize
-from .inpainting import draw_noise, encode, repaint, start_schedule
+from .inpainting import decode, draw_noise, encode, repaint, start_schedule
 from .masks import multi_scale_masks, prototype_mask
 from .prompts import average_embedding
 from .prototypes import PrototypeBank
@@ -174,9 +174,20 @@ def examine(
     far = None
     if bank is not None and settings.feature_weight > 0:
         far = []
-        for part, repainted in zip(psi.split(AT_ONCE), average.split(AT_ONCE), strict=True):
-            # Left out where the model does not know the part; see docs/features.md.
-            after = pipe.extractor(repainted) if facts.get("adapted") else None
-            far.append(bank.deviations(category, part, after))  # [n, h, w]
+        for rows in torch.arange(len(pictures)).split(AT_ONCE):
+            after = None
+            if facts.get("adapted"):  # Elsewhere the model does not know the part; see docs/features.md.
+                after = _repainted_features(pipe, pictures[rows], latents[rows], average[rows])
+            far.append(bank.deviations(category, psi[rows], after))  # [n, h, w]
         far = resize(torch.cat(far), (side, side))
     return Findings(multi_scale, guided, far, shown, prototype_masks)
+
+
+def _repainted_features(
+    pipe: AnomalySDPipeline, pictures: Tensor, latents: Tensor, repainted: Tensor
+) -> tuple[Tensor, Tensor]:
+    """psi of repainted pictures, and of these with what the autoencoder loses of the originals put back, both
+    [n, C, h, w]."""
+    with autocast(pictures.device, pipe.mixed_precision):
+        lost = pictures - decode(pipe.vae, latents)  # [n, 3, R, R]
+    return pipe.extractor(repainted), pipe.extractor((repainted + lost).clamp(-1, 1))

@@ -17,6 +17,7 @@ from .backbones import backbone_kind, create_backbone, load_weights
 from .collection import is_finite, spread_of
 from .coreset import greedy_coreset
 from .missing import gaps_of, missing_distances
+from .repaired import weigh
 from .whole import stress, unlikeness, views_of
 
 NORMALIZATIONS = ("none", "layer")
@@ -31,9 +32,6 @@ MISSING_WEIGHT = 0.4
 """Of what a picture lacks, beside what it has too much. Chosen on drawn parts, whole and with pieces broken off."""
 COLOR_WEIGHT = 0.75
 """Of the colors by themselves, beside all channels together. Chosen on drawn parts and metal plates."""
-REPAINTED_WEIGHT, REPAINTED_LIMIT = 0.7, 0.35
-"""Of the distance of the repainted picture, and up to which it counts: beyond what normal parts differ by, it is the
-repainting that is odd, and says nothing. Chosen on drawn parts and metal plates."""
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -495,24 +493,22 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         grids = bank[: len(gaps)].unflatten(0, (-1, positions))
         return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
 
-    def deviations(self, category: str, psi: Tensor, repainted: Tensor | None = None) -> Tensor:
+    def deviations(self, category: str, psi: Tensor, repainted: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
         `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
         Where a picture as a whole is unlike the normal ones, what stands out counts more, see `whole`.
 
-        Repainted as a normal part would look, a position is still some way from the prototypes where normal parts
-        vary. So much is no sign of a defect: `REPAINTED_WEIGHT` times the [`relative_distances`] of the repainted
-        picture, up to `REPAINTED_LIMIT`, are taken off.
-
         Args:
-            repainted: psi of the repainted pictures, [N, C, h, w]; None takes nothing off.
+            repainted: psi of the repainted pictures, and of these with what the autoencoder loses of the originals put
+                back, both [N, C, h, w]: what they are at the same positions is weighed in, see `repaired`. None: not.
 
         Other args, and errors: see [`distances`].
 
         Returns:
             float32 [N, h, w], >= 0.
         """
-        found, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
+        original, missing = self.relative_distances(category, psi), self.missing_distances(category, psi)
+        found = original
         if missing is not None:
             found = torch.maximum(found, MISSING_WEIGHT * missing)
         if self._has_colors(category):
@@ -523,8 +519,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             found = stress(found, unlikeness(views, psi))
         if repainted is None:
             return found
-        left = self.relative_distances(category, repainted).clamp(max=REPAINTED_LIMIT)
-        return (found - REPAINTED_WEIGHT * left).clamp(min=0)
+        return weigh(found, original, *(self.relative_distances(category, features) for features in repainted))
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""

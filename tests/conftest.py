@@ -1,7 +1,7 @@
 import os
 
-# Before torch starts its threads: many small tests run faster on one, and leave the machine usable.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Before torch starts its threads: the models are small, and several workers (`make test`) would fight for the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
