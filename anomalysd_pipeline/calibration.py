@@ -119,6 +119,9 @@ def calibrate_threshold(
     scored as well; a single picture has only those, against its own bank, and its threshold is raised by
     `SINGLE_PICTURE_MARGIN`.
 
+    What the repainting does to distances (`repaired`) is left out: a model that was fine-tuned to these very pictures
+    repaints them better than new ones, whose scores it raises. On metal plates good parts score less with it.
+
     Args:
         pipe: a pipeline in which `category` is registered.
         pictures: K >= 1 normal pictures.
@@ -151,7 +154,7 @@ def calibrate_threshold(
             [tensor, *augmented] if held_out else [*augmented, augment(tensor, generator, **VARIATION)]
         )
         noise = [torch.Generator().manual_seed(seed) for _ in batch]
-        found = examine(pipe, batch, category, settings, bank, generator=noise)
+        found = examine(pipe, batch, category, settings, bank, generator=noise, weigh_repainting=False)
         scores += image_score(found.maps(settings.prototype_weight, settings.feature_weight)).tolist()
     pipe.maybe_free_model_hooks()
     floor = np.finfo(np.float32).tiny  # a map that is zero everywhere has no logarithm

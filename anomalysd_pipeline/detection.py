@@ -70,12 +70,15 @@ def examine(
     batch_size: int | None = None,
     generator=None,
     callback: Callable | None = None,
+    weigh_repainting: bool = True,
 ) -> Findings:
     """The stages between pictures and what they are scored by, for inspection and calibration alike.
 
     Args:
         pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
         bank: holds `category`, or None for zero-shot.
+        weigh_repainting: whether what the repainting does to deviations counts, in parts that the model was fine-tuned
+            to; see `repaired`.
         Others: see `__call__`.
     """
     pipe.use_adaptation_of(category)
@@ -174,10 +177,10 @@ def examine(
     far = None
     if bank is not None and settings.feature_weight > 0:
         far = []
+        # Elsewhere the model does not know the part; see docs/features.md.
+        known = weigh_repainting and facts.get("adapted")
         for rows in torch.arange(len(pictures)).split(AT_ONCE):
-            after = None
-            if facts.get("adapted"):  # Elsewhere the model does not know the part; see docs/features.md.
-                after = _repainted_features(pipe, pictures[rows], latents[rows], average[rows])
+            after = _repainted_features(pipe, pictures[rows], latents[rows], average[rows]) if known else None
             far.append(bank.deviations(category, psi[rows], after))  # [n, h, w]
         far = resize(torch.cat(far), (side, side))
     return Findings(multi_scale, guided, far, shown, prototype_masks)

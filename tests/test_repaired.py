@@ -133,3 +133,11 @@ def test_what_the_autoencoder_loses_is_put_back(adapted):
     )
     torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-3)
     assert (found / without - 1).abs().max() > 0.05
+
+
+def test_thresholds_are_found_without_it(adapted):
+    pipe, _ = adapted
+    nuts = normal_images("hex_nut", 2, seed=6, size=RESOLUTION)
+    known = pipe.calibrate("nut", nuts)
+    pipe._store_category("nut", adapted=False)
+    assert known.scores == pipe.calibrate("nut", nuts).scores
