@@ -15,7 +15,7 @@ import pytest
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
 ROOT = Path(__file__).resolve().parents[1]
-PATIENCE = int(os.environ.get("TEST_PATIENCE", 300))
+PATIENCE = int(os.environ.get("TEST_PATIENCE", 900))
 """Seconds to wait for a condition; on a busy machine everything takes many times as long."""
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

@@ -7,7 +7,7 @@ from PIL import Image
 
 from anomalysd_pipeline.synthetic import normal_images
 
-from .browser import Visitor, open_browser
+from .browser import PATIENCE, Visitor, open_browser
 from .tiny_adaptations import SHORT, quick_pipeline
 
 pytest.importorskip("gradio")
@@ -211,6 +211,6 @@ class TestLayout:
         page = context.new_page()
         page.on("request", lambda request: asked.append(request.url))
         page.goto(served[1])
-        page.locator("#inspect-run").wait_for(timeout=300_000)
+        page.locator("#inspect-run").wait_for(timeout=PATIENCE * 1000)
         context.close()
         assert asked and all(url.startswith((served[1], "data:", "blob:")) for url in asked)
