@@ -35,7 +35,8 @@ class TestInpaintEqualsDiffusers:
     """`pipe.inpaint` against diffusers' own inpainting pipeline: same weights, noise and strength."""
 
     @pytest.fixture(scope="class")
-    def components(self):
+    @staticmethod
+    def components():
         components = tiny_components(seed=3)
         without_posterior_spread(components["vae"])
         return components
