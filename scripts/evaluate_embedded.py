@@ -65,13 +65,19 @@ def evaluate(pipe, category, tests, settings):
         x = to_tensor(image, side)[None]
         with torch.no_grad():
             seen = examine(pipe, x, category, settings, pipe.bank)
-            far = resize(pipe.bank.relative_distances(category, pipe.extractor(x)), (side, side))
         found["paper"].append(seen.maps(settings.prototype_weight, 0.0))
-        found["features"].append(smooth(far, smoothing_sigma(side)))
+        found["features"].append(feature_map(pipe, category, x))
         found["fused"].append(seen.maps(settings.prototype_weight, settings.feature_weight))
     seconds = (time.time() - began) / len(tests)
     scored = {name: torch.cat(maps) for name, maps in found.items()}
     return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds
+
+
+@torch.no_grad()
+def feature_map(pipe, category, x):
+    """The prototype distance E alone, `[1, H, W]`, smoothed as every map, of a picture `[1, 3, H, W]`."""
+    far = pipe.bank.relative_distances(category, pipe.extractor(x))
+    return smooth(resize(far, tuple(x.shape[-2:])), smoothing_sigma(x.shape[-1]))
 
 
 def judge(maps, scores, tests) -> dict[str, float]:

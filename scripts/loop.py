@@ -44,7 +44,7 @@ def train(
     Args:
         loss_of: `(model, rng, step) -> (loss, dict of floats)`; `rng` is a numpy Generator seeded by (seed, process,
             step), so a resumed run sees the pictures that an uninterrupted one would have seen.
-        evaluate: `model -> dict of floats`, on fixed pictures; run on the EMA weights.
+        evaluate: `model -> dict of floats`, on fixed pictures; logged as `raw_…`, and of the EMA weights as `eval_…`.
     """
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
@@ -109,10 +109,11 @@ def train(
             log(step=step, seconds=round(time.time() - began, 1), **means)
             running = []
         if step % arguments.evaluate_every == 0 or step == arguments.steps:
-            averaged.store(model.parameters())
-            averaged.copy_to(model.parameters())
             model.eval()
             with torch.no_grad():
+                log(step=step, **{f"raw_{key}": value for key, value in evaluate(model).items()})
+                averaged.store(model.parameters())
+                averaged.copy_to(model.parameters())
                 log(step=step, **{f"eval_{key}": value for key, value in evaluate(model).items()})
             model.train()
             averaged.restore(model.parameters())

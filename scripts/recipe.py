@@ -87,14 +87,19 @@ def open_color_path(vae: AutoencoderKL) -> None:
     read_pairs(decoder.conv_norm_out, decoder.conv_out)
 
 
-def make_unet() -> UNet2DConditionModel:
+def make_unet(width: float = 1.0, latent_channels: int = 4) -> UNet2DConditionModel:
     """9 input channels as in Stable Diffusion inpainting; attention only at stride 16 of the picture, where it is
-    cheap."""
+    cheap.
+
+    Args:
+        width: factor on the channels of all levels; each becomes a multiple of 8.
+        latent_channels: of the autoencoder; the embedded checkpoint has 4.
+    """
     return UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
-        in_channels=9,
-        out_channels=4,
-        block_out_channels=(48, 96, 160),
+        in_channels=2 * latent_channels + 1,
+        out_channels=latent_channels,
+        block_out_channels=tuple(8 * round(channels * width / 8) for channels in (48, 96, 160)),
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         layers_per_block=1,
@@ -121,13 +126,14 @@ def make_text_encoder(tokenizer) -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def make_scheduler() -> DDIMScheduler:
+def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     """Stable Diffusion's own noise schedule, so that a noise strength means the same on both tiers."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
         clip_sample=False,
+        prediction_type=prediction_type,
         set_alpha_to_one=False,
         steps_offset=1,
         # The steps of a short schedule then start at noise_strength x 1000 itself, not up to one step below it.

@@ -10,6 +10,9 @@ through the noise; so small a model has to be taught not to keep a defect that i
 Masks are the ones inference will ask for: cells of the multi-scale grid, alone and grouped, rectangles over the
 foreground, and free shapes like prototype-guided masks. The last fifth of the steps sees whole pictures instead of
 crops. `--start_from` goes on from the text encoder and the denoiser of an earlier checkpoint.
+
+`--width`, `--prediction_type`, `--timesteps` and `--blocks` are for comparing (`scripts.denoiser_choices`): what they
+ask for differs from the embedded checkpoint. The evaluation's figures in pictures can be compared between all of them.
 """
 
 from pathlib import Path
@@ -19,9 +22,12 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from anomalysd_pipeline.inpainting import decode
+from anomalysd_pipeline.losses import clean_latents
 from anomalysd_pipeline.masks import latent_mask, training_mask
 from anomalysd_pipeline.prompts import PromptBook
 from anomalysd_pipeline.synthetic import apply_defect
+from scripts.block_transform import BlockTransform
 from scripts.loop import stage_arguments, train
 from scripts.pictures import SURFACE, Pool
 from scripts.recipe import CROP, RESOLUTION, make_scheduler, make_text_encoder, make_unet, seeded
@@ -33,6 +39,7 @@ STARTS_SHARE = 0.6
 VISITED = 0.5
 VISITED_SHARE = 0.3
 OUTSIDE_WEIGHT = 0.2
+EVALUATED_AT = 0.25  # the embedded checkpoint's noise strength
 REPAIRED_FROM = 0.08  # with less noise than this a defect is too plain to be taken for anything else
 
 
@@ -73,9 +80,12 @@ def draw_mask(
     return torch.ones(1, side, side)
 
 
-def draw_timesteps(rng: np.random.Generator, count: int, length: int) -> torch.Tensor:
-    """int64 [count] below `length`: most from where inference starts, the others mostly from what it visits."""
+def draw_timesteps(rng: np.random.Generator, count: int, length: int, evenly: bool = False) -> torch.Tensor:
+    """int64 [count] below `length`: most from where inference starts, the others mostly from what it visits; or
+    `evenly` from all."""
     kind = rng.random(count)
+    if evenly:
+        return torch.from_numpy((rng.random(count) * length).astype(np.int64))
     low = np.where(kind < STARTS_SHARE, STARTS[0], 0.0)
     high = np.where(kind < STARTS_SHARE, STARTS[1], np.where(kind < STARTS_SHARE + VISITED_SHARE, VISITED, 1.0))
     return torch.from_numpy(((low + rng.random(count) * (high - low)) * length).astype(np.int64))
@@ -91,6 +101,11 @@ def damage(image: torch.Tensor, foreground: torch.Tensor, rng: np.random.Generat
     return torch.from_numpy(damaged.astype(np.float32) / 127.5 - 1.0).permute(2, 0, 1)
 
 
+def to_pictures(stored: np.ndarray) -> torch.Tensor:
+    """uint8 [n, s, s, 3] as float32 [n, 3, s, s] in [-1, 1]."""
+    return torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+
+
 def main() -> None:
     parser = stage_arguments(__doc__, steps=8000, batch_size=8, learning_rate=5e-4)
     parser.add_argument(
@@ -100,11 +115,21 @@ def main() -> None:
         "--defect_share", type=float, default=0.5, help="share of the pictures shown with a defect to repair"
     )
     parser.add_argument("--start_from", type=Path, help="folder of a pipeline whose weights are trained further")
+    parser.add_argument("--width", type=float, default=1.0, help="factor on the channels of the UNet")
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction", "sample"), default="epsilon")
+    parser.add_argument("--timesteps", choices=("inference", "all"), default="inference", help="noise trained with")
+    parser.add_argument(
+        "--blocks", type=int, default=0, metavar="C", help="C coefficients of a block transform in place of the VAE"
+    )
     arguments = parser.parse_args()
     pool = Pool(arguments.work / "pool", arguments.pool, arguments.seed, RESOLUTION, arguments.pool_workers)
     held_back = Pool(arguments.work / "pool-eval", 250, 10_000 + arguments.seed, RESOLUTION, arguments.pool_workers)
-    vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
-    scheduler = make_scheduler()
+    if arguments.blocks:
+        vae = BlockTransform(arguments.blocks, to_pictures(held_back.images))
+    else:
+        vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
+    channels = vae.config.latent_channels
+    scheduler = make_scheduler(arguments.prediction_type)
     book = PromptBook.default()
     if arguments.start_from:
         tokenizer = CLIPTokenizer.from_pretrained(arguments.start_from / "tokenizer")
@@ -112,7 +137,10 @@ def main() -> None:
         model = Denoiser(text_encoder, UNet2DConditionModel.from_pretrained(arguments.start_from / "unet").float())
     else:
         tokenizer = make_tokenizer()
-        model = Denoiser(seeded(make_text_encoder, arguments.seed, tokenizer), seeded(make_unet, arguments.seed))
+        model = Denoiser(
+            seeded(make_text_encoder, arguments.seed, tokenizer),
+            seeded(make_unet, arguments.seed, arguments.width, channels),
+        )
     tokenizer.save_pretrained(arguments.work / "tokenizer")
     model.to(memory_format=torch.channels_last)
     model.train()
@@ -125,15 +153,17 @@ def main() -> None:
         prompts = book.prompts("textured surface" if family == SURFACE else family)
         return str(rng.choice(prompts))
 
-    def noisy_batch(images, foregrounds, names, rng, timesteps=None):
+    def noisy_batch(images, foregrounds, names, rng, timesteps=None, defect_share=arguments.defect_share):
+        """The denoiser's arguments, its target, and masks and shown pictures as they are at full size."""
         device = next(model.parameters()).device
         vae.to(device)
         generator = torch.Generator().manual_seed(int(rng.integers(2**31)))
         masks = torch.stack([draw_mask(f[0] > 0.5, rng, generator) for f in foregrounds])
         if timesteps is None:
-            timesteps = draw_timesteps(rng, len(images), scheduler.config.num_train_timesteps)
+            evenly = arguments.timesteps == "all"
+            timesteps = draw_timesteps(rng, len(images), scheduler.config.num_train_timesteps, evenly)
         repaired = (timesteps >= REPAIRED_FROM * scheduler.config.num_train_timesteps).numpy()
-        repaired &= rng.random(len(images)) < arguments.defect_share
+        repaired &= rng.random(len(images)) < defect_share
         shown = torch.stack(
             [damage(i, f, rng) if r else i for i, f, r in zip(images, foregrounds, repaired, strict=True)]
         )
@@ -149,33 +179,61 @@ def main() -> None:
         # Eq. (7) solved for the noise between the wanted latents and what is given; epsilon itself without a defect.
         signal = scheduler.alphas_cumprod.to(device)[timesteps].view(-1, 1, 1, 1)
         target = (noisy - signal.sqrt() * clean) / (1 - signal).sqrt()
+        if arguments.prediction_type == "v_prediction":
+            target = scheduler.get_velocity(clean, target, timesteps)
+        elif arguments.prediction_type == "sample":
+            target = clean
         small = latent_mask(masks.to(device), *seen.shape[-2:])
         prompts = [prompt_for(name, rng) for name in names]
         ids = tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
-        return torch.cat([noisy, small, masked], dim=1), timesteps, ids, target, small
+        return (torch.cat([noisy, small, masked], dim=1), timesteps, ids), target, masks, shown
 
     def loss_of(denoiser, rng, step):
         whole = step >= arguments.steps * (1 - arguments.whole_share)
         count = max(1, arguments.batch_size // 2) if whole else arguments.batch_size
         pictures = pool.batch(rng, count, crop=None if whole else CROP, zoom_out=0.25)
-        sample, timesteps, ids, target, small = noisy_batch(*pictures, rng)
-        error = (denoiser(sample, timesteps, ids).float() - target).square()  # [n, 4, h, w]
-        inside = (error * small).sum() / (4 * small.sum()).clamp(min=1)
+        given, target, _, _ = noisy_batch(*pictures, rng)
+        error = (denoiser(*given).float() - target).square()  # [n, 4, h, w]
+        inside = within(error, given)
         # Outside the masks the answer is given with the question; the decoder looks there only across their borders.
         return inside + OUTSIDE_WEIGHT * error.mean(), {"inside": inside.item()}
 
+    def within(error, given):
+        """Mean of `[n, 4, h, w]` inside the masks."""
+        small = given[0][:, channels : channels + 1]
+        return (error * small).sum() / (channels * small.sum()).clamp(min=1)
+
     def evaluate(denoiser):
-        errors = []
+        """ "inside": the mean error of the answer. Of pictures repainted in one step from the strength of inference:
+        "kept", PSNR inside the masks where they show normal parts, and "left", the share of a drawn defect's squared
+        difference from the normal part that is still there."""
+        inside, kept, shown_errors, left = [], [], [], []
+        length = scheduler.config.num_train_timesteps
         for start in range(0, 32, 8):
-            rng = np.random.default_rng([7, start])
-            images = torch.from_numpy(held_back.images[start : start + 8]).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+            images = to_pictures(held_back.images[start : start + 8])
             foregrounds = torch.from_numpy(held_back.foregrounds[start : start + 8])[:, None].float()
             names = [str(name) for name in held_back.families[start : start + 8]]
-            sample, timesteps, ids, target, small = noisy_batch(
-                images, foregrounds, names, rng, torch.linspace(50, 550, len(images)).long()
-            )
-            errors.append(((denoiser(sample, timesteps, ids) - target).square() * small).sum() / (4 * small.sum()))
-        return {"inside": torch.stack(errors).mean().item()}
+            several = torch.linspace(50, 550, len(images)).long()
+            given, target, _, _ = noisy_batch(images, foregrounds, names, np.random.default_rng([7, start]), several)
+            inside.append(within((denoiser(*given) - target).square(), given))
+            start_of_inference = torch.full((len(images),), int(EVALUATED_AT * length))
+            for defects in (False, True):
+                given, _, masks, shown = noisy_batch(
+                    images, foregrounds, names, np.random.default_rng([8, start]), start_of_inference, float(defects)
+                )
+                latents = clean_latents(scheduler, given[0][:, :channels], denoiser(*given), given[1])
+                error = (decode(vae, latents).cpu() - images).square() * masks
+                if defects:
+                    before = (shown - images).square() * masks
+                    left.append((error * (before > 0)).sum())
+                    shown_errors.append(before.sum())
+                else:
+                    kept.append(error.sum((1, 2, 3)) / (3 * masks.sum((1, 2, 3))))
+        return {
+            "inside": torch.stack(inside).mean().item(),
+            "kept": 10 * torch.log10(4 / torch.cat(kept).mean()).item(),
+            "left": (sum(left) / sum(shown_errors)).item(),
+        }
 
     model = train("denoiser-training", model, loss_of, evaluate, arguments)
     model.text_encoder.to(torch.float32).save_pretrained(arguments.work / "text_encoder")

@@ -1,14 +1,19 @@
 """The table of what the embedded checkpoint is worth: its figures, and what is in the file is not computed again."""
 
+import argparse
 import sys
 
 import numpy as np
 import pytest
+import torch
 from sklearn.metrics import roc_auc_score
 
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.scoring import image_score
 from scripts import benchmark_embedded
 from scripts.ablations import append, finished
-from scripts.evaluate_embedded import drawn, judge
+from scripts.evaluate_embedded import drawn, feature_map, judge
 
 
 def result(system, seed, category, image, pixel=0.5, pro=0.25):
@@ -64,3 +69,17 @@ def test_a_floor_fills_its_row(tmp_path, monkeypatch, capsys):
     (found,) = finished(path)
     assert found["system"] == "color patches" and 0 <= float(found["image"]) <= 1 and float(found["pixel"]) > 0.5
     assert "| color patches | " in capsys.readouterr().out
+
+
+def test_rows_of_features_are_of_the_network_that_they_name():
+    normals, tests = drawn("gear", 1, 0, 2)
+    given = (argparse.Namespace(model=None), "E alone, trained features", 0, "gear", normals, tests)
+    found = benchmark_embedded.run_features(*given)["E alone, trained features"]
+    pipe = AnomalySDPipeline.from_pretrained()
+    pipe.add_category("gear", normals)
+    maps = torch.cat([feature_map(pipe, "gear", to_tensor(image, 256)[None]) for image, _, _ in tests])
+    own = judge(maps, image_score(maps), tests)
+    assert {name: found[name] for name in own} == pytest.approx(own, abs=1e-6)
+    name = "E alone, random features, no colors"
+    other = benchmark_embedded.run_features(*given[:1], name, *given[2:])[name]
+    assert abs(other["pixel"] - own["pixel"]) > 1e-3
