@@ -14,15 +14,26 @@ CROP = 128  # most training happens on crops: the networks are convolutional, an
 TEXT_WIDTH = 64
 
 
-def make_vae() -> AutoencoderKL:
-    """A factor-4 autoencoder with 4 latent channels: a factor of 8 with so few weights blurs the very details that are
-    inspected."""
+def make_vae(factor: int = 4, latent_channels: int = 4) -> AutoencoderKL:
+    """An autoencoder, the wider the deeper; that of the embedded checkpoint is of factor 4 with 4 latent channels.
+
+    Args:
+        factor: a power of 2 from 2 to 8: pictures `[N, 3, H, W]` become latents
+            `[N, latent_channels, H / factor, W / factor]`.
+        latent_channels: at least 3, as the colors have a path of their own (`open_color_path`).
+
+    Raises:
+        ValueError: for fewer.
+    """
+    if latent_channels < 3:
+        raise ValueError(f"`latent_channels` must be at least 3, one for each color, got {latent_channels}.")
+    levels = factor.bit_length()
     vae = AutoencoderKL(
-        block_out_channels=(16, 32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64, 128)[:levels],
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=2,
         sample_size=RESOLUTION,
         mid_block_add_attention=False,
@@ -33,13 +44,13 @@ def make_vae() -> AutoencoderKL:
 
 @torch.no_grad()
 def open_color_path(vae: AutoencoderKL) -> None:
-    """Initial weights that carry the mean color of every 4 x 4 block through the autoencoder, for training to build
-    on.
+    """Initial weights that carry the mean color of every block of pixels through the autoencoder, for training to
+    build on.
 
     From random weights so small an autoencoder learns brightness alone: after 1600 steps every picture came back gray.
     The residual branches start at zero, which leaves a linear path. The two normalizations before the outer
-    convolutions are
-    held constant by two large constant channels, and their SiLU is undone by pairs: silu(a) - silu(-a) = a.
+    convolutions are held constant by two large constant channels, and their SiLU is undone by pairs:
+    silu(a) - silu(-a) = a.
     """
     constant = 4.0
     for module in vae.modules():
@@ -72,18 +83,22 @@ def open_color_path(vae: AutoencoderKL) -> None:
     center, block = slice(1, 2), slice(0, 2)
     encoder, decoder = vae.encoder, vae.decoder
     carry(encoder.conv_in, center, 1.0)
-    carry(encoder.down_blocks[0].downsamplers[0].conv, block, 0.25)
-    carry(encoder.down_blocks[1].resnets[0].conv_shortcut, slice(0, 1), 1.0)
-    carry(encoder.down_blocks[1].downsamplers[0].conv, block, 0.25)
-    make_pairs(encoder.down_blocks[2].resnets[0].conv_shortcut)
+    *narrowing, deepest = encoder.down_blocks
+    for level, part in enumerate(narrowing):
+        if level:
+            carry(part.resnets[0].conv_shortcut, slice(0, 1), 1.0)
+        carry(part.downsamplers[0].conv, block, 0.25)
+    make_pairs(deepest.resnets[0].conv_shortcut)
     read_pairs(encoder.conv_norm_out, encoder.conv_out)
     carry(vae.quant_conv, slice(0, 1), 1.0)
     carry(vae.post_quant_conv, slice(0, 1), 1.0)
     carry(decoder.conv_in, center, 1.0)
-    carry(decoder.up_blocks[0].upsamplers[0].conv, center, 1.0)
-    carry(decoder.up_blocks[1].resnets[0].conv_shortcut, slice(0, 1), 1.0)
-    carry(decoder.up_blocks[1].upsamplers[0].conv, center, 1.0)
-    make_pairs(decoder.up_blocks[2].resnets[0].conv_shortcut)
+    *widening, last = decoder.up_blocks
+    for level, part in enumerate(widening):
+        if level:
+            carry(part.resnets[0].conv_shortcut, slice(0, 1), 1.0)
+        carry(part.upsamplers[0].conv, center, 1.0)
+    make_pairs(last.resnets[0].conv_shortcut)
     read_pairs(decoder.conv_norm_out, decoder.conv_out)
 
 

@@ -8,6 +8,8 @@ would invent texture, and invented texture is what the score would then report.
 
 After training the latents are whitened, exactly, by folding a 4 x 4 matrix into the two 1 x 1 convolutions around
 them: every channel then has unit variance, so that a noise strength takes the same share of light, color and detail.
+
+`--factor`, `--latent_channels` and `--latents` are for comparing (`scripts.denoiser_choices`).
 """
 
 import torch
@@ -19,10 +21,17 @@ from scripts.recipe import CROP, RESOLUTION, make_vae, seeded
 
 def main() -> None:
     parser = stage_arguments(__doc__, steps=3000, batch_size=8, learning_rate=1e-3)
+    parser.add_argument(
+        "--factor", type=int, choices=(2, 4, 8), default=4, help="of the picture's side to the latents'"
+    )
+    parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument(
+        "--latents", choices=("whitened", "scaled"), default="whitened", help="scaled: one factor for all channels"
+    )
     arguments = parser.parse_args()
     pool = Pool(arguments.work / "pool", arguments.pool, arguments.seed, RESOLUTION, arguments.pool_workers)
     held_back = Pool(arguments.work / "pool-eval", 250, 10_000 + arguments.seed, RESOLUTION, arguments.pool_workers)
-    vae = seeded(make_vae, arguments.seed)
+    vae = seeded(make_vae, arguments.seed, arguments.factor, arguments.latent_channels)
     vae.train()
 
     def loss_of(model, rng, step):
@@ -58,9 +67,13 @@ def main() -> None:
         for part in torch.from_numpy(held_back.images).permute(0, 3, 1, 2).split(8):
             images = part.float().to(vae.device) / 127.5 - 1.0
             latents.append(vae.encode(images).latent_dist.mean.transpose(0, 1).flatten(1).cpu())
-    whiten(vae, torch.cat(latents, dim=1))
-    vae.register_to_config(scaling_factor=1.0)
-    print(f"psnr before whitening {before:.3f}, after {evaluate(vae)['psnr']:.3f}")
+    latents = torch.cat(latents, dim=1)
+    if arguments.latents == "whitened":
+        whiten(vae, latents)
+        vae.register_to_config(scaling_factor=1.0)
+    else:  # as Stable Diffusion's own autoencoder is used
+        vae.register_to_config(scaling_factor=1 / latents.std().item())
+    print(f"psnr before scaling {before:.3f}, after {evaluate(vae)['psnr']:.3f}")
     vae.to(torch.float32).save_pretrained(arguments.work / "vae")
 
 

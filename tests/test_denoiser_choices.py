@@ -8,7 +8,8 @@ import torch
 
 from anomalysd_pipeline.inpainting import decode, encode
 from scripts.block_transform import COLOR_AXES, BlockTransform
-from scripts.denoiser_choices import VARIANTS, folder_of, last_evaluation, rows_of
+from scripts.denoiser_choices import VARIANTS, Autoencoder, folder_of, last_evaluation, rows_of
+from scripts.recipe import make_vae, seeded
 
 
 @pytest.fixture
@@ -63,9 +64,34 @@ class TestTable:
         assert blocks[0] == "block transform, 12 coefficients"
         assert blocks[5] == f"{10 * torch.log10(4 / error):.1f} dB"
 
+    def test_measures_a_row_of_another_autoencoder_with_that(self, tmp_path, pictures):
+        name = "- factor 8, 4 channels"
+        vae = seeded(make_vae, 0, 8, 4).eval()
+        vae.save_pretrained(folder_of(tmp_path, name) / "vae")
+        measures = ("eval_kept", "eval_left", "raw_kept", "raw_left")
+        self.write(tmp_path, name, {"step": 5, **dict.fromkeys(measures, 0.0)})
+        (row,) = rows_of(tmp_path, 5, pictures)
+        with torch.no_grad():
+            error = (decode(vae, encode(vae, pictures)) - pictures).square().mean()
+        assert row[0] == name and row[5] == f"{10 * torch.log10(4 / error):.1f} dB"
+
     def test_rows_share_pictures_and_autoencoder_and_nothing_else(self, tmp_path):
-        folders = [folder_of(tmp_path, name) for name in VARIANTS]
-        assert len(set(folders)) == len(VARIANTS)
-        assert {(folder / "vae" / "config.json").is_file() for folder in folders} == {True}
-        assert all(last_evaluation(folder, 200) is None for folder in folders)
-        assert folder_of(tmp_path, "as it is") == folders[0]  # once more
+        folders = {name: folder_of(tmp_path, name) for name in VARIANTS}
+        assert len(set(folders.values())) == len(VARIANTS)
+        for name, folder in folders.items():
+            assert last_evaluation(tmp_path, name, 200) is None
+            own = isinstance(VARIANTS[name], Autoencoder)
+            assert (folder / "vae" / "config.json").is_file() != own
+            assert (folder / "vae-training").is_dir() == own
+        assert folder_of(tmp_path, "as it is") == folders["as it is"]  # once more
+
+    def test_rows_that_scale_the_same_latents_share_the_autoencoders_training(self, tmp_path):
+        whitened, scaled, more = (
+            (folder_of(tmp_path, name) / "vae-training").resolve()
+            for name in (
+                "autoencoder trained briefly, factor 4, 4 channels",
+                "- latents of one scale, not whitened",
+                "- 8 channels",
+            )
+        )
+        assert whitened == scaled != more

@@ -21,17 +21,21 @@ def flat_picture(color):
 
 class TestAutoencoder:
     @pytest.mark.parametrize("color", [(0.6, -0.4, 0.1), (-0.5, 0.5, 0.0), (0.2, 0.2, 0.2)])
-    def test_an_untrained_one_keeps_colors_apart(self, color):
-        vae = seeded(make_vae, 0).eval()
+    @pytest.mark.parametrize(("factor", "channels"), [(4, 4), (4, 8), (2, 4), (8, 16)])
+    def test_an_untrained_one_keeps_colors_apart(self, color, factor, channels):
+        vae = seeded(make_vae, 0, factor, channels).eval()
         with torch.no_grad():
-            restored = vae.decode(vae.encode(flat_picture(color)).latent_dist.mean).sample
+            latents = vae.encode(flat_picture(color)).latent_dist.mean
+            assert latents.shape == (1, channels, 64 // factor, 64 // factor)
+            restored = vae.decode(latents).sample
         torch.testing.assert_close(restored[0, :, 32, 32], torch.tensor(color), atol=0.3, rtol=0)
         order = restored[0, :, 32, 32].argsort()
         if len(set(color)) == 3:
             assert order.tolist() == torch.tensor(color).argsort().tolist()
 
-    def test_whitening_changes_the_latents_and_nothing_else(self):
-        vae = seeded(make_vae, 1).eval()
+    @pytest.mark.parametrize(("factor", "channels"), [(4, 4), (8, 6)])
+    def test_whitening_changes_the_latents_and_nothing_else(self, factor, channels):
+        vae = seeded(make_vae, 1, factor, channels).eval()
         images = torch.nn.functional.interpolate(torch.randn(4, 3, 8, 8).clamp(-1, 1), size=64, mode="bicubic")
 
         def latents():
@@ -43,8 +47,8 @@ class TestAutoencoder:
             after, new = vae.decode(vae.encode(images).latent_dist.mean).sample, latents()
             torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
             assert not torch.allclose(new, old, atol=0.1)
-            torch.testing.assert_close(torch.cov(new), torch.eye(4), atol=1e-2, rtol=0)
-            torch.testing.assert_close(new.mean(1), torch.zeros(4), atol=1e-2, rtol=0)
+            torch.testing.assert_close(torch.cov(new), torch.eye(channels), atol=1e-2, rtol=0)
+            torch.testing.assert_close(new.mean(1), torch.zeros(channels), atol=1e-2, rtol=0)
             posterior = vae.encode(images).latent_dist
             assert (posterior.sample() - posterior.mean).abs().max() < 1e-5
 
