@@ -3,8 +3,9 @@
     python -m scripts.denoiser_choices --steps 400 --threads 1
 
 Every row is a training of `scripts.train_denoiser` of the same length, on the same pictures, with one thing changed;
-two commands with different `--variants` and one `--work` share the work. An interrupted row goes on from its last
-checkpoint, and what is done is not done again. Rows of another autoencoder train that first (`scripts.train_vae`,
+two commands with different `--variants` and one `--work` share the work, save the first two rows of an autoencoder,
+which are for one command, as both use the same. An interrupted row goes on from its last checkpoint, and what is done
+is not done again. Rows of another autoencoder train that first (`scripts.train_vae`,
 `--autoencoder_steps`); the one of factor 4 with 4 channels, trained as briefly, is what they are to be compared with.
 
 Printed is what the last evaluation of each says, of the averaged weights and of those without averaging, and for

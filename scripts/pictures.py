@@ -1,9 +1,8 @@
-"""Training pictures: a pool of drawn normal parts on disk, made once by worker processes and read through a memory
-map.
+"""Training pictures: a pool of drawn normal parts on disk, made once by worker processes and read into memory.
 
 Drawing costs more than a training step on a small machine, so the stages share one pool and vary it by crops and
-flips. Picture number i depends on (seed, i) alone: the pool is the same however many workers draw it, and an
-interrupted pool is continued where it stopped.
+flips. Picture number i depends on (seed, i) alone: the pool is the same however many workers draw it, an interrupted
+pool is continued where it stopped, and several commands can draw one at the same time.
 """
 
 import json
@@ -38,7 +37,8 @@ def _draw_chunk(folder: Path, seed: int, chunk: int, size: int) -> None:
         "foregrounds": np.stack([np.packbits(s.foreground, axis=-1) for s in samples]),
         "families": np.array([s.family for s in samples]),
     }
-    temporary = folder / f"{chunk:05d}.partial.npz"
+    # Named after the process: commands that share a pool may draw the same chunk at the same time.
+    temporary = folder / f"{chunk:05d}.{os.getpid()}.partial.npz"
     np.savez(temporary, **packed)
     os.replace(temporary, folder / f"{chunk:05d}.npz")
 
@@ -60,7 +60,10 @@ class Pool:
             raise ValueError(
                 f"`folder` {folder} holds a pool drawn with other settings; give another folder or delete it."
             )
-        note.write_text(json.dumps(facts))
+        if not note.exists():
+            temporary = self.folder / f"pool.{os.getpid()}.partial.json"
+            temporary.write_text(json.dumps(facts))
+            os.replace(temporary, note)
         chunks = -(-count // CHUNK)
         missing = [c for c in range(chunks) if not (self.folder / f"{c:05d}.npz").exists()]
         with ProcessPoolExecutor(workers) as executor:

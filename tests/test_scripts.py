@@ -1,6 +1,7 @@
 """The training of the embedded checkpoint: initial weights, whitening, masks, tokenizer, resuming."""
 
 import argparse
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -53,6 +54,13 @@ class TestAutoencoder:
             assert (posterior.sample() - posterior.mean).abs().max() < 1e-5
 
 
+def open_pool_often(folder, times=30):
+    """Its pictures, as every one of many openings finds them."""
+    pools = [Pool(folder, 250, seed=3, size=32).images for _ in range(times)]
+    assert all(np.array_equal(pools[0], images) for images in pools)
+    return pools[0]
+
+
 class TestPictures:
     def test_the_pool_is_the_same_however_it_is_drawn(self, tmp_path):
         pool = Pool(tmp_path / "pool", 250, seed=3, size=32, workers=2)
@@ -67,6 +75,12 @@ class TestPictures:
         images, foregrounds, names = pool.batch(np.random.default_rng(0), 6, crop=16, zoom_out=0.5)
         assert images.shape == (6, 3, 16, 16) and foregrounds.shape == (6, 1, 16, 16) and len(names) == 6
         assert images.min() >= -1 and images.max() <= 1 and images.std() > 0.05
+
+    def test_several_commands_can_draw_and_open_one_pool_at_once(self, tmp_path):
+        with ProcessPoolExecutor(3) as commands:
+            first, *others = commands.map(open_pool_often, [tmp_path / "pool"] * 3)
+        assert all(np.array_equal(first, images) for images in others)
+        assert sorted(path.name for path in (tmp_path / "pool").iterdir()) == ["00000.npz", "pool.json"]
 
     def test_unseen_families_are_never_trained_on(self):
         from anomalysd_pipeline.synthetic import UNSEEN
