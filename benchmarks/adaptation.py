@@ -1,10 +1,10 @@
 """Time and memory of a fine-tuning: per step, and of a whole `pipe.adapt`.
 
-    python benchmarks/adaptation.py [--model DIR|ID] [--methods lora full] [--steps 20] [--whole] [--threads 2]
+    python benchmarks/adaptation.py [--model DIR|ID] [--methods lora full] [--steps 20] [--whole [44 25]] [--threads 2]
 
 For each method, on 4 drawn normal pictures: seconds per step of the denoiser and of the decoder (median, without the
-first), the size of what was learned, and the peak memory of the process so far. `--whole` also runs the checkpoint's
-own number of steps, with registration and calibration.
+first), the size of what was learned, and the peak memory of the process so far. `--whole` also runs as many steps of
+both as it is given, or else the checkpoint's own, with registration and calibration.
 """
 
 import argparse
@@ -40,9 +40,11 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="default: the embedded checkpoint")
     parser.add_argument("--methods", nargs="+", choices=("lora", "full"), default=["lora", "full"])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--whole", action="store_true")
+    parser.add_argument("--whole", nargs="*", type=int, metavar="STEPS")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()
+    if arguments.whole and len(arguments.whole) != 2:
+        parser.error("`--whole` takes no number, or the denoiser's steps and the decoder's.")
 
     import torch
 
@@ -59,9 +61,10 @@ def main() -> None:
     print(pipe.adaptation_settings())
     for method in arguments.methods:
         steps_of(pipe, pictures, method, arguments.steps)
-    if arguments.whole:
+    if arguments.whole is not None:
+        given = dict(zip(("steps", "decoder_steps"), arguments.whole, strict=False))
         began = time.perf_counter()
-        pipe.adapt({"gear": pictures})
+        pipe.adapt({"gear": pictures}, **given)
         print(f"pipe.adapt with 4 pictures, registration and calibration: {time.perf_counter() - began:.0f} s")
 
 

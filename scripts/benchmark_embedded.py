@@ -58,7 +58,9 @@ def run_own(arguments, adapted: bool, seed: int, category: str, normals: list, t
     pipe.mixed_precision = resolve_precision(arguments.mixed_precision, pipe.device)
     began = time.perf_counter()
     if adapted:
-        pipe.adapt({category: normals}, seed=seed, calibrate=False)
+        lengths = {"steps": arguments.max_train_steps, "decoder_steps": arguments.max_decoder_steps}
+        given = {name: steps for name, steps in lengths.items() if steps is not None}
+        pipe.adapt({category: normals}, seed=seed, calibrate=False, **given)
     else:
         pipe.add_category(category, normals)
     times = {"adapt_seconds": time.perf_counter() - began}
@@ -142,6 +144,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="test pictures of each label (drawn parts: 12)")
     parser.add_argument("--rows", nargs="+", choices=("not adapted", "adapted", *FLOORS, "features"), default=None)
     parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
+    parser.add_argument("--max_train_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
+    parser.add_argument("--max_decoder_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
     parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto")
     parser.add_argument("--threads", type=int, default=0)
     arguments = parser.parse_args()

@@ -61,6 +61,14 @@ def test_what_is_in_the_file_is_not_computed_again(tmp_path, monkeypatch, capsys
     assert len(finished(path)) == 2
 
 
+@pytest.mark.parametrize("option", ["--max_train_steps", "--max_decoder_steps"])
+def test_the_length_of_adapting_can_be_given(option, tmp_path, monkeypatch):
+    options = ["--synthetic", "gear", "--limit", "1", "--rows", "adapted", "--out", str(tmp_path / "benchmark.csv")]
+    monkeypatch.setattr(sys, "argv", ["benchmark", *options, option, "-3"])
+    with pytest.raises(ValueError, match="steps.*-3"):  # so it got as far as `pipe.adapt`
+        benchmark_embedded.main()
+
+
 def test_a_floor_fills_its_row(tmp_path, monkeypatch, capsys):
     path = tmp_path / "benchmark.csv"
     options = ["--synthetic", "gear", "--seeds", "10", "--limit", "2", "--rows", "color patches", "--out", str(path)]
