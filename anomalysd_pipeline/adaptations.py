@@ -9,15 +9,15 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .adaptation_folder import read_adaptation, write_adaptation
-from .adaptation_settings import AdaptationSettings
-from .adapters import fingerprint, switch_adapter, take_out_adapters
-from .calibration import prediction_threshold
-from .images import load_pictures
-from .prompts import check_category
+from .adaptation.folder import read_adaptation, write_adaptation
+from .adaptation.registry import check_shots, default_name
+from .adaptation.settings import AdaptationSettings
+from .method.calibration import prediction_threshold
+from .method.prompts import check_category
+from .models.adapters import fingerprint, switch_adapter, take_out_adapters
 
 if TYPE_CHECKING:
-    from .adaptation import AdaptationProgress, AdaptedWeights
+    from .adaptation.loop import AdaptationProgress, AdaptedWeights
 
 
 class AdaptationMixin:
@@ -75,7 +75,7 @@ class AdaptationMixin:
         Raises:
             ValueError: for bad names, pictures, prompts or settings.
         """
-        from .adaptation import fine_tune, in_memory_accelerator
+        from .adaptation.loop import fine_tune, in_memory_accelerator
 
         shots = check_shots(normal_images, prompts)
         chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
@@ -318,29 +318,3 @@ class AdaptationMixin:
             self.register_to_config(**before)
             self._chosen_adaptation = chosen
             raise
-
-
-def check_shots(normal_images: Mapping[str, object], prompts: Mapping[str, object] | None = None) -> dict[str, list]:
-    """Category to RGB pictures.
-
-    Raises:
-        ValueError: if it is no mapping or empty, a name or a picture is bad, or `prompts` are of other categories.
-    """
-    if not isinstance(normal_images, Mapping) or not normal_images:
-        raise ValueError(
-            "`normal_images` must map at least one category to its pictures, such as {'hex nut': [...]}, got "
-            f"{'an empty one' if isinstance(normal_images, Mapping) else type(normal_images).__name__}."
-        )
-    if prompts is not None and (not isinstance(prompts, Mapping) or not set(prompts) <= set(normal_images)):
-        given = list(prompts) if isinstance(prompts, Mapping) else type(prompts).__name__
-        raise ValueError(f"`prompts` must map categories of `normal_images` to their prompts, got {given}.")
-    return {
-        check_category(category): load_pictures(images, f"normal_images[{category!r}]")
-        for category, images in normal_images.items()
-    }
-
-
-def default_name(shots: Mapping[str, object]) -> str:
-    """The name of an adaptation that was given none."""
-    names = ", ".join(shots)
-    return names if len(names) <= 64 else f"{next(iter(shots))[:40]} and {len(shots) - 1} more"

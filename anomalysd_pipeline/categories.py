@@ -6,11 +6,11 @@ import copy
 
 import torch
 
-from .calibration import Calibration, calibrate_threshold
-from .collection import COMPARED_PICTURES, fill_bank
-from .data import to_tensor
-from .images import load_pictures
-from .prompts import PromptBook, check_category
+from .data.images import load_pictures
+from .data.tensors import to_tensor
+from .method.calibration import Calibration, calibrate_threshold
+from .method.prompts import PromptBook, check_category
+from .models.collection import COMPARED_PICTURES, fill_bank
 
 
 class CategoryMixin:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from . import detect_options, train_options
-from .entry import run_command
+from .common.console import run_command
 from .evaluation import options as evaluation_options
+from .inspection import options as detect_options
+from .training import options as train_options
 
 DEMO_FAMILIES = "hex_nut,wood,washer"
 DEMO_SHOTS = 4
@@ -127,8 +128,8 @@ def _demo(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from . import synthetic
-    from .inspection import caption, inspect, load_pipeline, register, table_values, write_table
-    from .visualize import montage
+    from .common.drawing import montage
+    from .inspection.result import caption, inspect, load_pipeline, register, table_values, write_table
 
     normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
     counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
@@ -166,7 +167,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _demo_table(tests: dict, results: dict) -> str:
     """One line per family: how well scores and maps rank, what the threshold gets wrong, and the time."""
-    from .metrics import image_metrics, pixel_metrics
+    from .evaluation.metrics import image_metrics, pixel_metrics
 
     lines = [DEMO_LINE.format("part", "image AUROC", "pixel AUROC", "false alarms", "misses", "s/picture")]
     for family, samples in tests.items():
@@ -183,13 +184,13 @@ def _demo_table(tests: dict, results: dict) -> str:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from .detect import run
+    from .inspection.run import run
 
     return run(args)
 
 
 def _adapt(args: argparse.Namespace) -> int:
-    from .train import run
+    from .training.run import run
 
     return run(args)
 
@@ -201,7 +202,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
-    from .publishing import push
+    from .hub.publishing import push
 
     print(push(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
     return 0

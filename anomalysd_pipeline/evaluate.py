@@ -17,7 +17,7 @@ import sys
 
 from accelerate import PartialState
 
-from .entry import run_command
+from .common.console import run_command
 from .evaluation.options import add_arguments
 
 

@@ -7,11 +7,11 @@ import os
 import torch
 
 from . import EMBEDDED
-from .adaptation_folder import adaptation_base_of, is_adaptation_folder
-from .backbones import backbone_kind
-from .components import own_components
-from .prototypes import PrototypeExtractor
-from .scoring import PerceptualDistance
+from .adaptation.folder import adaptation_base_of, is_adaptation_folder
+from .hub.components import own_components
+from .models.backbones import backbone_kind
+from .models.extractor import PrototypeExtractor
+from .models.perceptual import PerceptualDistance
 
 _TIMM_MODEL = "tf_efficientnet_b6"
 
@@ -94,7 +94,7 @@ class LoadingMixin:
         Raises:
             ValueError: for a bad name, or if the Hub cannot be reached or refuses.
         """
-        from .publishing import push_to_hub
+        from .hub.publishing import push_to_hub
 
         return push_to_hub(self, repo_id, **kwargs)
 

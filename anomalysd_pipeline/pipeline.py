@@ -13,18 +13,20 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from .adaptations import AdaptationMixin
-from .adapters import AdapterStore
 from .categories import CategoryMixin
-from .data import to_tensor
-from .detection import examine
-from .images import load_pictures, resize, stack, to_pil
-from .inpainting import draw_noise, encode, repaint
+from .data.images import load_pictures
+from .data.tensors import resize, stack, to_pil, to_tensor
 from .loading import LoadingMixin
+from .method.detection import examine
+from .method.inpainting import draw_noise, encode, repaint
+from .method.prompts import PromptBook, check_category
+from .method.scoring import image_score
+from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
+from .models.adapters import AdapterStore
+from .models.bank import PrototypeBank
+from .models.extractor import PrototypeExtractor
+from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
-from .prompts import PromptBook, check_category
-from .prototypes import PrototypeBank, PrototypeExtractor
-from .scoring import PerceptualDistance, image_score
-from .settings import PRESETS, InspectionSettings, checkpoint_settings
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,7 @@ import time
 
 def steps_of(pipe, pictures, method: str, steps: int) -> None:
     """Prints one line about a short fine-tuning that is thrown away."""
-    from anomalysd_pipeline.adaptation import fine_tune, in_memory_accelerator
+    from anomalysd_pipeline.adaptation.loop import fine_tune, in_memory_accelerator
 
     moments: dict[str, list[float]] = {}
 

@@ -48,10 +48,10 @@ def main() -> None:
     import numpy as np
     import torch
 
-    from anomalysd_pipeline.detect import inspect_pictures
-    from anomalysd_pipeline.inspection import load_pipeline, register
-    from anomalysd_pipeline.results import ResultFolder
-    from anomalysd_pipeline.sources import gather
+    from anomalysd_pipeline.data.sources import gather
+    from anomalysd_pipeline.inspection.folder import ResultFolder
+    from anomalysd_pipeline.inspection.result import load_pipeline, register
+    from anomalysd_pipeline.inspection.run import inspect_pictures
     from anomalysd_pipeline.synthetic import normal_images
 
     torch.set_num_threads(arguments.threads)

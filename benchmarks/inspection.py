@@ -25,7 +25,7 @@ def main() -> None:
     import torch
 
     from anomalysd_pipeline import AnomalySDPipeline
-    from anomalysd_pipeline.adaptation import resolve_precision
+    from anomalysd_pipeline.common.devices import resolve_precision
     from anomalysd_pipeline.synthetic import normal_images
 
     if arguments.threads:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 from scipy import ndimage
 
-from anomalysd_pipeline.curves import pixel_metrics_and_curves
+from anomalysd_pipeline.evaluation.curves import pixel_metrics_and_curves
 
 FIGURES = ("auroc", "aupr", "f1_max", "pro")
 

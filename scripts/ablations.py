@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.adaptation import resolve_precision
+from anomalysd_pipeline.common.devices import resolve_precision
 from anomalysd_pipeline.synthetic import UNSEEN
 from scripts.evaluate_embedded import drawn, evaluate, from_folder
 

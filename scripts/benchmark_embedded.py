@@ -23,12 +23,11 @@ import numpy as np
 import torch
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.adaptation import resolve_precision
-from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.common.devices import resolve_precision
+from anomalysd_pipeline.data.tensors import resize, to_tensor
 from anomalysd_pipeline.evaluation.floors import ColorPatchFloor, PlainInpaintingFloor
-from anomalysd_pipeline.images import resize
-from anomalysd_pipeline.prototypes import PrototypeExtractor
-from anomalysd_pipeline.scoring import image_score
+from anomalysd_pipeline.method.scoring import image_score
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 from anomalysd_pipeline.synthetic import UNSEEN
 from scripts.ablations import append, finished
 from scripts.evaluate_embedded import drawn, evaluate, feature_map, from_folder, judge

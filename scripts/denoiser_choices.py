@@ -28,7 +28,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from anomalysd_pipeline.evaluation.markdown import table
-from anomalysd_pipeline.inpainting import decode, encode
+from anomalysd_pipeline.method.inpainting import decode, encode
 from scripts.block_transform import BlockTransform
 from scripts.pictures import Pool
 from scripts.recipe import RESOLUTION

@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.data import load_image, to_tensor
-from anomalysd_pipeline.datasets import draw_shots, load_mask, read_mvtec
-from anomalysd_pipeline.detection import examine
-from anomalysd_pipeline.images import resize
-from anomalysd_pipeline.metrics import image_metrics, pixel_metrics
-from anomalysd_pipeline.scoring import image_score, smooth, smoothing_sigma
+from anomalysd_pipeline.data.datasets import draw_shots, load_mask, read_mvtec
+from anomalysd_pipeline.data.images import load_image
+from anomalysd_pipeline.data.tensors import resize, to_tensor
+from anomalysd_pipeline.evaluation.metrics import image_metrics, pixel_metrics
+from anomalysd_pipeline.method.detection import examine
+from anomalysd_pipeline.method.scoring import image_score, smooth, smoothing_sigma
 from anomalysd_pipeline.synthetic import normal_images, test_samples
 
 

@@ -17,8 +17,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
-from anomalysd_pipeline.scoring import PerceptualDistance
+from anomalysd_pipeline.models.bank import PrototypeBank
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
+from anomalysd_pipeline.models.perceptual import PerceptualDistance
 from scripts.recipe import DEFAULTS, RESOLUTION, make_scheduler
 
 # Beside a coreset of the turned copies, all vectors of up to 8 pictures as they are: measured on drawn parts.

@@ -6,7 +6,7 @@ import tempfile
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTokenizer
 
-from anomalysd_pipeline.prompts import PromptBook
+from anomalysd_pipeline.method.prompts import PromptBook
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 LENGTH = 77

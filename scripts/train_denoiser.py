@@ -22,10 +22,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from anomalysd_pipeline.inpainting import decode
-from anomalysd_pipeline.losses import clean_latents
-from anomalysd_pipeline.masks import latent_mask, training_mask
-from anomalysd_pipeline.prompts import PromptBook
+from anomalysd_pipeline.adaptation.losses import clean_latents
+from anomalysd_pipeline.method.inpainting import decode
+from anomalysd_pipeline.method.masks import latent_mask, training_mask
+from anomalysd_pipeline.method.prompts import PromptBook
 from anomalysd_pipeline.synthetic import apply_defect
 from scripts.block_transform import BlockTransform
 from scripts.loop import stage_arguments, train

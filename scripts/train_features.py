@@ -26,10 +26,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from scipy import ndimage
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from anomalysd_pipeline.inpainting import encode, repaint
-from anomalysd_pipeline.prompts import PromptBook, average_embedding
-from anomalysd_pipeline.prototypes import PrototypeExtractor
-from anomalysd_pipeline.scoring import PerceptualDistance
+from anomalysd_pipeline.method.inpainting import encode, repaint
+from anomalysd_pipeline.method.prompts import PromptBook, average_embedding
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
+from anomalysd_pipeline.models.perceptual import PerceptualDistance
 from anomalysd_pipeline.synthetic import apply_defect, draw_normal, draw_surface, sample_style
 from scripts.loop import stage_arguments, train
 from scripts.pictures import TRAINED

@@ -2,7 +2,7 @@
 
 import torch
 
-from anomalysd_pipeline.prototypes import PrototypeBank
+from anomalysd_pipeline.models.bank import PrototypeBank
 
 
 def check_copies(bank: PrototypeBank, category: str, psi: torch.Tensor, folder) -> None:

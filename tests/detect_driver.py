@@ -18,7 +18,8 @@ import traceback
 from pathlib import Path
 
 from anomalysd_pipeline import detect
-from anomalysd_pipeline.results import ResultFolder
+from anomalysd_pipeline.inspection import run as detect_run
+from anomalysd_pipeline.inspection.folder import ResultFolder
 
 from .conftest import make_tiny_pipeline
 
@@ -78,7 +79,7 @@ def table(out: Path) -> list[dict]:
 def main() -> None:
     work, arguments = Path(sys.argv[1]), sys.argv[2:]
     pipe = make_tiny_pipeline(preset_overrides={"fast": {"num_inference_steps": 3, "mask_scales": [1]}})
-    detect.load_pipeline = lambda *args, **options: pipe  # a child has a copy of its own
+    detect_run.load_pipeline = lambda *args, **options: pipe  # a child has a copy of its own
     arguments += ["--device", "cpu"]
     gc.freeze()  # spares the children from looking through what they inherit
     whole = work / "whole"

@@ -24,8 +24,8 @@ import peft  # noqa: F401
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from anomalysd_pipeline import adaptation
-from anomalysd_pipeline.checkpoints import list_checkpoints
+from anomalysd_pipeline.adaptation import loop as adaptation
+from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints
 from anomalysd_pipeline.synthetic import normal_images
 
 from .conftest import make_tiny_pipeline

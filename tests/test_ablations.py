@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from anomalysd_pipeline.adaptation_settings import AdaptationSettings
+from anomalysd_pipeline.adaptation.settings import AdaptationSettings
 from scripts import ablations
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalysd_pipeline.adaptations import check_shots
+from anomalysd_pipeline.adaptation.registry import check_shots
 
 from .tiny_adaptations import Standing, adapted_to, drawn, inpainted, learned, pictures, quick_pipeline
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.adaptation_folder import FACTS, WEIGHTS
+from anomalysd_pipeline.adaptation.folder import FACTS, WEIGHTS
 
 from .tiny_adaptations import Standing, adapted_to, drawn, inspected, learned, pictures, quick_pipeline
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.adapters import MAX_INJECTED
-from anomalysd_pipeline.prompts import PromptBook
+from anomalysd_pipeline.method.prompts import PromptBook
+from anomalysd_pipeline.models.adapters import MAX_INJECTED
 
 from .tiny import tiny_taesd
 from .tiny_adaptations import (

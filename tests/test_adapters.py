@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from anomalysd_pipeline.adapters import (
+from anomalysd_pipeline.models.adapters import (
     MAX_INJECTED,
     AdapterStore,
     check_fits,

@@ -3,8 +3,8 @@
 import pytest
 
 from anomalysd_pipeline.app.limits import Limits
-from anomalysd_pipeline.data import MAX_PIXELS
-from anomalysd_pipeline.prompts import MAX_CATEGORY_LENGTH, MAX_PROMPT_LENGTH, check_category
+from anomalysd_pipeline.data.images import MAX_PIXELS
+from anomalysd_pipeline.method.prompts import MAX_CATEGORY_LENGTH, MAX_PROMPT_LENGTH, check_category
 
 
 class TestDefaults:

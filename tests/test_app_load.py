@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from anomalysd_pipeline.inspection import load_pipeline
+from anomalysd_pipeline.inspection.result import load_pipeline
 from anomalysd_pipeline.synthetic import normal_images
 
 from .browser import PATIENCE, running_app

@@ -12,7 +12,7 @@ import pytest
 
 from anomalysd_pipeline.app.limits import Limits
 from anomalysd_pipeline.app.uploads import expand, read_picture
-from anomalysd_pipeline.data import load_image
+from anomalysd_pipeline.data.images import load_image
 
 from .hostile_files import encoded, gif_header, picture, png_header, tiff_tags, webp_header
 

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import EMBEDDED
-from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.evaluation.backbones import imagenet_weights, load_backbone
-from anomalysd_pipeline.prototypes import PrototypeExtractor
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 SIDE = 64
 

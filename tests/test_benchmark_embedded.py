@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.data import to_tensor
-from anomalysd_pipeline.scoring import image_score
+from anomalysd_pipeline.data.tensors import to_tensor
+from anomalysd_pipeline.method.scoring import image_score
 from scripts import benchmark_embedded
 from scripts.ablations import append, finished
 from scripts.evaluate_embedded import drawn, feature_map, judge

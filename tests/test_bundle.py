@@ -7,7 +7,7 @@ import types
 
 import pytest
 
-from anomalysd_pipeline.bundle import bundle_source, component_sources
+from anomalysd_pipeline.hub.bundle import bundle_source, component_sources
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from anomalysd_pipeline.calibration import TYPICAL_SPREAD, prediction_threshold
-from anomalysd_pipeline.masks import multi_scale_masks
-from anomalysd_pipeline.settings import PRESETS, InspectionSettings
-from anomalysd_pipeline.workload import Workload, in_batches
+from anomalysd_pipeline.method.calibration import TYPICAL_SPREAD, prediction_threshold
+from anomalysd_pipeline.method.masks import multi_scale_masks
+from anomalysd_pipeline.method.settings import PRESETS, InspectionSettings
+from anomalysd_pipeline.method.workload import Workload, in_batches
 
 FULL = {"noise_strength": 0.4, "prototype_weight": 0.1, "feature_weight": 0.0, "guidance_scale": 1.0}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from anomalysd_pipeline.checkpoints import (
+from anomalysd_pipeline.adaptation.checkpoints import (
     check_checkpoint,
     checkpoint_step,
     find_checkpoints,

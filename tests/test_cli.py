@@ -13,7 +13,7 @@ from PIL import Image
 
 from anomalysd_pipeline import synthetic
 from anomalysd_pipeline.cli import main
-from anomalysd_pipeline.inspection import Inspection, write_table
+from anomalysd_pipeline.inspection.result import Inspection, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from anomalysd_pipeline import synthetic
 from anomalysd_pipeline.cli import _parser, main
-from anomalysd_pipeline.train_options import add_arguments
+from anomalysd_pipeline.training.options import add_arguments
 
 from .conftest import make_tiny_pipeline
 from .hub_server import HubServer

@@ -5,9 +5,10 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from anomalysd_pipeline.collection import fill_bank
-from anomalysd_pipeline.coreset import greedy_coreset
-from anomalysd_pipeline.prototypes import COLOR_WEIGHT, PrototypeBank, PrototypeExtractor
+from anomalysd_pipeline.models.bank import COLOR_WEIGHT, PrototypeBank
+from anomalysd_pipeline.models.collection import fill_bank
+from anomalysd_pipeline.models.coreset import greedy_coreset
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 from .banks import check_copies
 
@@ -55,7 +56,7 @@ def test_a_wrong_color_among_many_channels_is_seen():
 
 
 def test_a_coreset_of_the_colors_is_kept_beside_what_was_not_turned(monkeypatch):
-    monkeypatch.setattr("anomalysd_pipeline.prototypes._COLORS", 4)
+    monkeypatch.setattr("anomalysd_pipeline.models.bank._COLORS", 4)
     features = vectors(40, 7)
     bank = bank_of(features, max_size=10)
     chosen = sorted({*range(12), *greedy_coreset(features[:, 5:], 4).tolist()})

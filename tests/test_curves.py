@@ -5,8 +5,8 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import precision_recall_curve, roc_curve
 
-from anomalysd_pipeline.curves import MAX_POINTS, image_curves, pixel_metrics_and_curves
-from anomalysd_pipeline.metrics import pixel_metrics
+from anomalysd_pipeline.evaluation.curves import MAX_POINTS, image_curves, pixel_metrics_and_curves
+from anomalysd_pipeline.evaluation.metrics import pixel_metrics
 
 from .test_metrics import KINDS, brute_force_overlap, degenerate, pictures
 

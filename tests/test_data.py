@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.data import augment, list_images, load_image, load_images, to_tensor
+from anomalysd_pipeline.data.images import list_images, load_image, load_images
+from anomalysd_pipeline.data.tensors import augment, to_tensor
 
 from .hostile_files import tiff_tags
 

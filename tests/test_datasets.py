@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalysd_pipeline import synthetic, train_data
-from anomalysd_pipeline.datasets import TestImage, load_mask, read_dataset, read_folder, read_mvtec, read_visa
-from anomalysd_pipeline.train_options import add_arguments
+from anomalysd_pipeline import synthetic
+from anomalysd_pipeline.data.datasets import TestImage, load_mask, read_dataset, read_folder, read_mvtec, read_visa
+from anomalysd_pipeline.training import pictures as train_data
+from anomalysd_pipeline.training.options import add_arguments
 
 
 def write(root, *names):

@@ -6,7 +6,7 @@ import pytest
 import scipy.fft
 import torch
 
-from anomalysd_pipeline.inpainting import decode, encode
+from anomalysd_pipeline.method.inpainting import decode, encode
 from scripts.block_transform import COLOR_AXES, BlockTransform
 from scripts.denoiser_choices import VARIANTS, Autoencoder, folder_of, last_evaluation, rows_of
 from scripts.recipe import make_vae, seeded

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import detect, synthetic
+from anomalysd_pipeline.inspection import run as detect_run
 
 from .conftest import make_tiny_pipeline
 from .detect_driver import table
@@ -173,8 +174,8 @@ class TestResume:
                 raise KeyboardInterrupt
             return inspect(*args, **options)
 
-        inspect = detect.inspect
-        monkeypatch.setattr(detect, "inspect", interrupted)
+        inspect = detect_run.inspect
+        monkeypatch.setattr(detect_run, "inspect", interrupted)
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 130
         assert "--resume" in capsys.readouterr().err
         assert table(tmp_path / "out") == table(whole)[:3]

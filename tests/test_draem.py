@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.evaluation.peers import make_detector
 
 

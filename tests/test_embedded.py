@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import EMBEDDED, AnomalySDPipeline
-from anomalysd_pipeline.data import to_tensor
-from anomalysd_pipeline.inpainting import decode, encode
-from anomalysd_pipeline.metrics import pixel_metrics
+from anomalysd_pipeline.data.tensors import to_tensor
+from anomalysd_pipeline.evaluation.metrics import pixel_metrics
+from anomalysd_pipeline.method.inpainting import decode, encode
 from anomalysd_pipeline.synthetic import normal_images, test_samples
 from scripts.recipe import DEFAULTS
 

@@ -12,8 +12,8 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalysd_pipeline import AnomalySDPipeline, synthetic
-from anomalysd_pipeline.datasets import draw_shots
-from anomalysd_pipeline.metrics import pixel_metrics
+from anomalysd_pipeline.data.datasets import draw_shots
+from anomalysd_pipeline.evaluation.metrics import pixel_metrics
 
 from .tiny_evaluation import BRIEF, FLOOR, PARTS, contents, draw_parts, refused, run
 

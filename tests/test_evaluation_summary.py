@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from anomalysd_pipeline.datasets import Category, TestImage
+from anomalysd_pipeline.data.datasets import Category, TestImage
 from anomalysd_pipeline.evaluation.store import Draw, Store
 from anomalysd_pipeline.evaluation.summary import METRICS, evaluate_class, resize_map, summarize
 

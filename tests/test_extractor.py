@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
+from anomalysd_pipeline.models.bank import PrototypeBank
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 12, "depth": 3, "num_heads": 2}
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}

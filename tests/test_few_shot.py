@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.data import augment
-from anomalysd_pipeline.few_shot import FewShotDataset, GlobalBatches
-from anomalysd_pipeline.masks import iou, multi_scale_masks
+from anomalysd_pipeline.adaptation.samples import FewShotDataset, GlobalBatches
+from anomalysd_pipeline.data.tensors import augment
+from anomalysd_pipeline.method.masks import iou, multi_scale_masks
 from anomalysd_pipeline.synthetic import normal_images
 
 SIDE = 32

@@ -7,7 +7,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.evaluation.detector import Detector, Prediction
 from anomalysd_pipeline.evaluation.floors import ColorPatchFloor, PlainInpaintingFloor
 from anomalysd_pipeline.synthetic import normal_images, test_samples

@@ -5,7 +5,7 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.prompts import average_embedding
+from anomalysd_pipeline.method.prompts import average_embedding
 
 from .tiny import RESOLUTION, ddim, tiny_components
 

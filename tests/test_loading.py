@@ -10,7 +10,7 @@ from diffusers import StableDiffusionInpaintPipeline
 from safetensors.torch import save_file
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.prototypes import PrototypeExtractor
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 from .conftest import make_tiny_pipeline
 from .tiny import tiny_components

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionInpaintPipeline
 
-from anomalysd_pipeline.adaptation import make_stages
-from anomalysd_pipeline.few_shot import FewShotDataset
-from anomalysd_pipeline.losses import Decoder, clean_latents, decoder_loss, noisy_latents, repainting_loss
-from anomalysd_pipeline.prompts import encode_prompts
-from anomalysd_pipeline.scoring import PerceptualDistance
+from anomalysd_pipeline.adaptation.loop import make_stages
+from anomalysd_pipeline.adaptation.losses import Decoder, clean_latents, decoder_loss, noisy_latents, repainting_loss
+from anomalysd_pipeline.adaptation.samples import FewShotDataset
+from anomalysd_pipeline.method.prompts import encode_prompts
+from anomalysd_pipeline.models.perceptual import PerceptualDistance
 
 from .tiny import RESOLUTION, ddim, tiny_taesd, tiny_vae
 from .tiny_training import tiny_settings, train

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from anomalysd_pipeline.masks import (
-    foreground_mask,
+from anomalysd_pipeline.method.foreground import foreground_mask
+from anomalysd_pipeline.method.masks import (
     iou,
     latent_mask,
     multi_scale_masks,

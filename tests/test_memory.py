@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from anomalysd_pipeline.memory import large_blocks_returned, share_arenas
+from anomalysd_pipeline.common.memory import large_blocks_returned, share_arenas
 
 pytest.importorskip("psutil")
 

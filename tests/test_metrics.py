@@ -7,7 +7,7 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalysd_pipeline.metrics import aupr, auroc, f1_max, image_metrics, pixel_metrics, pro
+from anomalysd_pipeline.evaluation.metrics import aupr, auroc, f1_max, image_metrics, pixel_metrics, pro
 
 
 def brute_force_f1(labels, scores):
@@ -221,7 +221,7 @@ class TestPixelMetrics:
         masks, maps = [*masks, ~masks[0]], [*maps, maps[0][::-1].astype(np.float64)]
         expected = pixel_metrics(masks, maps, connectivity=connectivity)
         for name, size in (("_PART", 3), ("_CHUNK", 7), ("_BLOCK", 50)):
-            monkeypatch.setattr(f"anomalysd_pipeline.metrics.{name}", size)
+            monkeypatch.setattr(f"anomalysd_pipeline.evaluation.metrics.{name}", size)
         assert pixel_metrics(masks, maps, connectivity=connectivity) == pytest.approx(expected, abs=1e-12)
         labels = np.concatenate([mask.ravel() for mask in masks])
         scores = np.concatenate([anomaly_map.ravel() for anomaly_map in maps])

@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from anomalysd_pipeline import missing
-from anomalysd_pipeline.collection import fill_bank
-from anomalysd_pipeline.missing import gaps_of, missing_distances
-from anomalysd_pipeline.prototypes import MISSING_WEIGHT, PrototypeBank
-from anomalysd_pipeline.whole import stress, unlikeness
+from anomalysd_pipeline.method import missing
+from anomalysd_pipeline.method.missing import gaps_of, missing_distances
+from anomalysd_pipeline.method.whole import stress, unlikeness
+from anomalysd_pipeline.models.bank import MISSING_WEIGHT, PrototypeBank
+from anomalysd_pipeline.models.collection import fill_bank
 
 
 def vectors(*shape, seed=0):
@@ -148,6 +148,6 @@ class TestPipeline:
             banks.append(bank)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("anomalysd_pipeline.calibration.fill_bank", filled)
+            patch.setattr("anomalysd_pipeline.method.calibration.fill_bank", filled)
             pipe.calibrate("nut", nuts[:count])
         assert [len(bank.gaps("nut")) > 0 for bank in banks] == [known] * count

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.calibration import calibrate_threshold
-from anomalysd_pipeline.detection import autocast
+from anomalysd_pipeline.common.devices import autocast
+from anomalysd_pipeline.method.calibration import calibrate_threshold
 from anomalysd_pipeline.pipeline import AnomalySDPipeline
 from tests.tiny import RESOLUTION, tiny_components
 

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from anomalysd_pipeline import EMBEDDED
-from anomalysd_pipeline.model_card import model_card
+from anomalysd_pipeline.hub.model_card import model_card
 
 SD = "stable-diffusion-v1-5/stable-diffusion-inpainting"
 CALIBRATION = {"threshold": 0.123456, "false_alarm_rate": 0.05, "pictures": 4, "held_out": True, "settings": {}}

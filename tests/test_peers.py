@@ -10,9 +10,9 @@ import torch
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from anomalysd_pipeline.data import to_tensor
+from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.evaluation.peers import PEERS, SPADE, make_detector
-from anomalysd_pipeline.prototypes import PrototypeExtractor
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 SIDE = 64
 

@@ -13,11 +13,11 @@ from diffusers import (
 )
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.calibration import SINGLE_PICTURE_MARGIN, prediction_threshold
-from anomalysd_pipeline.collection import collect_prototypes
-from anomalysd_pipeline.data import to_tensor
-from anomalysd_pipeline.prompts import average_embedding
-from anomalysd_pipeline.scoring import smoothing_sigma
+from anomalysd_pipeline.data.tensors import to_tensor
+from anomalysd_pipeline.method.calibration import SINGLE_PICTURE_MARGIN, prediction_threshold
+from anomalysd_pipeline.method.prompts import average_embedding
+from anomalysd_pipeline.method.scoring import smoothing_sigma
+from anomalysd_pipeline.models.collection import collect_prototypes
 
 from .conftest import make_tiny_pipeline
 from .tiny import RESOLUTION, ddim, tiny_components, tiny_taesd, tiny_unet

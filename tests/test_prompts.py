@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from anomalysd_pipeline.prompts import PromptBook, average_embedding, check_category, encode_prompts
+from anomalysd_pipeline.method.prompts import PromptBook, average_embedding, check_category, encode_prompts
 
 MVTEC = {
     "bottle",

@@ -5,9 +5,10 @@ from scipy import ndimage
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
-from anomalysd_pipeline.collection import _resample_rotated, collect_prototypes, fill_bank, prototype_sources
-from anomalysd_pipeline.coreset import greedy_coreset
-from anomalysd_pipeline.prototypes import PrototypeBank, PrototypeExtractor
+from anomalysd_pipeline.models.bank import PrototypeBank
+from anomalysd_pipeline.models.collection import _resample_rotated, collect_prototypes, fill_bank, prototype_sources
+from anomalysd_pipeline.models.coreset import greedy_coreset
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 
 def pictures(n, height=64, width=64, seed=1):
@@ -38,7 +39,7 @@ class TestPrototypeBank:
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
     def test_distances_equal_sklearn_on_a_chunked_bank(self, monkeypatch):
-        monkeypatch.setattr("anomalysd_pipeline.prototypes._DISTANCE_ENTRIES", 1000)
+        monkeypatch.setattr("anomalysd_pipeline.models.bank._DISTANCE_ENTRIES", 1000)
         bank = PrototypeBank()
         features, psi = vectors(300, 16), vectors(1, 16, 8, 8, seed=1)
         bank.add("bottle", features)

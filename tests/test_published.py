@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from anomalysd_pipeline.publishing import export
+from anomalysd_pipeline.hub.publishing import export
 
 from .conftest import make_tiny_pipeline
 

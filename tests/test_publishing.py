@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from anomalysd_pipeline import EMBEDDED, AnomalySDPipeline
-from anomalysd_pipeline.publishing import export, push, push_to_hub
+from anomalysd_pipeline.hub.publishing import export, push, push_to_hub
 from anomalysd_pipeline.synthetic import normal_images
 
 from .conftest import make_tiny_pipeline
@@ -89,7 +89,10 @@ class TestExport:
     def test_a_pipeline_is_complete(self, exported):
         names = set(content(exported))
         assert {"model_index.json", "README.md", "pipeline.py"} <= names
-        assert {"extractor/anomalysd_pipeline.prototypes.py", "perceptual/anomalysd_pipeline.scoring.py"} <= names
+        assert {
+            "extractor/anomalysd_pipeline.models.extractor.py",
+            "perceptual/anomalysd_pipeline.models.perceptual.py",
+        } <= names
         assert not [name for name in names if name.endswith((".bin", ".pt", ".partial"))]
         assert "hex nut" in (exported / "README.md").read_text()
 
@@ -200,7 +203,7 @@ class TestUpload:
         pipe.save_pretrained(tmp_path / "plain")
         push(tmp_path / "plain", "user/nuts", token=hub.token)
         files = hub.repositories["user/nuts"].branches["main"]
-        assert {"README.md", "pipeline.py", "bank/anomalysd_pipeline.prototypes.py"} <= set(files)
+        assert {"README.md", "pipeline.py", "bank/anomalysd_pipeline.models.bank.py"} <= set(files)
         assert b'from_pretrained("user/nuts")' in files["README.md"]
 
     def test_a_card_learns_where_it_is(self, hub, copy):
@@ -341,7 +344,7 @@ class TestLoading:
         for path in copy.rglob("*.py"):
             path.write_text("raise RuntimeError")
         loaded = AnomalySDPipeline.from_pretrained(copy)
-        assert type(loaded.extractor).__module__ == "anomalysd_pipeline.prototypes"
+        assert type(loaded.extractor).__module__ == "anomalysd_pipeline.models.extractor"
         expected = pipe(Image.open(picture), category="hex nut")
         found = loaded(Image.open(picture), category="hex nut")
         assert np.array_equal(found.anomaly_maps, expected.anomaly_maps)

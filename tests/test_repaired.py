@@ -6,11 +6,17 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
 
-from anomalysd_pipeline.data import to_tensor
-from anomalysd_pipeline.detection import examine
-from anomalysd_pipeline.prompts import average_embedding
-from anomalysd_pipeline.prototypes import PrototypeBank
-from anomalysd_pipeline.repaired import REMAINING_LIMIT, REMAINING_WEIGHT, REPAIRED_WEIGHT, repaired_share, weigh
+from anomalysd_pipeline.data.tensors import to_tensor
+from anomalysd_pipeline.method.detection import examine
+from anomalysd_pipeline.method.prompts import average_embedding
+from anomalysd_pipeline.method.repaired import (
+    REMAINING_LIMIT,
+    REMAINING_WEIGHT,
+    REPAIRED_WEIGHT,
+    repaired_share,
+    weigh,
+)
+from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.synthetic import normal_images
 
 from .conftest import make_tiny_pipeline

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from anomalysd_pipeline.common.drawing import heatmap
 from anomalysd_pipeline.evaluation.figures import COLORS, best_and_worst, draw_cases, draw_curves
-from anomalysd_pipeline.visualize import heatmap
 
 GRAY = (120, 120, 120)
 

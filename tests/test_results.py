@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from anomalysd_pipeline.inspection import Inspection, load_part, register, save_part
-from anomalysd_pipeline.picture import Picture
-from anomalysd_pipeline.results import MONTAGE_ROWS, ResultFolder
-from anomalysd_pipeline.sources import Files, Listing
+from anomalysd_pipeline.data.picture import Picture
+from anomalysd_pipeline.data.sources import Files, Listing
+from anomalysd_pipeline.inspection.folder import MONTAGE_ROWS, ResultFolder
+from anomalysd_pipeline.inspection.result import Inspection, load_part, register, save_part
 
 from .conftest import make_tiny_pipeline
 from .detect_driver import table

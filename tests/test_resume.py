@@ -1,6 +1,6 @@
 import pytest
 
-from anomalysd_pipeline.checkpoints import list_checkpoints
+from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints
 
 from .conftest import make_tiny_pipeline
 from .tiny_training import Cancelled, assert_bit_equal, cancel_after, tiny_settings, train

@@ -7,15 +7,8 @@ from safetensors.torch import save_file
 from scipy import ndimage, stats
 from torchvision.models import alexnet
 
-from anomalysd_pipeline.scoring import (
-    PerceptualDistance,
-    fuse,
-    harmonic_mean,
-    image_score,
-    scale_map,
-    smooth,
-    smoothing_sigma,
-)
+from anomalysd_pipeline.method.scoring import fuse, harmonic_mean, image_score, scale_map, smooth, smoothing_sigma
+from anomalysd_pipeline.models.perceptual import PerceptualDistance
 
 
 @pytest.fixture(scope="module")

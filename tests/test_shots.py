@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from anomalysd_pipeline.datasets import Category, draw_all, draw_shots, read_dataset, read_shots, write_shots
+from anomalysd_pipeline.data.datasets import Category, draw_all, draw_shots, read_dataset, read_shots, write_shots
 
 
 def write(root, *names):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalysd_pipeline.sources import MAX_NORMALS, Files, Listing, gather, read_normals
+from anomalysd_pipeline.data.sources import MAX_NORMALS, Files, Listing, gather, read_normals
 
 
 def png(value, size=(12, 10)):

@@ -15,11 +15,12 @@ import pytest
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline, synthetic, train
-from anomalysd_pipeline.adaptation_settings import AdaptationSettings
-from anomalysd_pipeline.checkpoints import list_checkpoints
-from anomalysd_pipeline.datasets import draw_shots
-from anomalysd_pipeline.train_options import add_arguments, given_settings
-from anomalysd_pipeline.train_reports import LossCurve
+from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints
+from anomalysd_pipeline.adaptation.settings import AdaptationSettings
+from anomalysd_pipeline.data.datasets import draw_shots
+from anomalysd_pipeline.training import run as train_run
+from anomalysd_pipeline.training.options import add_arguments, given_settings
+from anomalysd_pipeline.training.reports import LossCurve
 
 from .tiny import tiny_unet
 
@@ -129,9 +130,9 @@ class TestOptions:
     )
     def test_the_launchers_precision_yields_to_ours(self, launched, option, expected, tiny_pipeline, monkeypatch):
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-        monkeypatch.setattr(train, "resolve_precision", lambda name, device: "no" if name == "auto" else name)
+        monkeypatch.setattr(train_run, "resolve_precision", lambda name, device: "no" if name == "auto" else name)
         args = parse("--synthetic", "ring", *(["--mixed_precision", option] if option else []))
-        assert train.choose_settings(args, tiny_pipeline, tiny_pipeline.device).mixed_precision == expected
+        assert train_run.choose_settings(args, tiny_pipeline, tiny_pipeline.device).mixed_precision == expected
 
 
 class TestResult:
@@ -311,7 +312,7 @@ class TestPictures:
     def test_draws_are_nested_and_follow_the_seed(self, parts):
         def drawn(*arguments):
             args = parse("--data", str(parts), "--categories", "wood", *arguments)
-            return [source for source, _ in train.read_shots(args, report=pytest.fail)["wood"]]
+            return [source for source, _ in train_run.read_shots(args, report=pytest.fail)["wood"]]
 
         assert drawn("--shots", "2") == drawn("--shots", "5")[:2]
         assert drawn("--shots", "5", "--seed", "1") != drawn("--shots", "5", "--seed", "2")
@@ -319,7 +320,7 @@ class TestPictures:
 
     def test_plain_pictures_are_all_taken(self, parts):
         args = parse("--normal", str(parts / "wood" / "train"), "--category", "oak")
-        (category, pairs), *_ = train.read_shots(args, report=pytest.fail).items()
+        (category, pairs), *_ = train_run.read_shots(args, report=pytest.fail).items()
         assert category == "oak" and [Path(source).name for source, _ in pairs] == [f"00{i}.png" for i in range(5)]
 
 
@@ -393,7 +394,7 @@ class TestRefusals:
         assert not (tmp_path / "run").exists()
 
     def test_a_tracker_that_is_not_installed(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setattr(train, "is_wandb_available", lambda: False)
+        monkeypatch.setattr(train_run, "is_wandb_available", lambda: False)
         arguments = ["--synthetic", "ring", "--output_dir", str(tmp_path / "run"), "--report_to", "wandb"]
         assert train.main(arguments) == 2
         assert "pip install 'anomalysd-pipeline[train]'" in capsys.readouterr().err

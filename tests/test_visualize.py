@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalysd_pipeline.visualize import contour, heatmap, montage, overlay, verdict_text
+from anomalysd_pipeline.common.drawing import contour, heatmap, montage, overlay, verdict_text
 
 
 def picture(height=12, width=16, seed=0):

@@ -4,8 +4,8 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from anomalysd_pipeline.prototypes import PrototypeExtractor
-from anomalysd_pipeline.scoring import PerceptualDistance
+from anomalysd_pipeline.models.extractor import PrototypeExtractor
+from anomalysd_pipeline.models.perceptual import PerceptualDistance
 
 RESOLUTION = 64
 

@@ -7,7 +7,7 @@ import gc
 
 import torch
 
-from anomalysd_pipeline.adaptation import AdaptedWeights
+from anomalysd_pipeline.adaptation.loop import AdaptedWeights
 from anomalysd_pipeline.synthetic import normal_images
 
 from .conftest import make_tiny_pipeline

@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
-from anomalysd_pipeline.adaptation import fine_tune
-from anomalysd_pipeline.adaptation_settings import AdaptationSettings
+from anomalysd_pipeline.adaptation.loop import fine_tune
+from anomalysd_pipeline.adaptation.settings import AdaptationSettings
 
 
 def tiny_settings(**given) -> AdaptationSettings:

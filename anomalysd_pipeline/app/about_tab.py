@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .desk import Desk, sentences
 from .inspect_tab import ANY_PART
 from .model import has_gpu

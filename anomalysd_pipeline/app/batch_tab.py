@@ -6,7 +6,7 @@ import time
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .desk import Desk, Visit, sentences
 from .inspect_tab import ANY_PART, PRESETS
 

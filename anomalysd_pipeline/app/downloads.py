@@ -21,7 +21,7 @@ from .uploads import safe_name, visible_name
 from .zips import Budget, entry_fault, is_incidental, is_zip, open_zip, read_entry
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection
+    from ..inspection.result import Inspection
 
 __all__ = [
     "BATCH_COLUMNS",
@@ -68,7 +68,7 @@ class BatchRow:
     def values(self) -> dict[str, str]:
         """`BATCH_COLUMNS` to the texts in the table, "" where there is nothing; `verdict` is "defective", "normal" or
         ""."""
-        from ..inspection import table_values
+        from ..inspection.result import table_values
 
         values = {**dict.fromkeys(BATCH_COLUMNS, ""), "file": self.file, "error": self.error or ""}
         if self.score is not None:
@@ -196,7 +196,7 @@ def load_adaptation_zip(
         ValueError: it is no such zip, holds anything else, is too large, fits another base, or brings parts for which
             there is no room.
     """
-    from ..adaptation_folder import read_adaptation
+    from ..adaptation.folder import read_adaptation
 
     name = visible_name(Path(path).name if shown_name is None else shown_name)
     limits = session.limits
@@ -230,7 +230,7 @@ def load_adaptation_zip(
 
 def _adaptation_files(path: str | os.PathLike, name: str, limits) -> dict[str, bytes]:
     """The two files of an adaptation, by the names they must have; they may lie in one folder of the zip."""
-    from ..adaptation_folder import FACTS, WEIGHTS
+    from ..adaptation.folder import FACTS, WEIGHTS
 
     largest = {FACTS: min(_FACTS_BYTES, limits.adaptation_bytes), WEIGHTS: limits.adaptation_bytes}
     sentence = f"'{name}' takes more than {limits.adaptation_bytes / 1e6:.3g} MB unpacked; it cannot be taken in here."

@@ -16,8 +16,8 @@ import numpy as np
 from PIL import Image
 
 from .. import EMBEDDED
-from ..checkpoints import written_whole
-from ..visualize import contour, overlay, verdict_text
+from ..common.drawing import contour, overlay, verdict_text
+from ..common.files import written_whole
 
 FOLDER = Path(__file__).resolve().parent / "examples"
 SHOTS, SEED = 4, 11
@@ -115,7 +115,7 @@ def make_examples(folder: str | os.PathLike = FOLDER, base: str = EMBEDDED) -> l
     Returns:
         The examples, read back.
     """
-    from ..inspection import load_pipeline, register
+    from ..inspection.result import load_pipeline, register
     from ..synthetic import normal_images
 
     pipe = load_pipeline(base, "cpu")

@@ -6,7 +6,7 @@ import functools
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .inspect_tab import lit
 
 TEXT = (

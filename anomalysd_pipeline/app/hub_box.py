@@ -6,7 +6,7 @@ import re
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .desk import Desk, Visit, sentences
 from .space import is_space, local_token
 
@@ -62,7 +62,7 @@ def hub_box(desk: Desk, key: gr.State) -> None:
 
 
 def _publish(desk: Desk, visit: Visit, repo: str, part: str, private: bool, token: str):
-    from ..publishing import push
+    from ..hub.publishing import push
     from .uploads import clean_text
 
     session = visit.session

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .desk import Desk, Visit, sentences
 from .style import OPACITY_JS
 
@@ -146,7 +146,7 @@ def _inspect(desk: Desk, visit: Visit, part, picture, preset):
 
 
 def _maximum(threshold: float | None) -> float | None:
-    from ..inspection import UNCALIBRATED_MAXIMUM
+    from ..inspection.result import UNCALIBRATED_MAXIMUM
 
     return UNCALIBRATED_MAXIMUM if threshold is None else None
 

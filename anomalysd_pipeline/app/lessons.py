@@ -94,7 +94,7 @@ def make_lesson(
     Raises:
         ValueError: one of them is none; the sentence names it.
     """
-    from ..prompts import check_category, readable_name
+    from ..method.prompts import check_category, readable_name
 
     name = clean_text(name, "name", limits.name_length, required=True)
     try:
@@ -226,7 +226,7 @@ class _Teaching:
             raise Canceled
 
     def fine_tune(self) -> None:
-        from ..adaptation import fine_tune, in_memory_accelerator
+        from ..adaptation.loop import fine_tune, in_memory_accelerator
 
         pipe, name, prompts = self.pipe, self.lesson.name, self._prompts()
         shots = {name: list(self.lesson.pictures)}
@@ -257,7 +257,7 @@ class _Teaching:
 
     def validation(self, module, stage) -> Image.Image:
         """A good part, and beside it the same with its middle repainted by the weights in training."""
-        from ..validation import validation_pictures
+        from ..adaptation.preview import validation_pictures
 
         self.pipe.use_adaptation(None)  # somebody else's inspection may have switched the shared decoder
         book = self.pipe.prompt_book

@@ -124,7 +124,7 @@ class Models:
 
 
 def _load(checkpoint: str | None):
-    from ..inspection import load_pipeline
+    from ..inspection.result import load_pipeline
 
     return load_pipeline(checkpoint, "auto", "auto")
 

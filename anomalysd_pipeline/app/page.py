@@ -7,7 +7,7 @@ import threading
 import gradio as gr
 from starlette.middleware import Middleware
 
-from . import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
+from ..app import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
 from .desk import GRACE_SECONDS, Desk, sentences
 from .handouts import Door
 from .limits import Limits

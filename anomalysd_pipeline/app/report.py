@@ -12,10 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .. import __version__
-from ..visualize import contour, heatmap, overlay, verdict_text
+from ..common.drawing import contour, heatmap, overlay, verdict_text
 
 if TYPE_CHECKING:
-    from ..inspection import Inspection
+    from ..inspection.result import Inspection
 
 DPI = 150
 PAGE = (1240, 1754)
@@ -124,7 +124,7 @@ def report_pdf(page: Image.Image) -> bytes:
 def _pictures(page: Image.Image, result: Inspection, y: int) -> int:
     """Draws the four pictures in two rows from `y` on; returns where they end."""
     if result.threshold is None:
-        from ..inspection import UNCALIBRATED_MAXIMUM
+        from ..inspection.result import UNCALIBRATED_MAXIMUM
 
         heat = overlay(result.image, result.anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
         outlined, outline = result.image, "Contour: none without a threshold"

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 
-from ..memory import share_arenas
+from ..common.memory import share_arenas
 
 LONGEST = 300
 """Seconds of GPU that one call may ask for."""

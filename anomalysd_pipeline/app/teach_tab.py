@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from . import views
+from ..app import views
 from .desk import Desk, Visit, sentences, shown
 from .hub_box import hub_box
 from .inspect_tab import ANY_PART

@@ -65,7 +65,7 @@ def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits:
     Raises:
         ValueError: it is missing, too large, damaged or no picture.
     """
-    from ..data import flatten, open_image
+    from ..data.images import flatten, open_image
 
     limits = limits or Limits()
     name = f"'{visible_name(Path(path).name if shown_name is None else shown_name)}'"
@@ -172,7 +172,7 @@ def _visible(text: str) -> str:
 
 def _pixels(path: str | os.PathLike) -> int:
     """Of a picture, as its header claims; 0 for what is none."""
-    from ..data import FORMATS
+    from ..data.images import FORMATS
 
     try:
         with warnings.catch_warnings():
@@ -227,7 +227,7 @@ def _rows_of(path: Path, limits: Limits, budget: Budget) -> Iterator[tuple[str, 
 
 
 def _row_of(path: Path, index: int, info, limits: Limits, budget: Budget, seen: set[str]):
-    from ..data import SUFFIXES
+    from ..data.images import SUFFIXES
 
     shown = visible_name(info.orig_filename)
     fault = entry_fault(info, limits.upload_bytes)

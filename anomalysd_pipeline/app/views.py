@@ -75,8 +75,8 @@ def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None
         anomaly_map: float [H, W], 0 or more.
         threshold, maximum: of the color scale, see `visualize.heatmap`.
     """
-    from ..visualize import contour
-    from ..visualize import heatmap as colored
+    from ..common.drawing import contour
+    from ..common.drawing import heatmap as colored
 
     small = shrunk(image)
     values = np.asarray(Image.fromarray(np.asarray(anomaly_map, dtype=np.float32)).resize(small.size))

@@ -23,7 +23,7 @@ from .uploads import Upload, clean_text
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..inspection import Inspection
+    from ..inspection.result import Inspection
 
 PRESETS = ("fast", "paper")
 ANY_PART = "Any part"
@@ -98,7 +98,7 @@ def check_part(part: object, session: Session) -> str | None:
     Raises:
         ValueError: it is no such name.
     """
-    from ..prompts import check_category
+    from ..method.prompts import check_category
 
     part = clean_text(part, "part", session.limits.name_length)
     if part in ("", ANY_PART):
@@ -162,7 +162,7 @@ def inspect_on_gpu(
     carried: Carried, picture: Image.Image, part: str | None, preset: str
 ) -> tuple[Inspection, np.ndarray | None]:
     """The inspection itself."""
-    from ..inspection import inspect_whole
+    from ..inspection.result import inspect_whole
 
     return inspect_whole(carried.pipe, picture, part, preset=preset)
 

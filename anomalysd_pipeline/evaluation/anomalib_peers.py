@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data import to_tensor
-from ..prompts import readable_name
-from ..prototypes import PrototypeExtractor
+from ..data.tensors import to_tensor
+from ..method.prompts import readable_name
+from ..models.extractor import PrototypeExtractor
 from .backbones import PEERS_HINT, Backbone, import_anomalib, load_backbone, seeded
 from .detector import Prediction, TensorDetector, require_normals
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import EMBEDDED
-from ..prototypes import PrototypeExtractor
+from ..models.extractor import PrototypeExtractor
 
 BACKBONES = ("embedded", "imagenet", "random")
 PEERS_HINT = "pip install 'anomalysd-pipeline[peers]'"

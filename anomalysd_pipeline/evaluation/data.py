@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data import load_image
-from ..datasets import Category, Shots, TestImage, draw_all, read_dataset, read_folder, read_shots
+from ..data.datasets import Category, Shots, TestImage, draw_all, read_dataset, read_folder, read_shots
+from ..data.images import load_image
 from .options import DEFAULT_SEEDS, DEFAULT_SHOTS, named
 from .store import PICTURES, Draw
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from tqdm import trange
 
-from ..data import to_tensor
+from ..data.tensors import to_tensor
 from .backbones import import_anomalib, seeded
 from .detector import Prediction, TensorDetector, require_normals
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..inspection import UNCALIBRATED_MAXIMUM
-from ..visualize import contour, montage, overlay, verdict_text
+from ..common.drawing import contour, montage, overlay, verdict_text
+from ..inspection.result import UNCALIBRATED_MAXIMUM
 
 COLORS = (
     "#1f77b4",

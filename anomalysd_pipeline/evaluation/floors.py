@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..adaptation_folder import base_name
-from ..collection import collect_prototypes
-from ..data import to_tensor
-from ..images import resize, to_pil
-from ..prompts import readable_name
-from ..prototypes import PrototypeBank
-from ..scoring import image_score, smooth, smoothing_sigma
+from ..adaptation.folder import base_name
+from ..data.tensors import resize, to_pil, to_tensor
+from ..method.prompts import readable_name
+from ..method.scoring import image_score, smooth, smoothing_sigma
+from ..models.bank import PrototypeBank
+from ..models.collection import collect_prototypes
 from .detector import Detector, Prediction, TensorDetector, require_normals
 
 PROMPTS = ("", "A perfect {name}.")

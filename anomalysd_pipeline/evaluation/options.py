@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..train_options import positive
+from ..common.console import positive
 
 DEFAULT_SHOTS = (1,)
 DEFAULT_SEEDS = (0, 1, 2, 3, 4)

@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import to_tensor
-from ..images import resize
-from ..prototypes import PrototypeExtractor
-from ..scoring import smooth, smoothing_sigma
+from ..data.tensors import resize, to_tensor
+from ..method.scoring import smooth, smoothing_sigma
+from ..models.extractor import PrototypeExtractor
 from .backbones import load_backbone
 from .detector import Detector, Prediction, TensorDetector, require_normals
 from .floors import nearest_distances
@@ -55,7 +54,7 @@ def make_detector(
 def _class_of(name: str) -> type[Detector]:
     if name == "spade":
         return SPADE
-    from . import anomalib_peers, draem, floors
+    from ..evaluation import anomalib_peers, draem, floors
 
     return {
         "patchcore": anomalib_peers.PatchCore,

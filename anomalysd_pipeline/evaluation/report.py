@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from . import paper
+from ..evaluation import paper
 from .figures import can_draw_curves, draw_cases, draw_curves
 from .markdown import UNDEFINED, is_defined, percent, plain, table
 

@@ -14,13 +14,12 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..calibration import prediction_threshold
-from ..checkpoints import disk_errors, written_whole
-from ..datasets import write_shots
-from ..metrics import check_fpr_limit
-from ..train import on_cpu
-from . import costs
-from . import store as names
+from ..common.files import disk_errors, written_whole
+from ..data.datasets import write_shots
+from ..evaluation import costs
+from ..evaluation import store as names
+from ..method.calibration import prediction_threshold
+from ..training.run import on_cpu
 from .data import (
     check_data_options,
     choose_shots,
@@ -32,6 +31,7 @@ from .data import (
 )
 from .detector import Detector
 from .figures import best_and_worst
+from .metrics import check_fpr_limit
 from .options import named
 from .processes import alone
 from .report import write_report

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoints import disk_errors
+from ..common.files import disk_errors
 
 RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.parquet", "report.md"
 ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS = "rows", "maps", "classes", "cases", "prepared", "costs"

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-from ..curves import image_curves, pixel_metrics_and_curves
-from ..datasets import Category
-from ..images import resize
-from ..metrics import image_metrics
+from ..data.datasets import Category
+from ..data.tensors import resize
+from .curves import image_curves, pixel_metrics_and_curves
 from .data import load_truth
+from .metrics import image_metrics
 from .store import Draw, Store
 
 DIGITS = 6

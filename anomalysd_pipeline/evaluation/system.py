@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..adaptation_folder import base_name
+from ..adaptation.folder import base_name
 from .detector import Detector, Prediction, require_normals
 
 

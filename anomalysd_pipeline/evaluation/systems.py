@@ -60,7 +60,7 @@ def needs_new_system(args: argparse.Namespace, before: Draw, now: Draw) -> bool:
 def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
     """The pipeline that the options name, with its adaptation."""
     from .. import AnomalySDPipeline
-    from ..adaptation import resolve_precision
+    from ..common.devices import resolve_precision
 
     given = {
         "revision": args.revision,
@@ -104,7 +104,7 @@ def _make_peer(args: argparse.Namespace, draw: Draw, device: torch.device) -> De
 
     given = {}
     if args.peer == "draem":
-        from ..adaptation import resolve_precision
+        from ..common.devices import resolve_precision
 
         given = {name: getattr(args, f"draem_{name}") for name in DRAEM_OPTIONS}
         if resolve_precision(args.mixed_precision, device) == "bf16":  # fp16 would need its gradients scaled

@@ -8,22 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .canvas import (
-    Light,
-    box,
-    color,
-    cover,
-    disc,
-    dome,
-    fractal,
-    frame,
-    hexagon,
-    over,
-    paint,
-    shade,
-    shadow,
-    step,
-)
+from .canvas import Light, box, color, cover, disc, dome, fractal, frame, hexagon, over, paint, shade, shadow, step
 
 PI = float(np.pi)
 

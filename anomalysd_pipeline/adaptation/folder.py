@@ -1,0 +1,272 @@
+"""An adaptation as a folder: `adaptation.json` and `adaptation.safetensors`, without the base it belongs to."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .. import EMBEDDED, __version__
+from ..common.files import disk_errors, written_whole
+from ..method.calibration import Calibration, prediction_threshold
+from ..method.prompts import PROMPT_DESIGNS, check_category
+from ..method.settings import InspectionSettings
+from ..models.adapters import PARTS, check_fits, same_fingerprint
+from ..models.bank import PACKED_BESIDE
+
+FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
+EMBEDDED_NAME = "embedded"
+_FORMAT = 2
+_BANKS = ("bank", "colors", "views")
+_KEYS = {
+    "format",
+    "version",
+    "name",
+    "base_model",
+    "base_fingerprint",
+    "resolution",
+    "record",
+    "categories",
+    "prompts",
+}
+_RECORD_KEYS = {
+    "shots",
+    "rotations",
+    "noise_strength",
+    "adaptation",
+    "prompt_design",
+    "adapted",
+    "calibration",
+}
+_OURS = {FACTS, WEIGHTS, "README.md"}
+"""What a folder may hold that is replaced as a whole; the last is added where it is published."""
+
+
+@dataclass(frozen=True)
+class StoredAdaptation:
+    """What a folder holds.
+
+    name: of the adaptation.
+    base_model: the Hub id of its base, "embedded", or the name of a folder.
+    record: settings of its fine-tuning.
+    categories: category to its settings and calibration.
+    prompts: category to its prompts.
+    banks: category to what `PrototypeBank.packed` gives of it.
+    state: part to LoRA weights by name.
+    """
+
+    name: str
+    base_model: str
+    record: dict
+    categories: dict[str, dict]
+    prompts: dict[str, dict]
+    banks: dict[str, dict[str, Tensor]]
+    state: dict[str, dict[str, Tensor]]
+
+
+def base_name(pipe) -> str:
+    """How an adaptation names its base: a Hub id, "embedded", or the bare name of a folder."""
+    name = str(pipe.name_or_path or "")
+    if name == EMBEDDED:
+        return EMBEDDED_NAME
+    return Path(name).name if os.path.isdir(name) else name
+
+
+def is_adaptation_folder(path) -> bool:
+    """Whether a path is a folder that holds an adaptation and no pipeline."""
+    return Path(path, FACTS).is_file() and not Path(path, "model_index.json").is_file()
+
+
+def adaptation_base_of(folder) -> tuple[str, int]:
+    """The base of an adaptation's folder, a path or a Hub id, and the resolution that it was made at.
+
+    Raises:
+        ValueError: if the folder is damaged, or was made on a base of which only the name is known.
+    """
+    try:
+        facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
+        name, resolution = str(facts["base_model"]), int(facts["resolution"])
+    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{folder}' must hold a complete {FACTS} ({type(error).__name__})."
+        ) from error
+    if name == EMBEDDED_NAME:
+        return EMBEDDED, resolution
+    if "/" not in name:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{folder}' is an adaptation of the local base {name!r}; load that base, "
+            "and then the adaptation with `load_adaptation`."
+        )
+    return name, resolution
+
+
+def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> None:
+    """Writes a pipeline's adaptation; what was in the folder before is replaced when the new one is complete.
+
+    Raises:
+        ValueError: if the folder holds something else than an adaptation, or cannot be written.
+    """
+    folder = Path(os.path.abspath(folder))
+    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (held and not (FACTS in held and held <= _OURS)):
+        raise ValueError(f"`save_directory` '{folder}' holds other things; give a new or empty folder.")
+    facts = {
+        "format": _FORMAT,
+        "version": __version__,
+        "name": name,
+        "base_model": base_name(pipe),
+        "base_fingerprint": pipe.adaptation_base(),
+        "resolution": pipe.config.resolution,
+        "record": pipe.config.adaptations[name],
+        "categories": {category: pipe.config.categories[category] for category in categories},
+        "prompts": {category: pipe.config.prompts["categories"][category] for category in categories},
+    }
+    tensors = {
+        f"{part}.{key}": value.half().contiguous()
+        for part, own in pipe.adapters.state(name).items()
+        for key, value in own.items()
+    }
+    # By number: a category may have any name.
+    tensors |= {
+        f"{kind}.{index}": tensor.contiguous()
+        for index, category in enumerate(categories)
+        for kind, tensor in pipe.bank.packed(category).items()
+    }
+    with disk_errors("save_directory", folder), written_whole(folder) as partial:
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
+
+
+def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
+    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a pipeline.
+
+    Raises:
+        ValueError: if it is missing, damaged, of a later format, or made for another base.
+    """
+    folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
+    try:
+        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        later = facts["format"] > _FORMAT
+        if not later:
+            stored = _parse(facts, load_file(folder / WEIGHTS))
+            fits = same_fingerprint(pipe.adaptation_base(), facts["base_fingerprint"])
+            if fits:
+                _check_fits(stored, pipe)
+    # All that wrong types and values lead to; a deep nesting ends in RecursionError.
+    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
+            f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+        ) from error
+    if later:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' was written by a later version "
+            f"({str(facts.get('version'))[:20]}); update the package anomalysd-pipeline."
+        )
+    if facts["resolution"] != pipe.config.resolution:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' was made for pictures of {facts['resolution']} pixels, "
+            f"and this pipeline inspects at {pipe.config.resolution}; load its base with "
+            f"`resolution={facts['resolution']}`."
+        )
+    if not fits:
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` '{source}' was made for the base {stored.base_model!r}, and this "
+            "pipeline has other weights; load it into a pipeline of that base."
+        )
+    return stored
+
+
+def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
+    if facts.keys() != _KEYS or facts["record"].keys() != {"settings"}:
+        raise ValueError(f"{FACTS} has other keys than an adaptation")
+    if type(facts["resolution"]) is not int or len(str(facts["base_model"])) > 200:
+        raise ValueError("its resolution is no whole number, or its base has no name")
+    categories = facts["categories"]
+    stored = StoredAdaptation(
+        name=check_category(facts["name"]),
+        base_model=str(facts["base_model"]),
+        record={"settings": dict(facts["record"]["settings"])},
+        categories={check_category(category): _check_record(record) for category, record in categories.items()},
+        prompts={category: dict(facts["prompts"][category]) for category in categories},
+        banks={
+            category: {kind: tensors[f"{kind}.{index}"] for kind in _BANKS if f"{kind}.{index}" in tensors}
+            for index, category in enumerate(categories)
+        },
+        state={
+            part: own
+            for part in PARTS
+            if (own := {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
+        },
+    )
+    if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
+        raise ValueError("it names no category, or no weights, or has prompts of others")
+    if len(tensors) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):
+        raise ValueError(f"{WEIGHTS} has other weights than an adaptation")
+    return stored
+
+
+def _check_record(record: dict) -> dict:
+    """The record of a category as it was given, if inspections can rely on it."""
+    # Scores, and so thresholds, did not depend on it when it was not written.
+    record = {"adapted": False, **record}
+    counts = (record["shots"], record["rotations"])
+    if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):
+        raise ValueError("a category's record has other keys or counts")
+    if record["prompt_design"] not in PROMPT_DESIGNS:
+        raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
+    if type(record["adapted"]) is not bool:
+        raise ValueError("a category's `adapted` is neither true nor false")
+    if record["calibration"] is not None:
+        calibration = Calibration(**record["calibration"])
+        scales = tuple(calibration.settings["mask_scales"])
+        InspectionSettings(**{**calibration.settings, "mask_scales": scales}).check()
+        prediction_threshold([1.0, 2.0], calibration.false_alarm_rate)
+        if not all(type(score) is float and math.isfinite(score) for score in calibration.scores):
+            raise ValueError("a calibration has scores that are not finite")
+        if type(calibration.threshold) is not float or not 0 < calibration.threshold < math.inf:
+            raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
+        if type(calibration.pictures) is not int or type(calibration.held_out) is not bool:
+            raise ValueError("a calibration has another number of pictures")
+    return record
+
+
+def _check_fits(stored: StoredAdaptation, pipe) -> None:
+    for part, own in stored.state.items():
+        check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
+    book = pipe.prompt_book
+    channels = sum(pipe.extractor.channels)
+    columns = {"bank": channels + PACKED_BESIDE, "views": channels + 1}
+    if pipe.extractor.color_channels:
+        columns["colors"] = pipe.extractor.color_channels + PACKED_BESIDE
+    for category, banks in stored.banks.items():
+        book.add(category, stored.prompts[category])
+        if stored.categories[category]["noise_strength"] is not None:
+            pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
+        if "bank" not in banks or banks.keys() - columns.keys():
+            raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(columns)}")
+        for kind, bank in banks.items():
+            fits = bank.ndim == 2 and len(bank) and bank.shape[1] == columns[kind]
+            if not fits or not bank.is_floating_point():
+                raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
+            if not bank.isfinite().all():
+                raise ValueError("a bank that is not finite")
+
+
+def _download(repo_id: str, hub: dict) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=[FACTS, WEIGHTS], **hub))
+    except (HFValidationError, OSError) as error:  # all that the client raises for a missing or unreachable repository
+        raise ValueError(
+            f"`pretrained_adaptation_name_or_path` must be a folder or a Hub id that can be reached, got {repo_id!r} "
+            f"({' '.join(str(error).split())[:200]})."
+        ) from error

@@ -1,0 +1,60 @@
+"""What a fine-tuning has learned so far, to look at: a normal picture whose middle is repainted."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data.tensors import to_pil, to_tensor
+from ..method.inpainting import draw_noise, encode, repaint
+from ..method.prompts import average_embedding
+from .stages import Stage
+
+
+def validation_pictures(
+    pipe, stage: Stage, module: nn.Module, image: Image.Image, category: str | None, texts: list[str]
+) -> list[Image.Image]:
+    """A normal picture as it is, with its middle masked, and repainted as in an inspection.
+
+    Args:
+        pipe: the `AnomalySDPipeline` that is fine-tuned.
+        stage: whose `module` is in training, see `Stage.evaluation`.
+        module: unwrapped; the denoiser, or the decoder of the autoencoder.
+        image: RGB.
+        category: whose settings of an inspection hold; None: those of the pipeline.
+        texts: its prompts.
+
+    Returns:
+        Three pictures of the pipeline's resolution.
+    """
+    unet, vae = (module, pipe.vae) if stage.name == "denoiser" else (stage.unet, _with_decoder(pipe.vae, module))
+    side, settings = pipe.config.resolution, pipe.settings(category=category)
+    x = to_tensor(image, side)[None].to(next(module.parameters()).device)  # [1, 3, R, R]
+    mask = torch.zeros_like(x[:, :1])  # [1, 1, R, R]
+    mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
+    latents = encode(vae, x)  # [1, 4, h, w]
+    repainted = repaint(
+        unet,
+        vae,
+        copy.deepcopy(pipe.scheduler),  # the one in training keeps its own steps
+        x,
+        latents,
+        mask,
+        draw_noise(latents.shape, None, x.device, latents.dtype),
+        average_embedding(texts, pipe.tokenizer, pipe.text_encoder),
+        noise_strength=settings.noise_strength,
+        num_inference_steps=settings.num_inference_steps,
+    )
+    return [to_pil(picture[0], (side, side)) for picture in (x, x * (mask < 0.5), repainted)]
+
+
+def _with_decoder(vae, decoder: nn.Module) -> SimpleNamespace:
+    """As much of an autoencoder as repainting needs, with the decoder in training."""
+    scale = vae.config.scaling_factor  # which the decoder in training undoes by itself
+    return SimpleNamespace(
+        config=vae.config, dtype=vae.dtype, encode=vae.encode, decode=lambda z, **_: (decoder(z * scale),)
+    )

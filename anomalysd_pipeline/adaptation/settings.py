@@ -1,0 +1,169 @@
+"""The knobs of a fine-tuning: the paper's values, what a checkpoint changes, and their rules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+
+from ..method.masks import MASK_DESIGNS
+from ..method.prompts import PROMPT_DESIGNS
+
+METHODS = ("lora", "full")
+SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class AdaptationSettings:
+    """Everything a fine-tuning depends on besides the pictures; the defaults are the paper's where it names a value.
+
+    method: "full" trains all weights of a part, as the paper does; "lora" trains low-rank additions to them, a few MB.
+    train_denoiser, train_decoder: which parts (the rows of the paper's Table 3).
+    steps, decoder_steps: optimizer steps of each part; None: as many as `epochs` and `decoder_epochs` take.
+    epochs, decoder_epochs: passes over all pictures.
+    train_batch_size: pictures per process and forward pass.
+    gradient_accumulation_steps: forward passes per optimizer step.
+    learning_rate, decoder_learning_rate: of Adam; the decoder's None: the same.
+    lr_scheduler, lr_warmup_steps: as `diffusers.optimization.get_scheduler` knows them.
+    max_grad_norm: gradients are scaled down to this length.
+    use_8bit_adam: optimizer states in 8 bits; needs the package `bitsandbytes` and a GPU.
+    mask_design: "foreground" (the paper's), "random", or "detection", see `FewShotDataset`.
+    prompt_design: "hierarchical" (the paper's), "simple" or "none".
+    noise_range: share of the noise schedule that is trained, (low, high); the paper trains all of it.
+    augmentation: limits of `data.augment`.
+    defect_share: share of the samples that are shown with a drawn defect, which the denoiser learns to repaint as the
+        normal part; 0 in the paper.
+    repainting_weight: weight of a loss on repainted pictures in the denoiser's, see `losses.repainting_loss`; 0 in the
+        paper.
+    decoder_latents: what the decoder learns to decode: "encoded" pictures (the paper's), or latents as the denoiser
+        gives them, "repainted" in a single step.
+    rank, target_modules: of the denoiser's LoRA; the modules by the ends of their names.
+    decoder_rank, decoder_target_modules: of the decoder's.
+    use_ema, ema_decay: whether the moving average of the weights is what is kept.
+    gradient_checkpointing: less memory, more time.
+    mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the processor computes in it.
+    seed: of initial LoRA weights, order, augmentation, masks, prompts and noise.
+    """
+
+    method: str = "lora"
+    train_denoiser: bool = True
+    train_decoder: bool = True
+    steps: int | None = None
+    decoder_steps: int | None = None
+    epochs: int = 4000
+    decoder_epochs: int = 200
+    train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-4
+    decoder_learning_rate: float | None = None
+    lr_scheduler: str = "constant"
+    lr_warmup_steps: int = 0
+    max_grad_norm: float = 1.0
+    use_8bit_adam: bool = False
+    mask_design: str = "foreground"
+    prompt_design: str = "hierarchical"
+    noise_range: tuple[float, float] = (0.0, 1.0)
+    augmentation: dict = field(
+        default_factory=lambda: {"brightness": 0.1, "contrast": 0.1, "scale": 0.1, "degrees": 15.0}
+    )
+    defect_share: float = 0.0
+    repainting_weight: float = 0.0
+    decoder_latents: str = "encoded"
+    rank: int = 16
+    target_modules: tuple[str, ...] = _ATTENTION
+    decoder_rank: int = 16
+    decoder_target_modules: tuple[str, ...] = (*_ATTENTION, "conv1", "conv2", "conv_shortcut")
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    gradient_checkpointing: bool = False
+    mixed_precision: str = "auto"
+    seed: int = 0
+
+    @classmethod
+    def resolve(cls, layers: Sequence[Mapping]) -> AdaptationSettings:
+        """The defaults overridden by each layer in turn; `None` in a layer means "not given".
+
+        Raises:
+            TypeError: for a name that is no setting.
+            ValueError: for a value out of its range.
+        """
+        known = {f.name for f in fields(cls)}
+        values = {}
+        for layer in layers:
+            unknown = sorted(set(layer) - known)
+            if unknown:
+                raise TypeError(f"`{unknown[0]}` is not a setting of a fine-tuning.")
+            values.update({name: value for name, value in layer.items() if value is not None})
+        for name in ("noise_range", "target_modules", "decoder_target_modules"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        settings = cls(**values)
+        settings.check()
+        return settings
+
+    def check(self) -> None:
+        """Raises ValueError, naming the argument, for a value out of its range."""
+        choices = {"method": METHODS, "mask_design": MASK_DESIGNS, "prompt_design": PROMPT_DESIGNS}
+        choices["lr_scheduler"] = SCHEDULERS
+        choices["decoder_latents"] = ("encoded", "repainted")
+        choices["mixed_precision"] = ("auto", "no", "bf16", "fp16")
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
+                )
+        for name in ("steps", "decoder_steps"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(
+                    f"`{name}` must be a whole number of at least 1, got {value!r}; to leave a part as it is, give "
+                    "`train_denoiser=False` or `train_decoder=False`."
+                )
+        counts = (
+            "epochs",
+            "decoder_epochs",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "rank",
+            "decoder_rank",
+        )
+        for name in counts:
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(self, name)!r}.")
+        for name in ("learning_rate", "decoder_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is None and name == "decoder_learning_rate":
+                continue
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
+        if not isinstance(self.lr_warmup_steps, int) or self.lr_warmup_steps < 0:
+            raise ValueError(f"`lr_warmup_steps` must be a whole number of at least 0, got {self.lr_warmup_steps!r}.")
+        if self.lr_warmup_steps and self.lr_scheduler == "constant":
+            raise ValueError(
+                f"`lr_warmup_steps` is {self.lr_warmup_steps}, but the `lr_scheduler` 'constant' has no warmup; give "
+                "'constant_with_warmup'."
+            )
+        if len(self.noise_range) != 2 or not 0 <= self.noise_range[0] < self.noise_range[1] <= 1:
+            raise ValueError(f"`noise_range` must be two rising numbers in [0, 1], got {tuple(self.noise_range)}.")
+        if not isinstance(self.defect_share, (int, float)) or not 0 <= self.defect_share <= 1:
+            raise ValueError(f"`defect_share` must be a number in [0, 1], got {self.defect_share!r}.")
+        if not isinstance(self.repainting_weight, (int, float)) or not 0 <= self.repainting_weight < math.inf:
+            raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
+        if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be a number above 0 and below 1, got {self.ema_decay!r}.")
+        if not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"`seed` must be a whole number of at least 0, got {self.seed!r}.")
+        if not (self.train_denoiser or self.train_decoder):
+            raise ValueError("`train_denoiser` and `train_decoder` are both off; leave at least one on.")
+
+    def course(self) -> dict:
+        """What a run that is resumed must share with the one that wrote the checkpoint: all but the lengths, which may
+        be extended."""
+        lengths = ("steps", "decoder_steps", "epochs", "decoder_epochs", "gradient_checkpointing")
+        return {name: value for name, value in self.to_dict().items() if name not in lengths}
+
+    def to_dict(self) -> dict:
+        """JSON-serializable values."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

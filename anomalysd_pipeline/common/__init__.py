@@ -1,0 +1,1 @@
+"""Files, console, devices and drawing: knows nothing of the method."""

@@ -1,0 +1,293 @@
+"""Load pictures safely, from files, folders, arrays and tensors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
+from torch import Tensor
+
+MIN_SIDE = 8
+MAX_PIXELS = 100_000_000
+LARGEST_TILE = 4_000_000
+"""Pixels of a TIFF's tile that a small picture may be stored in; a decoder makes room for a whole one."""
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+# Pillow knows dozens of formats, some of which start other programs (EPS); an upload may only reach these decoders.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
+
+
+def load_image(source) -> Image.Image:
+    """Turns whatever a person calls a picture into an 8-bit RGB PIL image.
+
+    Args:
+        source: one of
+            - a path to a BMP, GIF, JPEG, PNG, TIFF or WebP file, recognized by its content and not by its suffix;
+            - a PIL image of any mode;
+            - a NumPy array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`: uint8, uint16, or float in [0, 1];
+            - a tensor `[C, H, W]` or `[1, C, H, W]` with 1, 3 or 4 channels, of the same types and ranges.
+
+    The rotation noted in EXIF is applied, an animation gives its first frame, and transparency is laid over white.
+    16-bit gray, whose real depth no file states, is divided by 65535 where any value exceeds 255 and otherwise read as
+    8-bit; a PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
+
+    Returns:
+        A new image in mode RGB, at least 8 x 8 and at most 100 megapixels (`MAX_PIXELS`, checked before decoding, as
+        are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`).
+
+    Raises:
+        ValueError: the source is missing, a folder, damaged, no picture, too small, too large, of a wrong shape or
+            type, or holds values that are not finite or out of range; the sentence names the source and the remedy.
+    """
+    if isinstance(source, Image.Image):
+        return flatten(_decode(source, "`source`, a PIL image,"), "`source`, a PIL image,", "white")
+    if isinstance(source, (str, os.PathLike)):
+        name = f"`source` '{os.fspath(source)}'"
+        return flatten(open_image(source, name), name, "white")
+    if isinstance(source, torch.Tensor):
+        return _from_array(_channels_last(source), f"`source`, a tensor of shape {list(source.shape)},")
+    if isinstance(source, np.ndarray):
+        return _from_array(source, f"`source`, an array of shape {list(source.shape)},")
+    raise ValueError(
+        f"`source` is a {type(source).__name__}; give a path, a PIL image, a NumPy array or a torch tensor instead."
+    )
+
+
+def open_image(path: str | os.PathLike, name: str) -> Image.Image:
+    """Decodes a file's first frame with the checks of `load_image`: upright, in the mode it has in the file.
+
+    Args:
+        path: a picture file.
+        name: what an error calls it, such as "`path` 'mask.png'".
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    with _open(path, name) as image:
+        return _decode(image, name)
+
+
+def _open(path: str | os.PathLike, name: str) -> Image.Image:
+    """Reads the header only."""
+    if os.path.isdir(path):
+        raise ValueError(f"{name} is a folder; give a picture file, or list the folder with `list_images`.")
+    if not os.path.isfile(path):
+        raise ValueError(f"{name} does not exist; check the path and its spelling.")
+    with warnings.catch_warnings():
+        # Pillow warns about large and odd headers on stderr; what matters of it is said in our own sentence.
+        warnings.simplefilter("ignore")
+        try:
+            return Image.open(path, formats=FORMATS)
+        except Image.DecompressionBombError as error:
+            raise ValueError(_too_large(name)) from error
+        except UnidentifiedImageError as error:
+            raise ValueError(
+                f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
+            ) from error
+        except PermissionError as error:
+            raise ValueError(f"{name} may not be read by this user; change its permissions.") from error
+        # Decoders meet damaged bytes with nearly every exception there is: OSError, SyntaxError, struct.error, ...
+        except Exception as error:
+            raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {_RESAVE}.") from error
+
+
+def _decode(image: Image.Image, name: str) -> Image.Image:
+    """Checks the size before any pixel is decoded, then decodes the current frame and turns it upright."""
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(_too_small(name, width, height))
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(name, f" ({width} x {height})"))
+    if _tile_pixels(image, name) > max(LARGEST_TILE, width * height):
+        raise ValueError(f"{name} is stored in tiles far larger than itself; save it again as a PNG or JPEG.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return ImageOps.exif_transpose(image)
+        except Image.DecompressionBombError as error:
+            raise ValueError(_too_large(name)) from error
+        except Exception as error:
+            raise ValueError(
+                f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {_RESAVE}."
+            ) from error
+
+
+def _tile_pixels(image: Image.Image, name: str) -> int:
+    """Of each tile of a TIFF, as its header claims; 0 for what has none."""
+    tags = getattr(image, "tag_v2", {})
+    try:
+        return int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
+    except (TypeError, ValueError) as error:  # several numbers, or none
+        raise ValueError(f"{name} is damaged: its tiles have no size; copy it anew, or {_RESAVE}.") from error
+
+
+def _too_small(name: str, width: int, height: int) -> str:
+    return (
+        f"{name} has {width} x {height} pixels (width x height); a picture needs at least {MIN_SIDE} x {MIN_SIDE}, "
+        "so give a larger one."
+    )
+
+
+def _too_large(name: str, size: str = "") -> str:
+    return f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels{size}; scale it down or cut out the part."
+
+
+def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
+    """Any mode to RGB, gray of any depth as `load_image` reads it; transparent pixels show the `background` color.
+
+    Raises:
+        ValueError: gray values are not finite or out of range; the sentence starts with `name`.
+    """
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_gray(np.asarray(image).astype(np.float64), name, 65535)
+    if image.mode == "F":
+        return _from_gray(np.asarray(image).astype(np.float64), name, 1)
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    canvas = Image.new("RGBA", image.size, background)
+    canvas.alpha_composite(image)
+    return canvas.convert("RGB")
+
+
+def _from_gray(values: np.ndarray, name: str, full: int) -> Image.Image:
+    """Gray of uncertain depth: values up to `full` (1 or 65535) or up to 255, told apart by the largest."""
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
+    highest = values.max()
+    if values.min() < 0 or highest > max(full, 255):
+        raise ValueError(
+            f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, {max(full, 255)}]."
+        )
+    # The larger of the two readings applies only where the smaller cannot: a dark 8-bit picture stays dark.
+    low, high = sorted((full, 255))
+    gray = np.rint(values * (255 / (low if highest <= low else high))).astype(np.uint8)
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _channels_last(tensor: torch.Tensor) -> np.ndarray:
+    """Tensor `[C, H, W]` or `[1, C, H, W]` to an array `[H, W, C]`."""
+    plane = tensor.detach().cpu()
+    if plane.ndim == 4 and plane.shape[0] == 1:
+        plane = plane[0]
+    if plane.ndim != 3 or plane.shape[0] not in (1, 3, 4):
+        raise ValueError(
+            f"`source` is a tensor of shape {list(tensor.shape)}; give [3, H, W] or [1, 3, H, W] in [0, 1]."
+        )
+    if plane.is_floating_point():
+        plane = plane.float()  # NumPy has no bfloat16
+    return plane.permute(1, 2, 0).numpy()
+
+
+def _from_array(array: np.ndarray, name: str) -> Image.Image:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ValueError(f"{name} is no picture; give [H, W], [H, W, 3] or [H, W, 4] (a tensor: [3, H, W]).")
+    height, width = array.shape[:2]
+    if min(width, height) < MIN_SIDE:
+        raise ValueError(_too_small(name, width, height))
+    if width * height > MAX_PIXELS:
+        raise ValueError(_too_large(name))
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
+        low, high = float(array.min()), float(array.max())
+        # Resizing and float rounding overshoot a little; a picture in [-1, 1] or [0, 255] overshoots by far.
+        if low < -0.01 or high > 1.01:
+            raise ValueError(f"{name} has float values from {low:g} to {high:g}; scale them to [0, 1], or give uint8.")
+        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+    elif array.dtype == np.uint16:
+        array = np.rint(array / 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise ValueError(f"{name} has type {array.dtype}; give uint8, uint16, or float in [0, 1].")
+    return flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
+
+
+def list_images(source) -> list[Path]:
+    """Lists the pictures of a folder, a file, or several of either.
+
+    Args:
+        source: a folder (searched with its subfolders, links to folders not followed), a picture file, or an iterable
+            of those. In folders, files count that end in one of `SUFFIXES`, in upper or lower case, and hidden files
+            and folders are skipped; a file given by name is taken as it is.
+
+    Returns:
+        Paths, those of each folder sorted by their relative path as text; a path reached twice is listed once.
+
+    Raises:
+        ValueError: a path does not exist, or there is no picture at all.
+    """
+    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
+    found: dict[Path, None] = {}
+    for entry in map(Path, sources):
+        if os.path.isdir(entry):
+            found.update(dict.fromkeys(_walk(entry)))
+        elif os.path.isfile(entry):
+            found[entry] = None
+        else:
+            raise ValueError(f"`source` '{entry}' does not exist; give a folder of pictures or a picture file.")
+    if not found:
+        where = ", ".join(f"'{entry}'" for entry in sources) or "an empty list"
+        raise ValueError(f"`source` {where} holds no pictures; put files in it that end in {', '.join(SUFFIXES)}.")
+    return list(found)
+
+
+def _walk(folder: Path) -> list[Path]:
+    paths = []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [Path(root, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def load_images(
+    paths: Iterable[str | os.PathLike], on_error: Callable[[Path, str], None] | None = None
+) -> list[tuple[Path, Image.Image]]:
+    """Loads pictures with `load_image`, in order.
+
+    Args:
+        paths: picture files.
+        on_error: called with the path and the sentence of each picture that cannot be loaded, which is then skipped.
+            Without it the first such picture raises.
+
+    Returns:
+        Pairs of path and RGB image.
+
+    Raises:
+        ValueError: a picture cannot be loaded and there is no `on_error`.
+    """
+    loaded = []
+    for path in map(Path, paths):
+        try:
+            loaded.append((path, load_image(path)))
+        except ValueError as error:
+            if on_error is None:
+                raise
+            on_error(path, str(error))
+    return loaded
+
+
+def load_pictures(images, name: str) -> list[Image.Image]:
+    """A picture, or a list of pictures, of any kind that `load_image` takes.
+
+    Args:
+        images: one or several; an array or tensor with a leading batch dimension counts as several.
+        name: the argument's name, for the error.
+
+    Raises:
+        ValueError: for none, or one that cannot be read.
+    """
+    if isinstance(images, (np.ndarray, Tensor)):
+        images = [images] if images.ndim < 4 else list(images)
+    elif not isinstance(images, (list, tuple)):
+        images = [] if images is None else [images]
+    if not images:
+        raise ValueError(f"`{name}` must be a picture or a list with at least one.")
+    return [load_image(image) for image in images]

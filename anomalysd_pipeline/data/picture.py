@@ -1,0 +1,78 @@
+"""A picture before it is decoded: a file, the bytes of one, or the address of one."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+from PIL import Image
+
+from .images import FORMATS, load_image
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a source, not decoded yet.
+
+    Attributes:
+        file: what a table of results calls it; no two pictures of one listing share it.
+        name: of its outputs: a relative path without suffix, "/" between its parts, that never leaves its folder.
+        source: the source as it was given.
+        shard, row: where in the source; a shard is a data file of a dataset.
+        content: bytes of a file, a path, an address (`hf://...`), or None where a dataset has an empty cell.
+    """
+
+    file: str
+    name: str
+    source: str
+    shard: int
+    row: int
+    content: bytes | str | None
+
+    def load(self) -> Image.Image:
+        """The picture as RGB, see `load_image`.
+
+        Raises:
+            ValueError: it cannot be read; the sentence names it and the remedy.
+        """
+        if self.content is None:
+            raise ValueError(
+                f"`source` '{self.file}' is an empty cell, or names a file elsewhere; put pictures into the dataset."
+            )
+        if isinstance(self.content, str) and "://" not in self.content:
+            return load_image(self.content)
+        data = self.content if isinstance(self.content, bytes) else _fetch(self.content, self.file)
+        return _from_bytes(data, self.file)
+
+
+def _fetch(address: str, name: str) -> bytes:
+    import fsspec
+
+    try:
+        with fsspec.open(address, "rb") as file:
+            return file.read()
+    except Exception as error:  # every kind of storage has its own
+        raise ValueError(f"`source` '{name}' cannot be fetched ({cause(error)}); try again later.") from error
+
+
+def _from_bytes(data: bytes, name: str) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    # Decoders meet damaged bytes with nearly every exception there is.
+    except Exception as error:
+        raise ValueError(
+            f"`source` '{name}' is damaged, too large, or not a picture in a format we read (BMP, GIF, JPEG, PNG, "
+            "TIFF, WebP); replace it."
+        ) from error
+    try:
+        return load_image(image)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`source`, a PIL image,", f"`source` '{name}'")) from error
+
+
+def cause(error: Exception) -> str:
+    """What went wrong, in part of a sentence."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,0 +1,210 @@
+"""Pictures wherever they lie: in files and folders, and in Hugging Face datasets; and who inspects which."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count, islice
+from pathlib import Path
+from typing import Protocol
+
+from PIL import Image
+
+from .images import list_images, load_images
+from .picture import Picture
+from .streamed import StreamedDataset, is_dataset
+
+MAX_NORMALS = 64
+"""How many normal pictures are taken of a dataset; a folder is a choice that a person made, and counts in full."""
+
+
+class Source(Protocol):
+    """Pictures in a fixed order, in one part or several (`shards`) that can be read on their own. `given`: what a
+    person wrote."""
+
+    given: str
+    shards: int
+
+    def pictures(self, shard: int) -> Iterator[Picture]: ...
+
+
+class Files:
+    """Picture files of one folder, with the names of their outputs."""
+
+    shards = 1
+
+    def __init__(self, given: str, paths: Sequence[str], names: Sequence[str]):
+        self.given, self.paths, self.names = given, paths, names
+
+    def pictures(self, shard: int) -> Iterator[Picture]:
+        for row, (path, name) in enumerate(zip(self.paths, self.names, strict=True)):
+            yield Picture(path, name, self.given, shard, row, path)
+
+
+class Listing:
+    """What there is to inspect: sources in the order they were given.
+
+    Attributes:
+        sources: number of the source to the source.
+        errors: number of a source without pictures to the source as it was given, and the sentence that says why.
+    """
+
+    def __init__(self, sources: Mapping[int, Source], errors: Mapping[int, tuple[str, str]]):
+        self.sources, self.errors = dict(sources), dict(errors)
+
+    @property
+    def total(self) -> int | None:
+        """How many pictures there are; None where a dataset does not tell before it is read."""
+        if not all(isinstance(source, Files) for source in self.sources.values()):
+            return None
+        return sum(len(source.paths) for source in self.sources.values())
+
+    def deal(
+        self,
+        rank: int = 0,
+        world: int = 1,
+        done: Callable[[Picture], bool] = lambda picture: False,
+        read: Callable[[str, int], bool] = lambda source, shard: False,
+        at_end: Callable[[str, int, int], None] = lambda source, shard, pictures: None,
+    ) -> Iterator[Picture]:
+        """The pictures that one of several processes is to inspect.
+
+        Where a dataset has a data file for every process, each process reads files of its own; otherwise, every
+        process takes each `world`-th picture of those that are left.
+
+        Args:
+            rank, world: number of the process, and how many there are.
+            done: whether a picture is left out.
+            read: whether a shard, by source and number, is left out unread.
+            at_end: called with source, shard and number of pictures after the last picture of a shard.
+
+        Folders have no shards in the sense of `read` and `at_end`.
+        """
+        turn = 0  # goes on from one source to the next, so that small ones do not all fall to the first process
+        for source in self.sources.values():
+            # A folder may have got more pictures since; what a data file holds is settled.
+            settled = not isinstance(source, Files)
+            left = [shard for shard in range(source.shards) if not (settled and read(source.given, shard))]
+            apart = 1 < source.shards >= world
+            for shard in left[rank::world] if apart else left:
+                pictures = 0
+                for picture in source.pictures(shard):
+                    pictures += 1
+                    if done(picture):
+                        continue
+                    own = apart or turn % world == rank
+                    turn += not apart
+                    if own:
+                        yield picture
+                if settled:
+                    at_end(source.given, shard, pictures)
+
+    def places(self) -> Callable[[Mapping], tuple[int, int, int] | None]:
+        """A function from a row, see `results.ResultFolder`, to its place in this listing: source, shard and row, or
+        None for a picture that is not in it."""
+        files, numbers = {}, {}
+        for number, source in self.sources.items():
+            if isinstance(source, Files):
+                files.update((path, (number, 0, row)) for row, path in enumerate(source.paths))
+            else:
+                numbers.setdefault(source.given, number)
+
+        def place(row: Mapping) -> tuple[int, int, int] | None:
+            if row.get("source") in numbers:
+                return numbers[row["source"]], row["shard"], row["row"]
+            return files.get(row["file"])
+
+        return place
+
+
+def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, str] | None = None) -> Listing:
+    """Lists the pictures of folders, files and datasets, and names the outputs of each.
+
+    Args:
+        given: folders, searched with their subfolders; files; datasets.
+        skip: a folder whose pictures are left out: where results go, which may lie in one of the folders.
+        names: file to name for pictures that have outputs already; no other picture gets such a name.
+
+    Returns:
+        The listing. A file reached twice is in it once. The name of a file starts below its source and carries what
+        else is needed to be unlike every other one (the suffix, then a number).
+
+    Raises:
+        ValueError: for a dataset that cannot be opened.
+    """
+    skip, names = skip.resolve(), names or {}
+    sources: dict[int, Source] = {}
+    errors: dict[int, tuple[str, str]] = {}
+    below: dict[int, tuple[str, dict[str, str]]] = {}
+    listed: set[str] = set()
+    resolve = functools.cache(Path.resolve)  # once for each folder: it asks the disk
+    for number, source in enumerate(dict.fromkeys(map(os.fspath, given))):
+        if is_dataset(source):
+            sources[number] = StreamedDataset(source)
+            continue
+        try:
+            found = list_images(source)
+        except ValueError as error:
+            errors[number] = (source, str(error))
+            continue
+        below[number] = source, {}
+        for path in found:
+            folder = resolve(path.parent)
+            if str(path) not in listed and skip != folder and skip not in folder.parents:
+                listed.add(str(path))
+                relative = path.relative_to(source) if path != Path(source) else Path(path.name)
+                below[number][1][str(path)] = relative.as_posix()
+
+    # Compared without case, because some file systems do not tell "A" from "a".
+    taken = {name.casefold(): file for file, name in names.items()}
+    for number, (source, relatives) in below.items():
+        chosen = []
+        for path, relative in relatives.items():
+            plain = os.path.splitext(relative)[0]
+            for name in _candidates(names.get(path), plain, relative):
+                if taken.setdefault(name.casefold(), path) == path:
+                    chosen.append(name)
+                    break
+        if chosen:
+            sources[number] = Files(source, list(relatives), chosen)
+    return Listing(dict(sorted(sources.items())), errors)
+
+
+def _candidates(given: str | None, plain: str, relative: str) -> Iterator[str]:
+    yield from [given] if given else []
+    yield from (plain, relative)
+    yield from (f"{plain}_{number}" for number in count(2))
+
+
+def read_normals(given: Sequence[str | os.PathLike], report: Callable[[str], None]) -> list[Image.Image]:
+    """The normal pictures of folders, files and datasets that can be read, as RGB.
+
+    Args:
+        given: as in `gather`.
+        report: called with a sentence about each picture that cannot be read, and about each dataset of which only
+            the first `MAX_NORMALS` pictures are taken.
+
+    Raises:
+        ValueError: a source does not exist, or there is no picture at all that can be read.
+    """
+    given = [os.fspath(source) for source in given]
+    plain = [source for source in given if not is_dataset(source)]
+    loaded = []
+    if plain:
+        loaded += [image for _, image in load_images(list_images(plain), lambda _, sentence: report(sentence))]
+    for source in given:
+        if source in plain:
+            continue
+        listing = Listing({0: StreamedDataset(source)}, {})
+        pictures = list(islice(listing.deal(), MAX_NORMALS + 1))
+        if len(pictures) > MAX_NORMALS:
+            report(f"of `source` '{source}' the first {MAX_NORMALS} pictures are taken.")
+        for picture in pictures[:MAX_NORMALS]:
+            try:
+                loaded.append(picture.load())
+            except ValueError as error:
+                report(str(error))
+    if not loaded:
+        raise ValueError("`source` holds no picture that can be read; give at least one, or leave the option out.")
+    return loaded

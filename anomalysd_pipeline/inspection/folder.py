@@ -1,0 +1,348 @@
+"""A folder with the results of any number of pictures, written as they come by one process or many.
+
+| in the folder | |
+|---|---|
+| `results.csv`, `montage.png` | the table, and the highest scores in pictures; written at the end |
+| `heatmaps/`, `maps/` | of each picture |
+| `run.json` | what all results in the folder rest on |
+| `part.safetensors` | what was learned from the normal pictures, see `inspection.save_part` |
+| `rows/` | a line for each picture, in a file of each process: what an interrupted run goes on from |
+
+A row is written after the picture's own files, and each of those is complete or not there. So a picture with a row
+needs nothing more, and one without is done again.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..common.drawing import montage
+from ..common.files import remove
+from ..data.picture import Picture
+from ..data.sources import Listing
+from .result import Inspection, caption, table_values, write_table
+
+MONTAGE_ROWS = 24
+RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
+PART = "part.safetensors"
+_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", "run.json", "rows", "montage.png"
+_CELL = 176  # pixels, the side of a picture in the montage
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a table of results holds: pictures by outcome, and whether there are verdicts."""
+
+    inspected: int
+    defective: int
+    failed: int
+    verdicts: bool
+
+
+class ResultFolder:
+    """A folder of results; memory does not grow with the number of pictures while they come.
+
+    Every process has an object of its own. `begin` and `finish` are for one of them, and `finish` may be called after
+    a part of the pictures too.
+
+    Args:
+        folder: made if missing, by `begin`.
+        overwrite: whether the results of an earlier run are replaced. Files of other names stay.
+        resume: whether an earlier run is gone on with, if there is one.
+        maps: whether every anomaly map is saved as `maps/<name>.npy`, float32 [H, W].
+        rank: number of this process.
+
+    Raises:
+        ValueError: `folder` is a file, or holds results and neither `overwrite` nor `resume` is given.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        overwrite: bool = False,
+        resume: bool = False,
+        maps: bool = False,
+        rank: int = 0,
+    ):
+        self.folder, self.resume = Path(folder), resume
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"`--out` '{folder}' is a file; give a folder.")
+        results = (self.folder / _TABLE).exists() or any((self.folder / _ROWS).glob("*.jsonl"))
+        earlier = results or (self.folder / _FACTS).exists()
+        if earlier and not (overwrite or resume):
+            raise ValueError(
+                f"`--out` '{folder}' already holds results; give another folder, --resume to go on with them, or "
+                "--overwrite to start anew."
+            )
+        if results and resume and not (self.folder / _FACTS).is_file():
+            raise ValueError(
+                f"`--out` '{folder}' holds results without a {_FACTS}, so nobody knows what they rest on; give "
+                "another folder, or --overwrite to start anew."
+            )
+        self._maps = maps
+        # Unlike every other one, of this run and of earlier ones.
+        self._id = f"{rank}-{uuid.uuid4().hex[:12]}"
+        self._file = None
+        self._shown: list[tuple[float, int, str]] = []
+        self._added = 0
+
+    @property
+    def part(self) -> Path:
+        """The file for what was learned from normal pictures."""
+        return self.folder / PART
+
+    def begin(self, facts: Mapping[str, object], given: Mapping[str, object]) -> None:
+        """Makes the folder ready, by one process before any result.
+
+        Args:
+            facts: option to what a result depends on; JSON-serializable.
+            given: what else a person may want to know of the run.
+
+        Raises:
+            ValueError: an earlier run, with which this one is to go on, had other `facts`.
+        """
+        ours = json.loads(json.dumps(dict(facts)))
+        if self.resume and (self.folder / _FACTS).exists():
+            self._compare(ours)
+        else:
+            # Last what the others are worth nothing without: killed in between, the folder never lies.
+            remove(self.folder / _ROWS)
+            self.part.unlink(missing_ok=True)
+            text = json.dumps({"facts": ours, "given": dict(given)}, indent=2, ensure_ascii=False) + "\n"
+            self._write(self.folder / _FACTS, lambda path: path.write_text(text, encoding="utf-8"))
+        for leftover in (self.folder / _ROWS).glob(".*.partial"):  # of a process that was killed while writing
+            leftover.unlink(missing_ok=True)
+
+    def keep_part(self, save: Callable[[Path], object]) -> None:
+        """Writes what was learned from normal pictures; `save` is called with the path of a file."""
+        self._write(self.part, save)
+
+    def _compare(self, ours: Mapping[str, object]) -> None:
+        try:
+            theirs = dict(json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))["facts"])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ValueError(
+                f"`--out` '{self.folder}' holds a {_FACTS} that cannot be read; give another folder, or --overwrite "
+                "to start anew."
+            ) from error
+        for option, value in ours.items():
+            if theirs.get(option) != value:
+                raise ValueError(
+                    f"`{option}` gives {_shown(value)}, but the results in '{self.folder}' rest on "
+                    f"{_shown(theirs.get(option))}; give the same as before, another `--out`, or --overwrite to start "
+                    "anew."
+                )
+
+    def earlier(self) -> Earlier:
+        """What earlier runs have done; asked by every process before any of them goes on."""
+        done: dict[str, str] = {}
+        counts: Counter[tuple[str, int]] = Counter()
+        lengths: dict[tuple[str, int], int] = {}
+        for _, _, row in self._rows() if self.resume else ():
+            shard = row.get("source"), row.get("shard")
+            if "pictures" in row:
+                lengths[shard] = row["pictures"]
+            elif "error" not in row and row["file"] not in done:
+                done[row["file"]] = row["name"]
+                counts[shard] += 1
+        return Earlier(done, {shard for shard, length in lengths.items() if counts[shard] == length})
+
+    def add(self, picture: Picture, result: Inspection) -> None:
+        """Keeps the result of a picture."""
+        heat = result.overlay()
+        self._write(self.folder / "heatmaps" / f"{picture.name}.png", lambda path: heat.save(path, "PNG"))
+        if self._maps:
+            self._write(self.folder / "maps" / f"{picture.name}.npy", lambda path: _save_map(path, result.anomaly_map))
+        row = {"score": result.score, "threshold": result.threshold, "seconds": round(result.seconds, 2)}
+        self._added += 1
+        shown = f"{self._id}-{self._added}.png"
+        dropped = None
+        if len(self._shown) < MONTAGE_ROWS:
+            heapq.heappush(self._shown, (result.score, -self._added, shown))
+        else:
+            dropped = heapq.heappushpop(self._shown, (result.score, -self._added, shown))[2]
+        if dropped != shown:
+            strip = _strip([_thumbnail(image) for image in (result.image, result.inpainted, heat)])
+            self._write(self.folder / _ROWS / shown, lambda path: strip.save(path, "PNG"))
+            row["shown"] = shown
+        self._append({**_place(picture), "name": picture.name, **row})
+        if dropped is not None and dropped != shown:
+            (self.folder / _ROWS / dropped).unlink(missing_ok=True)
+
+    def fail(self, picture: Picture, sentence: str) -> None:
+        """Keeps the reason why a picture could not be inspected; a run that goes on tries it again."""
+        self._append({**_place(picture), "error": sentence})
+
+    def end(self, source: str, shard: int, pictures: int) -> None:
+        """Keeps how many pictures a shard has, so that a run that goes on need not read it to its end again."""
+        self._append({"source": source, "shard": shard, "pictures": pictures})
+
+    def finish(self, listing: Listing, sentences: Mapping[int, str] | None = None) -> Counts | None:
+        """Writes the table in the order of the listing, and the montage of the `MONTAGE_ROWS` highest scores, highest
+        first; from the rows of all processes and runs. Nothing, and None, if there is no row.
+
+        Args:
+            listing: what was to be inspected; rows of other pictures are left out.
+            sentences: number of a source without pictures to the reason.
+        """
+        index = self._index(listing)
+        sentences = sentences or {}
+        if not index and not sentences:
+            return None
+        missing = [
+            ((number, -1, -1), {"file": listing.errors[number][0], "error": s}) for number, s in sentences.items()
+        ]
+        write_table(
+            self.folder / _TABLE,
+            (_cells(row) for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0])),
+            RESULT_COLUMNS,
+        )
+        # Of equal scores those listed first, because the sort is stable.
+        best = heapq.nlargest(MONTAGE_ROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
+        if best:
+            rows = [row for _, row in self._read(best)]
+            figure = montage(
+                [self._thumbnails(row) for row in rows],
+                ["input", "repainted", "heatmap"],
+                [caption(row["name"], row["score"], row["threshold"]) for row in rows],
+                cell=_CELL,
+            )
+            self._write(self.folder / _MONTAGE, lambda path: figure.save(path, "PNG"))
+        defective = sum(entry.defective is True for entry in index)
+        inspected = sum(entry.score is not None for entry in index)
+        verdicts = any(entry.defective is not None for entry in index)
+        return Counts(inspected, defective, len(index) - inspected + len(missing), verdicts)
+
+    def close(self) -> None:
+        """Closes this process's file of rows."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _index(self, listing: Listing) -> list[_Entry]:
+        """Where each picture's row is, in the order of the listing; of several the one with a result, or the last."""
+        place = listing.places()
+        found: dict[tuple[int, int, int], _Entry] = {}
+        for path, offset, row in self._rows():
+            at = None if "pictures" in row else place(row)
+            if at is None or ("error" in row and at in found):
+                continue
+            score, threshold = row.get("score"), row.get("threshold")
+            defective = None if score is None or threshold is None else score > threshold
+            found[at] = _Entry(at, path, offset, score, defective)
+        return [found[at] for at in sorted(found)]
+
+    def _rows(self) -> Iterator[tuple[Path, int, dict]]:
+        """Every row with its file and its place in it, those of earlier runs first."""
+        paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / _ROWS).glob("*.jsonl")]
+        for _, path in sorted(paths):
+            offset = 0
+            with open(path, "rb") as file:
+                for line in file:
+                    # All but the last line of a process that was killed while writing it.
+                    if line.endswith(b"\n"):
+                        yield path, offset, json.loads(line)
+                    offset += len(line)
+
+    def _read(self, index: list[_Entry]) -> Iterator[tuple[tuple[int, int, int], dict]]:
+        files = {}
+        try:
+            for entry in index:
+                if entry.path not in files:
+                    files[entry.path] = open(entry.path, "rb")  # noqa: SIM115
+                files[entry.path].seek(entry.offset)
+                yield entry.place, json.loads(files[entry.path].readline())
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _thumbnails(self, row: Mapping) -> list[Image.Image | None]:
+        strip = self.folder / _ROWS / row.get("shown", "")
+        if strip.is_file():
+            with Image.open(strip) as image:
+                width = image.width // 3
+                return [image.crop((i * width, 0, (i + 1) * width, image.height)) for i in range(3)]
+        # A picture that higher scores had crowded out, and that are not in the listing any more.
+        with Image.open(self.folder / "heatmaps" / f"{row['name']}.png") as image:
+            return [None, None, _thumbnail(image)]
+
+    def _append(self, row: Mapping[str, object]) -> None:
+        if self._file is None:
+            path = self.folder / _ROWS / f"{self._id}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def _write(self, path: Path, save: Callable[[Path], object]) -> None:
+        """A file that is complete or not there."""
+        partial = self.folder / _ROWS / f".{self._id}.partial"
+        for folder in (partial.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        save(partial)
+        os.replace(partial, path)
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier runs have done.
+
+    Attributes:
+        names: file to the name of its outputs.
+        shards: source and number of each shard of which every picture is done.
+    """
+
+    names: Mapping[str, str]
+    shards: set[tuple[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    place: tuple[int, int, int]
+    path: Path
+    offset: int
+    score: float | None
+    defective: bool | None
+
+
+def _place(picture: Picture) -> dict[str, object]:
+    return {"file": picture.file, "source": picture.source, "shard": picture.shard, "row": picture.row}
+
+
+def _cells(row: Mapping) -> dict[str, object]:
+    if "error" in row:
+        return {"file": row["file"], "error": row["error"]}
+    return {"file": row["file"], **table_values(row["score"], row["threshold"], row["seconds"])}
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else f"'{value}'"
+
+
+def _save_map(path: Path, anomaly_map: np.ndarray) -> None:
+    with open(path, "wb") as file:  # given a path, NumPy would add a suffix
+        np.save(file, anomaly_map)
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    """A copy that fits a montage's cell."""
+    ratio = min(1.0, _CELL / max(image.size))
+    return image.resize([max(1, round(length * ratio)) for length in image.size], Image.Resampling.LANCZOS)
+
+
+def _strip(images: list[Image.Image]) -> Image.Image:
+    """Pictures of one size side by side."""
+    strip = Image.new("RGB", (len(images) * images[0].width, images[0].height))
+    for index, image in enumerate(images):
+        strip.paste(image, (index * image.width, 0))
+    return strip

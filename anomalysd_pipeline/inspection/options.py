@@ -1,0 +1,59 @@
+"""The options of an inspection of many pictures, the same for `anomalysd_pipeline.detect` and `anomalysd detect`.
+
+Nothing here needs torch, so that `--help` and mistyped options are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..common.console import positive
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every option of `detect`."""
+    dataset = "or Hugging Face datasets"
+    parser.add_argument(
+        "--normal", nargs="+", default=[], metavar="PATH", help=f"pictures or folders of good parts, {dataset}"
+    )
+    parser.add_argument(
+        "--test", nargs="+", required=True, metavar="PATH", help=f"pictures or folders to inspect, {dataset}"
+    )
+    parser.add_argument("--category", required=True, metavar="NAME", help="what the part is called, such as 'hex nut'")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", action="store_true", help="go on with the results of an earlier run in --out")
+    earlier.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    parser.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
+    parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
+    parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
+    parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
+    parser.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
+    add_model_options(parser)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Adds `--base`, `--preset`, `--device`, `--mixed-precision` and `--seed`."""
+    parser.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
+    parser.add_argument("--preset", choices=("paper", "fast", "sota"), help="default: the checkpoint's own")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--mixed-precision",
+        choices=("auto", "no", "bf16", "fp16"),
+        default="no",
+        help="auto: bf16, which is faster, where the processor computes in it; scores differ by about a hundredth "
+        "(default: %(default)s)",
+    )
+    add_seed(parser)
+
+
+def add_seed(parser: argparse.ArgumentParser) -> None:
+    """Adds `--seed`."""
+    parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="same seed, same result (default: 0)")
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 0, but '{text}' was given")
+    return int(text)

@@ -1,0 +1,210 @@
+"""One part learned and one picture inspected: what `anomalysd demo`, `anomalysd detect` and the app share."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..common.devices import choose_device
+from ..common.drawing import contour, overlay, verdict_text
+
+UNCALIBRATED_MAXIMUM = 1.0
+"""The map value drawn in the hottest color where there is no threshold; fixed, so that such heatmaps compare."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of one picture after its inspection.
+
+    Attributes:
+        image: the picture, RGB, W x H.
+        inpainted: the part as the model thinks it should look.
+        anomaly_map: float32 [H, W], 0 or more.
+        score: the image score, 0 or more.
+        threshold: of the category, above 0; None where it is not calibrated.
+        is_defective: `score` above `threshold`; None where it is not calibrated.
+        seconds: how long the inspection took.
+    """
+
+    image: Image.Image
+    inpainted: Image.Image
+    anomaly_map: np.ndarray
+    score: float
+    threshold: float | None
+    is_defective: bool | None
+    seconds: float
+
+    @property
+    def verdict(self) -> str:
+        """One word for a table: "defective", "normal", or nothing where the category is not calibrated."""
+        return _verdict(self.score, self.threshold)
+
+    @property
+    def sentence(self) -> str:
+        """The verdict for a person; see `visualize.verdict_text`."""
+        return verdict_text(self.score, self.threshold)
+
+    def overlay(self) -> Image.Image:
+        """The heatmap over the picture, with the outline of what lies above the threshold."""
+        if self.threshold is None:
+            return overlay(self.image, self.anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
+        heat = overlay(self.image, self.anomaly_map, self.threshold)
+        return contour(heat, self.anomaly_map > self.threshold)
+
+
+def register(pipe, category: str, images: Sequence[Image.Image], seed: int = 0, **options) -> None:
+    """Adds a category to a pipeline and calibrates it, both from the same normal pictures.
+
+    Args:
+        pipe: an `AnomalySDPipeline`.
+        category: its name.
+        images: normal pictures, RGB.
+        seed: of the calibration's draws.
+        options: those `inspect` will be called with, since a threshold holds for these settings alone.
+
+    Raises:
+        ValueError: as `AnomalySDPipeline.add_category` and `AnomalySDPipeline.calibrate`.
+    """
+    pipe.add_category(category, images)
+    pipe.calibrate(category, images, seed=seed, **options)
+
+
+def inspect(pipe, image: Image.Image, category: str, seed: int = 0, **options) -> Inspection:
+    """Inspects one picture; the result depends on the picture, the seed and the options alone.
+
+    Args:
+        pipe: an `AnomalySDPipeline`.
+        image: RGB.
+        category: its name; one that was never registered is inspected without prototypes and threshold.
+        seed: of the noise.
+        options: of the pipeline's call, such as `preset`, `noise_strength` and `feature_weight`.
+
+    Raises:
+        ValueError: as `AnomalySDPipeline.__call__`.
+    """
+    return inspect_whole(pipe, image, category, seed, **options)[0]
+
+
+def inspect_whole(
+    pipe, image: Image.Image, category: str | None, seed: int = 0, **options
+) -> tuple[Inspection, np.ndarray | None]:
+    """As `inspect`, and also the region that the prototypes proposed, bool `[H, W]`, None where there are none."""
+    start = time.perf_counter()
+    out = pipe(image, category=category, generator=torch.Generator().manual_seed(seed), **options)
+    found = Inspection(
+        image=image,
+        inpainted=out.inpainted[0],
+        anomaly_map=out.anomaly_maps[0],
+        score=float(out.pred_scores[0]),
+        threshold=out.thresholds[0],
+        is_defective=out.pred_labels[0],
+        seconds=time.perf_counter() - start,
+    )
+    return found, None if out.prototype_masks is None else out.prototype_masks[0]
+
+
+def save_part(pipe, category: str, path: Path) -> None:
+    """Writes what `register` has learned, for other processes and later runs: prototypes, threshold and settings.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    record = json.dumps(pipe.config.categories[category])
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in pipe.bank.packed(category).items()}
+    save_file(tensors, path, metadata={"record": record})
+
+
+def load_part(pipe, category: str, path: Path) -> None:
+    """Registers a category as `save_part` found it; the pipeline's own prompts for it are kept, as by `register`.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            record, names = json.loads(file.metadata()["record"]), file.keys()
+            packed = {"bank": file.get_tensor("bank")} | {name: file.get_tensor(name) for name in names}
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{path}', what an earlier run has learned, cannot be read ({error}); delete it, and it is learned anew."
+        ) from error
+    book = pipe.prompt_book
+    book.add(category)
+    pipe.bank.to(pipe.device).add_packed(category, {name: t.to(pipe.device) for name, t in packed.items()})
+    pipe.register_to_config(prompts=book.to_dict())
+    pipe._store_category(category, **record)
+
+
+def load_pipeline(base: str | None, device: str | torch.device, mixed_precision: str = "no", **overrides):
+    """A pipeline on a device, without a progress bar of its own: one over all pictures says more than one for each.
+
+    Args:
+        base: Hub id or folder; None: the embedded checkpoint.
+        device: "auto" takes a CUDA GPU if there is one.
+        mixed_precision: see `AnomalySDPipeline.mixed_precision`; "auto": "bf16" where the processor computes in it.
+        overrides: of the checkpoint's config, such as `resolution`; None where it is the checkpoint's.
+
+    Raises:
+        ValueError: there is no such device here.
+        OSError: for a base that cannot be loaded.
+    """
+    from .. import AnomalySDPipeline
+    from ..common.devices import resolve_precision
+
+    device = choose_device(device)
+    given = {name: value for name, value in overrides.items() if value is not None}
+    pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.mixed_precision = resolve_precision(mixed_precision, device)
+    return pipe
+
+
+def table_values(score: float, threshold: float | None, seconds: float) -> dict[str, str]:
+    """The columns that every table of results has: `score`, `threshold`, `verdict` and `seconds`."""
+    return {
+        "score": f"{score:.6g}",
+        "threshold": "" if threshold is None else f"{threshold:.6g}",
+        "verdict": _verdict(score, threshold),
+        "seconds": f"{seconds:.2f}",
+    }
+
+
+def _verdict(score: float, threshold: float | None) -> str:
+    if threshold is None:
+        return ""
+    return "defective" if score > threshold else "normal"
+
+
+def caption(first: str, score: float, threshold: float | None) -> str:
+    """The text beside a row of a montage: a name, and the verdict broken where a line may end."""
+    return f"{first}\n{verdict_text(score, threshold).replace(': ', chr(10))}"
+
+
+def write_table(path: str | os.PathLike, rows: Iterable[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Writes rows as CSV (UTF-8, comma, header), complete or not at all; a missing or None value is an empty cell. A
+    file name that is no text keeps its bytes.
+
+    Raises:
+        ValueError: a row has a key that is not one of `columns`.
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -1,0 +1,226 @@
+"""The command `detect`: a part learned, then any number of pictures inspected, by one process or many."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from PIL import Image
+from tqdm import tqdm
+
+from .. import __version__
+from ..common.devices import choose_device
+from ..data.picture import Picture
+from ..data.sources import Listing, gather, read_normals
+from ..method.prompts import check_category
+from .folder import Counts, ResultFolder
+from .result import inspect, load_part, load_pipeline, register, save_part
+
+# While one process downloads a base, calibrates or is given larger pictures, the others wait for longer than PyTorch's
+# usual limit.
+_PATIENCE = timedelta(days=2)
+_SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs an inspection with parsed options, see `detect_options.add_arguments`; on every process.
+
+    Raises:
+        ValueError: for input that cannot be used; in one sentence, with the names of the options.
+        OSError: for a base that cannot be loaded or a disk that cannot be written.
+    """
+    # 1. Whatever a person may have mistyped, before a model is loaded
+    device = choose_device(args.device)
+    on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
+    # Without saying so to accelerate, each of several processes on CPUs would work on its own.
+    state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
+    check_category(args.category)
+    normals = []
+    if args.normal and state.is_main_process:
+        with _named("--normal"):
+            normals = read_normals(args.normal, lambda sentence: _report(as_option(sentence, "--normal")))
+    earlier = folder.earlier()
+    with _named("--test"):
+        listing = gather(args.test, args.out, earlier.names)
+    sentences = {number: as_option(sentence, "--test") for number, (_, sentence) in listing.errors.items()}
+    for sentence in sentences.values() if state.is_main_process else ():
+        _report(sentence)
+    if not listing.sources:
+        raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
+
+    # 2. The model, on the processor that accelerate gives this process
+    with state.local_main_process_first():
+        device = state.device if state.num_processes > 1 else device
+        pipe = load_pipeline(args.base, device, args.mixed_precision, resolution=args.resolution)
+        if args.adaptation:
+            with _named("--adaptation"):
+                pipe.load_adaptation(args.adaptation, overwrite=True)
+    options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
+    pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
+    state.wait_for_everyone()  # nobody writes before everybody has looked at the folder
+
+    with _progress(state, listing, len(earlier.names), bool(args.normal)) as bar:
+        # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
+        if state.is_main_process:
+            folder.begin(describe(args, pipe, normals), given(args))
+            if args.normal and not folder.part.exists():
+                bar.set_description(f"learning {args.category}")
+                register(pipe, args.category, normals, args.seed, **options)
+                folder.keep_part(lambda path: save_part(pipe, args.category, path))
+        state.wait_for_everyone()
+        if args.normal:
+            load_part(pipe, args.category, folder.part)
+            bar.update()
+
+        # 4. This process's pictures
+        pictures = listing.deal(
+            state.process_index,
+            state.num_processes,
+            done=lambda picture: picture.file in earlier.names,
+            read=lambda source, shard: (source, shard) in earlier.shards,
+            at_end=folder.end,
+        )
+        bar.set_description("inspecting")
+        try:
+            with _named("--test"):
+                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar)
+            state.wait_for_everyone()
+        finally:  # an interrupted run keeps what it has found
+            folder.close()
+            counts = folder.finish(listing, sentences) if state.is_main_process else None
+
+    # 5. What the table of all processes says
+    if state.is_main_process:
+        if counts is None or not counts.inspected:
+            raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
+        print(summary(folder, counts))
+    return 0
+
+
+def inspect_pictures(
+    pipe,
+    pictures: Iterable[Picture],
+    folder: ResultFolder,
+    category: str,
+    seed: int = 0,
+    options: Mapping[str, object] | None = None,
+    bar: tqdm | None = None,
+) -> None:
+    """Inspects pictures one after another into a folder; those that cannot be read are reported and noted.
+
+    Args:
+        pipe: an `AnomalySDPipeline`.
+        pictures: see `sources.Listing.deal`.
+        folder: begun by one process.
+        category, seed, options: see `inspection.inspect`.
+        bar: goes on by one for each picture.
+    """
+    bar = tqdm(disable=True) if bar is None else bar
+    for picture in pictures:
+        try:
+            image = picture.load()
+        except ValueError as error:
+            sentence = as_option(error, "--test")
+            folder.fail(picture, sentence)
+            with bar.external_write_mode(file=sys.stderr):
+                _report(sentence)
+        else:
+            folder.add(picture, inspect(pipe, image, category, seed, **(options or {})))
+        bar.update()
+
+
+def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> dict[str, object]:
+    """Option to what it contributes to a result; two runs whose descriptions are equal give equal results."""
+    preset = args.preset or pipe.config.default_preset
+    settings = pipe.settings(args.preset, args.category, **{name: getattr(args, name) for name in _SETTINGS})
+    named = {f"--{name.replace('_', '-')}" if name in _SETTINGS else name: v for name, v in settings.to_dict().items()}
+    return {
+        "--category": args.category,
+        "--base": _digest(pipe.adaptation_base()),
+        "--resolution": pipe.config.resolution,
+        "--adaptation": _digest(*_knowledge(pipe, args.category)),
+        "--normal": _digest(*normals) if normals else None,
+        "--preset": preset,
+        "--mixed-precision": pipe.mixed_precision,
+        **named,
+        "--seed": args.seed,
+        "--maps": "on" if args.maps else "off",
+    }
+
+
+def given(args: argparse.Namespace) -> dict[str, object]:
+    """What a person gave, for a reader of `run.json`."""
+    names = ("base", "adaptation", "normal", "test")
+    return {"version": __version__, **{name: getattr(args, name) for name in names}}
+
+
+def _knowledge(pipe, category: str) -> list:
+    """What a pipeline knows of a category before it is shown normal pictures."""
+    record = pipe.config.categories.get(category)
+    known = [record, pipe.prompt_book.to_dict()["categories"].get(category)]
+    if category in pipe.bank:
+        known.append(pipe.bank[category])
+    if record is not None and record.get("adaptation"):
+        for part, own in sorted(pipe.adapters.state(record["adaptation"]).items()):
+            known += [item for name, value in sorted(own.items()) for item in (f"{part}.{name}", value)]
+    return known
+
+
+def _digest(*values: object) -> str:
+    """A short mark of pictures, tensors and whatever JSON can hold."""
+    mark = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Image.Image):
+            mark.update(f"{value.size}".encode() + value.tobytes())
+        elif isinstance(value, torch.Tensor):
+            mark.update(f"{list(value.shape)}".encode() + value.detach().float().cpu().numpy().tobytes())
+        else:
+            mark.update(json.dumps(value, sort_keys=True).encode())
+    return mark.hexdigest()[:16]
+
+
+def _progress(state: PartialState, listing: Listing, done: int, learning: bool) -> tqdm:
+    """A bar over the pictures of this process, shown by the first."""
+    share = None if listing.total is None else -(-max(0, listing.total - done) // state.num_processes) + learning
+    disable = None if state.is_main_process else True
+    return tqdm(total=share, unit="picture", disable=disable, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Sentences of the library with the name that a person at the command line knows."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(as_option(error, option)) from error
+
+
+def as_option(sentence: object, option: str) -> str:
+    """The library's sentence with the name that a person at the command line knows."""
+    return re.sub(r"`(source|pretrained_adaptation_name_or_path)`", f"`{option}`", str(sentence))
+
+
+def _report(sentence: str) -> None:
+    print(f"anomalysd: {sentence}", file=sys.stderr)
+
+
+def summary(folder: ResultFolder, counts: Counts) -> str:
+    """What was found, in one line."""
+    parts = [f"{counts.inspected} inspected"]
+    if counts.verdicts:
+        parts.append(f"{counts.defective} defective, {counts.inspected - counts.defective} normal")
+    else:
+        parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
+    if counts.failed:
+        parts.append(f"{counts.failed} could not be read")
+    return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -1,0 +1,1 @@
+"""The equations, on tensors; arXiv 2408.01960."""

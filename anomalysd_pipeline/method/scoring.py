@@ -1,0 +1,127 @@
+"""From distance maps to an anomaly map: fusion of the scales, Eqs. (18) to (21) of AnomalySD (arXiv 2408.01960), and
+smoothing."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def scale_map(masks: Tensor, distances: Tensor) -> Tensor:
+    """S^(k) of Eq. (18): at every pixel the distance of the pass that repainted it.
+
+    Args:
+        masks: [P, 1, H, W] in {0, 1}, the masks of one scale; together they cover each pixel once.
+        distances: [P, H, W] or [N, P, H, W], one distance map per mask.
+
+    Returns:
+        [H, W] or [N, H, W].
+    """
+    return (masks[:, 0].to(distances.dtype) * distances).sum(dim=-3)
+
+
+def harmonic_mean(maps: Tensor) -> Tensor:
+    """S_ms of Eq. (19): the harmonic mean over the first dimension.
+
+    Args:
+        maps: [K, ...], >= 0.
+
+    Returns:
+        float32 [...]; exactly 0 wherever any of the K values is 0.
+    """
+    maps = maps.float()
+    smallest = maps.amin(dim=0)
+    positive = smallest > 0
+    # Ratios to the smallest value lie in (0, 1], whereas 1 / S overflows for denormal S.
+    ratios = smallest / torch.where(positive, maps, torch.ones_like(maps))
+    total = torch.where(positive, ratios.sum(dim=0), torch.ones_like(smallest))
+    return torch.where(positive, smallest * (maps.shape[0] / total), torch.zeros_like(smallest))
+
+
+def fuse(
+    multi_scale: Tensor,
+    prototype: Tensor | None = None,
+    feature: Tensor | None = None,
+    prototype_weight: float = 0.1,
+    feature_weight: float = 0.0,
+) -> Tensor:
+    """Final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
+
+    The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), in units of how
+    much normal parts differ, or what the picture lacks (`PrototypeBank.deviations`); the paper uses the distance only
+    to place a mask. With b = 0 the map is the paper's.
+
+    Args:
+        multi_scale: S_ms [N, H, W].
+        prototype: S_pg [N, H, W], or None without normal pictures (K = 0): S_ms then keeps its full weight.
+        feature: E [N, H, W], or None: no feature term.
+        prototype_weight: a in [0, 1].
+        feature_weight: b >= 0.
+
+    Returns:
+        [N, H, W].
+
+    Raises:
+        ValueError: If a weight is out of its range or a map has another shape than `multi_scale`.
+    """
+    if not 0 <= prototype_weight <= 1:
+        raise ValueError(f"`prototype_weight` must be in [0, 1], got {prototype_weight}.")
+    if not 0 <= feature_weight < math.inf:
+        raise ValueError(f"`feature_weight` must be a finite number >= 0, got {feature_weight}.")
+    for name, other in (("prototype", prototype), ("feature", feature)):
+        if other is not None and other.shape != multi_scale.shape:
+            raise ValueError(
+                f"`{name}` must have the shape {list(multi_scale.shape)} of `multi_scale`, got {list(other.shape)}."
+            )
+    fused = multi_scale
+    if prototype is not None:
+        fused = (1 - prototype_weight) * fused + prototype_weight * prototype
+    if feature is not None and feature_weight > 0:
+        fused = fused + feature_weight * feature
+    return fused
+
+
+def smooth(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur, cut off at 4 sigma, the border mirrored including its edge pixel (d c b a | a b c d | d c b a).
+
+    Equal to `scipy.ndimage.gaussian_filter(mode="reflect")`, on any device and for maps of any size, also smaller than
+    the kernel.
+
+    Args:
+        maps: [N, H, W], floating point.
+        sigma: Standard deviation in pixels; 0 returns `maps` unchanged.
+
+    Returns:
+        [N, H, W], of the dtype of `maps`.
+
+    Raises:
+        ValueError: If `sigma` is negative or not finite.
+    """
+    if not 0 <= sigma < math.inf:
+        raise ValueError(f"`sigma` must be a finite number >= 0, got {sigma}.")
+    radius = int(4.0 * sigma + 0.5)
+    if radius == 0:
+        return maps
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    total = sum(weights)
+    for dim in (-2, -1):
+        length = maps.shape[dim]
+        index = torch.arange(-radius, length + radius, device=maps.device) % (2 * length)
+        index = torch.where(index < length, index, 2 * length - 1 - index)
+        padded = maps.index_select(dim, index)
+        # A sum of shifted copies rather than a convolution: cuDNN may run float32 convolutions in TF32.
+        blurred = padded.narrow(dim, 0, length) * (weights[0] / total)
+        for offset, weight in enumerate(weights[1:], start=1):
+            blurred = blurred.add_(padded.narrow(dim, offset, length), alpha=weight / total)
+        maps = blurred
+    return maps
+
+
+def smoothing_sigma(resolution: int, sigma_at_512: float = 4.0) -> float:
+    """Standard deviation in pixels that covers the same part of the picture as the paper's 4 px at 512 px."""
+    return sigma_at_512 * resolution / 512
+
+
+def image_score(maps: Tensor) -> Tensor:
+    """Image score [N]: the maximum of each map of [N, H, W]."""
+    return maps.flatten(start_dim=1).amax(dim=1)

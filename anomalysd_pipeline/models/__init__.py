@@ -1,0 +1,1 @@
+"""Networks and stores with weights."""

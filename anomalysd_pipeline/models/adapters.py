@@ -1,0 +1,170 @@
+"""What adaptations have learned, kept beside one base: LoRA weights by name, and their switching in and out."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Mapping
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+PARTS = ("denoiser", "decoder")
+MAX_INJECTED = 4
+"""Adapters a module holds at once; the longest unused ones are taken out, and put back when they are needed."""
+
+
+class AdapterStore(ModelMixin, ConfigMixin):
+    """The LoRA weights of any number of adaptations, savable as safetensors.
+
+    Args:
+        layouts: adaptation to part ("denoiser", "decoder") to the shape of each weight by its name in the part.
+    """
+
+    @register_to_config
+    def __init__(self, layouts: dict[str, dict[str, dict[str, list[int]]]] | None = None):
+        super().__init__()
+        # Safetensors and `.to()` need a tensor even when there are no adaptations.
+        self.register_buffer("placeholder", torch.zeros(1))
+        self.register_to_config(layouts=layouts or {})
+        for index, (_, _, _, shape) in enumerate(self._entries()):
+            self.register_buffer(f"weight_{index}", torch.zeros(shape))
+
+    def _entries(self) -> list[tuple[str, str, str, list[int]]]:
+        """(adaptation, part, name, shape) of each buffer; sorted, because a saved config is."""
+        return [
+            (adaptation, part, name, list(shape))
+            for adaptation, parts in sorted(self.config.layouts.items())
+            for part, shapes in sorted(parts.items())
+            for name, shape in sorted(shapes.items())
+        ]
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the adaptations, alphabetically."""
+        return sorted(self.config.layouts)
+
+    def state(self, adaptation: str) -> dict[str, dict[str, Tensor]]:
+        """Part to name to weight of an adaptation; parts that it does not change are missing."""
+        state: dict[str, dict[str, Tensor]] = {}
+        for index, (owner, part, name, _) in enumerate(self._entries()):
+            if owner == adaptation:
+                state.setdefault(part, {})[name] = getattr(self, f"weight_{index}")
+        return state
+
+    def add(self, adaptation: str, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Keeps the weights of an adaptation, in place of those of that name."""
+        self._replace({**self._everything(), adaptation: state})
+
+    def remove(self, adaptation: str) -> None:
+        """Forgets an adaptation, if it is there."""
+        self._replace({name: state for name, state in self._everything().items() if name != adaptation})
+
+    def _everything(self) -> dict:
+        return {name: self.state(name) for name in self.names}
+
+    def _replace(self, everything: Mapping) -> None:
+        for index in range(len(self._entries())):
+            delattr(self, f"weight_{index}")
+        layouts = {
+            adaptation: {
+                part: {name: list(weight.shape) for name, weight in own.items()} for part, own in parts.items()
+            }
+            for adaptation, parts in everything.items()
+        }
+        self.register_to_config(layouts=layouts)
+        for index, (adaptation, part, name, _) in enumerate(self._entries()):
+            self.register_buffer(f"weight_{index}", everything[adaptation][part][name].detach().to(self.placeholder))
+
+
+def switch_adapter(module: nn.Module, state: Mapping[str, Tensor] | None, pipe) -> None:
+    """Makes a module compute with one adapter, or with none.
+
+    Adapters are known to the module by a digest of their weights: modules may be shared between pipelines, and equal
+    names in two of them must not be confused.
+
+    Args:
+        module: a diffusers model that takes peft adapters.
+        state: LoRA weights by name, or None: the base as it was loaded.
+        pipe: the pipeline that owns the module, whose offloading is suspended meanwhile.
+    """
+    held = getattr(module, "peft_config", {}) if getattr(module, "_hf_peft_config_loaded", False) else {}
+    if not state:
+        if held:
+            module.disable_adapters()
+        return
+    key = digest(state)
+    if key in held:
+        held[key] = held.pop(key)  # the order in which they were used
+    else:
+        if len(held) >= MAX_INJECTED:
+            module.delete_adapters(next(iter(held)))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
+            module.load_lora_adapter(dict(state), prefix=None, adapter_name=key, _pipeline=pipe)
+    module.enable_adapters()
+    module.set_adapter(key)
+    module.requires_grad_(False)
+
+
+def take_out_adapters(module: nn.Module) -> None:
+    """Restores a module to the base as it was loaded, layer for layer."""
+    if getattr(module, "_hf_peft_config_loaded", False):
+        module.unload_lora()
+
+
+def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raises ValueError for anything but whole pairs of finite LoRA factors, each for a layer that the module has.
+
+    Other names must not pass: peft would put their weights in place of the base's.
+    """
+    layers = dict(module.named_modules())
+    targets = sorted({name.rpartition(".lora_")[0] for name in state})
+    for target in targets:
+        layer = layers.get(target)
+        layer = getattr(layer, "base_layer", layer)
+        down, up = state.get(f"{target}.lora_A.weight"), state.get(f"{target}.lora_B.weight")
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or down is None or up is None:
+            raise ValueError(f"no pair of weights for a layer of {type(module).__name__} at '{target[:80]}'")
+        outputs, *inputs = layer.weight.shape
+        expected = [[len(down), *inputs], [outputs, len(down), *(1 for _ in inputs[1:])]]
+        if not len(down) or [list(down.shape), list(up.shape)] != expected:
+            raise ValueError(f"weights of the shapes {list(down.shape)} and {list(up.shape)} at '{target}'")
+        if not all(weight.is_floating_point() and weight.isfinite().all() for weight in (down, up)):
+            raise ValueError(f"weights that are not finite at '{target}'")
+    if len(state) != 2 * len(targets):
+        raise ValueError(f"weights besides those of LoRA for {type(module).__name__}")
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """A name for LoRA weights that differs when they do."""
+    summary = hashlib.sha256()
+    for name, weight in sorted(state.items()):
+        summary.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
+    return "a" + summary.hexdigest()[:16]
+
+
+def fingerprint(components: Mapping[str, nn.Module]) -> dict[str, list[float]]:
+    """A few weights of each component, to recognize the base that an adaptation belongs to in any precision."""
+    marks = {}
+    for name, module in components.items():
+        # Names as in a module without adapters.
+        weights = {
+            key.replace(".base_layer.", "."): value for key, value in module.named_parameters() if ".lora_" not in key
+        }
+        # Matrices first: vectors such as those of normalizations may be alike in all networks.
+        ordered = sorted(weights, key=lambda key: (weights[key].ndim < 2, key))
+        chosen = ordered[:: max(1, len(ordered) // 4)][:4]
+        marks[name] = [round(float(v), 6) for key in chosen for v in weights[key].detach().flatten()[:4]]
+    return marks
+
+
+def same_fingerprint(ours: Mapping, theirs: Mapping) -> bool:
+    """Whether two fingerprints are of one base, up to the rounding of half precision."""
+    return ours.keys() == theirs.keys() and all(
+        len(ours[name]) == len(theirs[name])
+        and all(abs(a - b) <= 2e-6 + 0.005 * abs(b) for a, b in zip(ours[name], theirs[name], strict=True))
+        for name in ours
+    )

@@ -1,0 +1,130 @@
+"""From normal pictures to the vectors of a prototype bank, Eq. (13) of AnomalySD (arXiv 2408.01960), and how much they
+differ between pictures."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..common.memory import large_blocks_returned
+
+COMPARED_PICTURES = 3
+"""Normal pictures from which on they are compared, see `fill_bank`: of fewer, none can be held out for a threshold."""
+
+_CHECKED = 2**12
+_COMPARED = 2**14
+_ENTRIES = 2**22
+
+
+@torch.no_grad()
+def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4) -> Tensor:
+    """All feature vectors of rotated normal pictures, P_c of Eq. (13).
+
+    Args:
+        extractor: A [`PrototypeExtractor`], or any module from [N, 3, H, W] to [N, C, h, w].
+        images: [K, 3, H, W] in [-1, 1], on the extractor's device.
+        rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
+            exact, others are bilinear with the border mirrored.
+
+    Returns:
+        [M, C], M = K * rotations * h * w.
+
+    Raises:
+        ValueError: If `images` has another shape, `rotations` is less than 1, or features are not finite.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        raise ValueError(f"`images` must be [K, 3, H, W] with at least one picture, got {list(images.shape)}.")
+    if rotations < 1:
+        raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
+    features, done = None, 0
+    for step in range(rotations):
+        for image in images.split(1):  # one by one, which takes least memory
+            psi = extractor(_rotate(image, 360 * step / rotations))
+            rows = psi.permute(0, 2, 3, 1).flatten(end_dim=2)
+            if features is None:  # in place: pieces and their whole at once would take twice the memory
+                features = rows.new_empty(len(images) * rotations * len(rows), rows.shape[1])
+            features[done : done + len(rows)] = rows
+            done += len(rows)
+    if not is_finite(features):
+        raise ValueError(
+            "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
+        )
+    return features
+
+
+def fill_bank(
+    bank, category: str, extractor: nn.Module, images: Tensor, rotations: int = 4, compare: bool = False
+) -> None:
+    """Stores the prototypes of normal pictures in a [`PrototypeBank`], with what is known of where each is from.
+
+    Args:
+        compare: whether to know by the differences between the pictures what another one lacks, how its colors
+            deviate by themselves, and how unlike it is as a whole. Turned copies of one picture do not tell that.
+        Others, and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
+    """
+    whole = len(images) if compare else 0
+    colors = getattr(extractor, "color_channels", 0) if compare else 0
+    features = collect_prototypes(extractor, images, rotations)
+    sources = prototype_sources(len(features), len(images), rotations)
+    with large_blocks_returned():
+        bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
+
+
+def is_finite(features: Tensor) -> bool:
+    """Whether all of [M, C] are finite; looked at in pieces, as PyTorch's own check takes more memory than they do."""
+    return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
+
+
+def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:
+    """From which picture each of the `count` vectors of [`collect_prototypes`] is, int64 [count]; from which turned
+    copy, where there is one picture alone."""
+    positions = count // (pictures * rotations)
+    if pictures == 1:
+        return torch.arange(rotations).repeat_interleave(positions)
+    return torch.arange(pictures).repeat_interleave(positions).repeat(rotations)
+
+
+def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Tensor:
+    """How far vectors are from the nearest of another source, as the square of the Euclidean distance.
+
+    Args:
+        features: [M, C].
+        sources: whole numbers [M], at least two different ones.
+        kept: indices [S] of the vectors that are asked for.
+        seed: of the sample of at most 16384 vectors with which they are compared.
+
+    Returns:
+        float32 [S].
+    """
+    others = torch.arange(len(features), device=features.device)
+    if len(others) > _COMPARED:
+        chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:_COMPARED]
+        others = others[chosen.to(others.device)]
+    center = features.float().mean(dim=0)
+    compared = features[others].float()  # a copy
+    compared -= center
+    squares, found = compared.square().sum(dim=1), features.new_empty(len(kept), dtype=torch.float32)
+    # Into one tensor, and in place: small results between large temporaries leave memory that is not given back.
+    for part, result in zip(
+        *(tensor.split(max(1, _ENTRIES // len(compared))) for tensor in (kept, found)), strict=True
+    ):
+        query = features[part].float() - center
+        distances = torch.addmm(squares, query, compared.T, alpha=-2)
+        distances += query.square().sum(dim=1, keepdim=True)
+        distances.masked_fill_(sources[part][:, None] == sources[others][None], torch.inf)
+        torch.amin(distances, dim=1, out=result)
+    return found.clamp_(min=0)
+
+
+def _rotate(images: Tensor, degrees: float) -> Tensor:
+    if degrees % 90 == 0:
+        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
+    return _resample_rotated(images, degrees)
+
+
+def _resample_rotated(images: Tensor, degrees: float) -> Tensor:
+    height, width = images.shape[-2:]
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    cos, sin = angle.cos().item(), angle.sin().item()
+    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+    grid = F.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)
