@@ -109,7 +109,7 @@ class Visitor:
 
     Attributes:
         page: Playwright's page.
-        faults: what went wrong in the page's own scripts.
+        faults: errors in the page's own scripts, and files that it was refused.
     """
 
     def __init__(self, browser, url: str, size: tuple[int, int] = (1280, 900)):
@@ -120,8 +120,24 @@ class Visitor:
         self.page = self.context.new_page()
         self.faults: list[str] = []
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("response", self._note_refusal)
         self.page.goto(url)
         self.text_of("#inspect-verdict")
+
+    def _note_refusal(self, answer) -> None:
+        if answer.status >= 400 and "/file=" in answer.url:
+            self.faults.append(f"{answer.status}: {answer.url}")
+
+    def shown_pictures(self, element: str) -> int:
+        """How many pictures an element shows, once all of them have arrived."""
+        self.page.wait_for_function(
+            """element => {
+                const pictures = [...document.querySelectorAll(`#${element} img`)];
+                return pictures.length && pictures.every(picture => picture.complete && picture.naturalWidth > 0);
+            }""",
+            arg=element,
+        )
+        return self.page.locator(f"#{element} img").count()
 
     def close(self) -> None:
         """Closes all their pages."""

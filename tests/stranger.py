@@ -85,9 +85,9 @@ class Stranger:
         return self.call("teach", name, given, "", "", "quick")[0]
 
 
-def joined(visitor, function: int, data: list, page: str = "guessed"):
+def joined(visitor, function: int, data: list, page: str = "guessed", event_data: dict | None = None):
     """A call as a page makes it, under the number of a page; what it ends with."""
-    body = {"data": data, "fn_index": function, "session_hash": page}
+    body = {"data": data, "fn_index": function, "session_hash": page, "event_data": event_data}
     event = visitor.http.post("gradio_api/queue/join", json=body).json()["event_id"]
     with visitor.http.stream("GET", f"gradio_api/queue/data?session_hash={page}") as answer:
         for line in answer.iter_lines():

@@ -251,6 +251,34 @@ class TestFilesOfTheServer:
         for secret in ("root:", "hf_secret", "from __future__", "Example Domain"):
             assert secret not in answer.text
 
+    def test_without_an_owner_are_not_served(self, stranger, app):
+        """A picture that an earlier process, or a visitor who is forgotten, left in the folder of uploads."""
+        left = app.folder / "gradio" / "0123456789" / "left.png"
+        left.parent.mkdir(parents=True, exist_ok=True)
+        left.write_bytes(encoded())
+        assert stranger.http.get(f"gradio_api/file={left}").status_code == 403
+        given = {"path": str(left), "meta": {"_type": "gradio.FileData"}}
+        assert "`picture`" in stranger.refusal("inspect", given, "Any part", "fast")
+
+    def test_examples_are_served_to_everybody(self, stranger, app):
+        """Those that the page is built with, and those that are drawn when one of them is selected."""
+        config = stranger.http.get("config").json()
+        components = {c["props"].get("elem_id"): c for c in config["components"]}
+        gallery, button = components["gallery-examples"], components["gallery-again"]
+        paths = [entry["image"]["path"] for entry in gallery["props"]["value"]]
+        select, again = (
+            next(f["id"] for f in config["dependencies"] if f["targets"] == [[component["id"], event]])
+            for component, event in ((gallery, "select"), (button, "click"))
+        )
+        drawn = joined(stranger, select, [], event_data={"index": 1, "value": None})["output"]["data"]
+        paths += [picture["path"] for picture in drawn[4]] + [entry["image"]["path"] for entry in drawn[5]]
+        sent = joined(stranger, again, [None])["output"]["data"][0]
+        with Stranger(app) as other:
+            for path in [*paths, sent["path"]]:
+                answer = other.http.get(f"gradio_api/file={path}")
+                assert answer.status_code == 200 and answer.headers["content-type"].startswith("image/"), path
+            assert other.call("inspect", sent, "Any part", "fast")[0]["score"] > 0
+
     def test_addresses_are_not_fetched(self, stranger, app):
         for address in ("https://example.org/a.png", app.url, "ftp://example.org/"):
             for form in ("gradio_api/file={}", "gradio_api/file/{}", "gradio_api/proxy={}"):

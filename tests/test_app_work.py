@@ -340,6 +340,29 @@ class TestHandouts:
         handouts.claim(str(sent), "you")  # the same picture, uploaded by two
         assert handouts.may_read(str(sent), "me") and handouts.may_read(str(sent), "you")
 
+    def test_a_file_without_an_owner_is_for_nobody(self, handouts, tmp_path):
+        """Neither one that an earlier process left, nor a file elsewhere, nor the folder of all files."""
+        left = handouts.uploads / "0123" / "left.png"
+        left.parent.mkdir(parents=True)
+        left.write_text("x")
+        for path in (left, left.parent, handouts.uploads, tmp_path, handouts.uploads / "gone.png"):
+            assert not handouts.may_read(str(path), "me") and not handouts.may_read(str(path), None)
+        with pytest.raises(ValueError, match="`picture` is no file"):
+            handouts.require_upload(str(left), "me", "picture")
+
+    def test_an_upload_that_is_forgotten_is_for_nobody(self, handouts, monkeypatch):
+        monkeypatch.setattr("anomalysd_pipeline.app.handouts.UPLOADS", 1)
+        first, second = (handouts.uploads / name for name in ("a.png", "b.png"))
+        for path in (first, second):
+            handouts.claim(str(path), "me")
+        assert not handouts.may_read(str(first), "me") and handouts.may_read(str(second), "me")
+
+    def test_a_published_file_is_for_everybody(self, handouts):
+        published = handouts.uploads / "0123" / "example.png"
+        handouts.publish([str(published)])
+        assert handouts.may_read(str(published), "me") and handouts.may_read(str(published), None)
+        assert not handouts.may_read(str(published.with_name("other.png")), "me")
+
 
 class TestViews:
     def test_what_visitors_type_is_escaped(self):

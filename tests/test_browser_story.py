@@ -61,6 +61,12 @@ def test_from_an_example_to_a_batch(visitor, pictures, tmp_path):
     visitor.page.locator("#gallery-examples .thumbnail-item").first.click()
     assert times(visitor.text_of("#gallery-verdict .words", "×")) > 0
     visitor.page.locator("#gallery-heatmap img.heat").wait_for()
+    counts = {name: visitor.shown_pictures(f"gallery-{name}") for name in ("examples", "compare", "masks")}
+    assert counts == {"examples": 8, "compare": 2, "masks": 2}
+    visitor.page.locator("#gallery-again").click()
+    assert visitor.shown_pictures("inspect-picture") == 1
+    visitor.page.locator("#inspect-run").click()
+    visitor.text_of("#inspect-verdict", "No verdict")
 
     visitor.teach("my part", [paths[f"good_{i}"] for i in range(4)])
     told = visitor.text_of("#teach-result", "“my part” is ready")
@@ -71,6 +77,7 @@ def test_from_an_example_to_a_batch(visitor, pictures, tmp_path):
     words = visitor.inspect(paths["defective_0"])
     assert "Defect likely" in words and times(words) > 1
     assert visitor.page.locator("#inspect-heatmap img.heat").count() == 1
+    assert visitor.shown_pictures("inspect-compare") == 2 and visitor.shown_pictures("inspect-masks") == 3
     values = np.load(visitor.download("inspect-downloads", "_map.npy", tmp_path))
     hottest = np.unravel_index(values.argmax(), values.shape)
     assert values.shape == mask.shape and binary_dilation(mask, iterations=REACH)[hottest]
@@ -82,6 +89,7 @@ def test_from_an_example_to_a_batch(visitor, pictures, tmp_path):
     visitor.give("batch-files", *given)
     visitor.page.locator("#batch-run").click()
     assert "6 done" in visitor.text_of("#batch-progress", "6 done")
+    assert visitor.shown_pictures("batch-gallery") == 6
     table = visitor.download("batch-downloads", ".csv", tmp_path).read_text(encoding="utf-8-sig")
     rows = list(csv.DictReader(io.StringIO(table)))
     assert [row["file"] for row in rows] == [path.name for path in given]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 import gradio as gr
+from gradio.processing_utils import save_pil_to_cache
 
 from ..app import views
+from .desk import Desk
 from .inspect_tab import lit
 
 TEXT = (
@@ -15,12 +17,13 @@ TEXT = (
 )
 
 
-def build(picture: gr.Image, tabs: gr.Tabs) -> None:
-    """The contents of the tab.
+def build(desk: Desk, picture: gr.Image, tabs: gr.Tabs) -> None:
+    """Builds the contents of the tab.
 
     Args:
-        picture: where an example goes to be inspected anew.
-        tabs: to go there with it.
+        desk: publishes the pictures.
+        picture: component that takes an example to be inspected anew.
+        tabs: switched to the tab of `picture` then.
     """
     from .gallery import load_examples
 
@@ -65,6 +68,13 @@ def build(picture: gr.Image, tabs: gr.Tabs) -> None:
                 elem_id="gallery-compare",
             )
 
+    def published(component: gr.ImageSlider | gr.Gallery, image) -> str:
+        """Saves a picture where gradio neither deletes nor the door refuses it; returns its path."""
+        path = save_pil_to_cache(image, cache_dir=component.GRADIO_CACHE, format=component.format)
+        component.keep_in_cache.add(path)
+        desk.handouts.publish([path])
+        return path
+
     @functools.cache
     def drawn(number: int) -> tuple:
         example = examples[number]
@@ -76,8 +86,8 @@ def build(picture: gr.Image, tabs: gr.Tabs) -> None:
             views.verdict(example.sentence, example.is_defective, example.title),
             views.gauge(example.score, example.threshold),
             views.heatmap(example.image, example.anomaly_map, example.threshold),
-            (example.image, example.inpainted),
-            [(lit(example.image, region), title) for title, region in regions.items()],
+            tuple(published(compare, image) for image in (example.image, example.inpainted)),
+            [(published(masks, lit(example.image, region)), title) for title, region in regions.items()],
         )
 
     def select(event: gr.SelectData):

@@ -1,8 +1,8 @@
 """Files that visitors may fetch, and the door that serves each to its owner alone.
 
-gradio serves whatever lies in its upload folder to anybody who knows the address. Here a cookie tells visitors apart:
-what was made for one, or uploaded by one, is refused to the others. A visitor without a cookie gets addresses with
-128 random bits in them and nothing more.
+gradio serves every file in its upload folder to anybody who knows the address. Here a cookie tells visitors apart: a
+file is served to the visitor who uploaded it or for whom it was made, and to everybody if it was published. All others
+are refused. Files of a visitor without a cookie are protected only by the 128 random bits in their address.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import shutil
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class Handouts:
         self._owners: dict[str, str | None] = {}  # folder's name to its visitor
         self._given: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # session to its folders
         self._uploaded: OrderedDict[str, set[str | None]] = OrderedDict()
+        self._published: set[str] = set()
 
     def new_folder(self, session, visitor: str | None) -> Path:
         """An empty folder, from which files are served to that visitor as long as the session lives.
@@ -80,8 +81,14 @@ class Handouts:
             while len(self._uploaded) > UPLOADS:
                 self._uploaded.popitem(last=False)
 
+    def publish(self, paths: Iterable[str]) -> None:
+        """Lets everybody fetch these files: parts of the page itself, such as its examples."""
+        resolved = [os.path.realpath(path) for path in paths]
+        with self._lock:
+            self._published.update(resolved)
+
     def may_read(self, path: str, visitor: str | None) -> bool:
-        """Whether nothing speaks against serving a file to a visitor; that it is gradio's to serve, gradio checks."""
+        """Tells whether a visitor may fetch a file: their own, or a published one; gradio checks the rest."""
         if "://" in path:
             return False  # gradio would fetch it, for whomever
         try:
@@ -94,8 +101,8 @@ class Handouts:
                 if len(parts) < 2 or parts[0] not in self._owners:
                     return False
                 return self._owners[parts[0]] in (None, visitor)
-            owners = self._uploaded.get(str(resolved))
-        return owners is None or None in owners or visitor in owners
+            owners = self._uploaded.get(str(resolved), ())
+            return None in owners or visitor in owners or str(resolved) in self._published
 
     def require_upload(self, path: object, visitor: str | None, argument: str) -> str:
         """The path of a file that this visitor has uploaded, as it came in a call.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 
 import gradio as gr
+from gradio_client.utils import is_file_obj_with_meta, traverse
 from starlette.middleware import Middleware
 
 from ..app import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
@@ -97,7 +98,7 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
             with gr.Tab("Batch", id="batch"):
                 batch_part = batch_tab.build(desk, key)
             with gr.Tab("Gallery", id="gallery"):
-                gallery_tab.build(inspecting.picture, tabs)
+                gallery_tab.build(desk, inspecting.picture, tabs)
             with gr.Tab("About", id="about") as about:
                 pass
             parts = [inspecting.part, batch_part]
@@ -123,4 +124,12 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
         again.click(take_up, key, [key, note, *parts], api_visibility="private", show_progress="hidden")
         page.load(greet, None, [note, said], api_visibility="private", queue=False, show_progress="hidden")
         page.unload(closed)
+    desk.handouts.publish(_own_files(page))
     return page.queue(max_size=256, default_concurrency_limit=8)
+
+
+def _own_files(page: gr.Blocks) -> list[str]:
+    """Lists the files that the page is built with: examples and icons."""
+    found = []
+    traverse(page.config, lambda file: found.append(file["path"]), is_file_obj_with_meta)
+    return found
