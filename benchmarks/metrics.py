@@ -6,7 +6,8 @@ Draws a seeded class, every second picture with defects, and hands masks and flo
 reader of files would. The seconds exclude the drawing. The peak memory is the whole process's: interpreter, libraries,
 the picture being drawn and all that the metrics keep. `--share` is the share of defective pixels; `--levels` rounds
 the scores to about so many different ones, so that there are ties. `--compare` then also measures a class of
-`--compare-pictures` of the same side, for which scikit-learn, and anomalib if installed, compute the same figures.
+`--compare-pictures` of the same side, for which scikit-learn from single pixels instead of groups, and anomalib if
+installed, compute the same figures.
 """
 
 import argparse

@@ -7,15 +7,42 @@ import pytest
 from scipy import ndimage
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
-from anomalysd_pipeline.evaluation.metrics import aupr, auroc, f1_max, image_metrics, pixel_metrics, pro
+from anomalysd_pipeline.evaluation.metrics import (
+    aupr,
+    auroc,
+    f1_max,
+    image_metrics,
+    pixel_metrics,
+    pro,
+    rank_pixels,
+)
 
 
-def brute_force_f1(labels, scores):
-    best = 0.0
-    for threshold in np.unique(scores):
+def brute_force(labels, scores):
+    """AUROC pair by pair, then AUPR and F1-max threshold by threshold."""
+    defective, normal = scores[labels][:, None], scores[~labels]
+    average_precision, best, recall = 0.0, 0.0, 0.0
+    for threshold in np.unique(scores)[::-1]:
         predicted = scores >= threshold
-        best = max(best, 2 * np.sum(predicted & labels) / (predicted.sum() + labels.sum()))
-    return best
+        found, before = np.sum(predicted & labels), recall
+        recall = found / labels.sum()
+        average_precision += (recall - before) * found / predicted.sum()
+        best = max(best, 2 * found / (predicted.sum() + labels.sum()))
+    return {
+        "auroc": np.mean((defective > normal) + (defective == normal) / 2),
+        "aupr": average_precision,
+        "f1_max": best,
+    }
+
+
+def scikit_learn(labels, scores):
+    """The same by scikit-learn from the single scores, which the package hands to it in groups."""
+    precision, recall, _ = precision_recall_curve(labels, scores)
+    return {
+        "auroc": roc_auc_score(labels, scores),
+        "aupr": average_precision_score(labels, scores),
+        "f1_max": np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300)),
+    }
 
 
 def brute_force_overlap(masks, maps, structure):
@@ -45,6 +72,22 @@ def brute_force_pro(masks, maps, limit, structure):
     return area / limit
 
 
+def weighted_pro(masks, maps, limit, structure):
+    """PRO from sorted pixels, each worth its share of its region; for more pixels than brute force can do."""
+    shares = []
+    for mask in masks:
+        components, count = ndimage.label(mask, structure=structure)
+        shares.append(np.append(0.0, 1 / np.bincount(components.ravel())[1:])[components])
+    labels, scores, shares = np.ravel(masks), np.ravel(maps), np.ravel(shares)
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # of each score
+    false = np.append(0, np.cumsum(~labels[order])[last]) / np.sum(~labels)
+    overlap = np.append(0, np.cumsum(shares[order])[last]) / shares.sum()
+    grid = np.append(false[false < limit], limit)
+    starts = np.append(overlap[false < limit], np.interp(limit, false, overlap))
+    return np.sum(np.diff(grid) * (starts[1:] + starts[:-1])) / 2 / limit
+
+
 def pictures(seed, decimals):
     """Three pictures of different sizes with several regions, one normal; few decimals make ties."""
     rng = np.random.default_rng(seed)
@@ -58,18 +101,27 @@ def pictures(seed, decimals):
     return masks, maps
 
 
+RECORDED = {  # seed, decimals, limit of PRO, connectivity: AUROC, AUPR, F1-max, PRO
+    (0, 0, 0.3, 8): (0.887112217541172, 0.42558195901538953, 0.5757575757575758, 0.6312786603054121),
+    (1, 0, 0.05, 4): (0.8717924166985829, 0.2605131831626718, 0.37037037037037035, 0.20062453800240518),
+    (2, 1, 0.3, 8): (0.800124473381846, 0.3246407148375013, 0.3673469387755102, 0.4214907237255595),
+    (3, 1, 1.0, 4): (0.8381846036001532, 0.2877514879795734, 0.4230769230769231, 0.8364387846291331),
+    (4, 9, 0.3, 8): (0.7872462657985446, 0.24324334551085983, 0.2830188679245283, 0.504654453380995),
+}
+"""Figures of `pictures`, as an implementation without scikit-learn gave them."""
+
+
 class TestCurves:
     @pytest.mark.parametrize("decimals", [0, 1, 9])
-    def test_agree_with_scikit_learn(self, decimals):
+    def test_agree_with_brute_force(self, decimals):
         rng = np.random.default_rng(decimals)
         labels = rng.random(400) < 0.3
         scores = np.round(rng.normal(size=400) + labels, decimals)
-        assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-        assert aupr(labels, scores) == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
-        precision, recall, _ = precision_recall_curve(labels, scores)
-        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
-        assert f1_max(labels, scores) == pytest.approx(f1.max(), abs=1e-12)
-        assert f1_max(labels, scores) == pytest.approx(brute_force_f1(labels, scores), abs=1e-12)
+        expected = brute_force(labels, scores)
+        assert image_metrics(labels, scores) == pytest.approx(expected, abs=1e-12)
+        single = {"auroc": auroc(labels, scores), "aupr": aupr(labels, scores), "f1_max": f1_max(labels, scores)}
+        assert single == pytest.approx(expected, abs=1e-12)
+        assert scikit_learn(labels, scores) == pytest.approx(expected, abs=1e-12)
 
     def test_known_values(self):
         assert image_metrics([0, 0, 1, 1], [0.1, 0.2, 0.3, 0.4]) == {"auroc": 1.0, "aupr": 1.0, "f1_max": 1.0}
@@ -174,15 +226,38 @@ class TestPixelMetrics:
         labels = np.concatenate([mask.ravel() for mask in masks])
         scores = np.concatenate([anomaly_map.ravel() for anomaly_map in maps])
         values = pixel_metrics(masks, maps, fpr_limit=0.2, connectivity=4)
-        assert values == pytest.approx(
-            {
-                "auroc": roc_auc_score(labels, scores),
-                "aupr": average_precision_score(labels, scores),
-                "f1_max": brute_force_f1(labels, scores),
-                "pro": brute_force_pro(masks, maps, 0.2, ndimage.generate_binary_structure(2, 1)),
-            },
-            abs=1e-9,
+        overlap = brute_force_pro(masks, maps, 0.2, ndimage.generate_binary_structure(2, 1))
+        assert values == pytest.approx(brute_force(labels, scores) | {"pro": overlap}, abs=1e-9)
+
+    @pytest.mark.parametrize("connectivity", [4, 8])
+    @pytest.mark.parametrize("decimals", [0, 1, 9])
+    def test_many_pictures(self, decimals, connectivity):
+        """Regions of many sizes, and a picture that is nearly all defect."""
+        rng = np.random.default_rng(decimals)
+        masks = [rng.random((40, 50)) < share for share in (0, 0.01, 0.3, 0, 0.9) * 4]
+        maps = [np.round(rng.normal(size=mask.shape) + mask, decimals).astype(np.float32) for mask in masks]
+        values = pixel_metrics(masks, maps, connectivity=connectivity)
+        assert values.pop("pro") == pytest.approx(
+            weighted_pro(masks, maps, 0.3, ndimage.generate_binary_structure(2, connectivity // 4)), abs=1e-9
         )
+        assert values == pytest.approx(scikit_learn(np.ravel(masks), np.ravel(maps)), abs=1e-12)
+
+    @pytest.mark.parametrize(("seed", "decimals", "limit", "connectivity"), list(RECORDED))
+    def test_figures_stay_as_they_were(self, seed, decimals, limit, connectivity):
+        expected = dict(
+            zip(("auroc", "aupr", "f1_max", "pro"), RECORDED[seed, decimals, limit, connectivity], strict=True)
+        )
+        values = pixel_metrics(*pictures(seed, decimals), fpr_limit=limit, connectivity=connectivity)
+        assert values == pytest.approx(expected, abs=1e-12)
+
+    def test_normal_pixels_that_no_threshold_separates_are_one_group(self):
+        """Else the memory and the time of scikit-learn would be those of all pixels."""
+        rng = np.random.default_rng(10)
+        mask, scores = np.zeros((100, 100), bool), rng.normal(size=(100, 100))
+        mask[50, 50:53] = True
+        ranking = rank_pixels([mask], [scores])
+        assert len(ranking.places) <= 2 * 3 + 1
+        assert ranking.counts.sum() == mask.size and ranking.counts[ranking.labels].sum() == 3
 
     def test_takes_zeros_and_ones_and_stacked_maps(self):
         masks, maps = pictures(seed=4, decimals=2)
@@ -213,20 +288,6 @@ class TestPixelMetrics:
 
     def test_positive_and_negative_zero_are_one_threshold(self):
         assert pixel_metrics([np.array([[False, True]])], [np.array([[0.0, -0.0]])])["auroc"] == 0.5
-
-    @pytest.mark.parametrize("connectivity", [4, 8])
-    def test_many_pixels_in_several_chunks(self, monkeypatch, connectivity):
-        """Regions, ties and blocks of memory that reach from one chunk to the next."""
-        masks, maps = pictures(seed=6, decimals=1)
-        masks, maps = [*masks, ~masks[0]], [*maps, maps[0][::-1].astype(np.float64)]
-        expected = pixel_metrics(masks, maps, connectivity=connectivity)
-        for name, size in (("_PART", 3), ("_CHUNK", 7), ("_BLOCK", 50)):
-            monkeypatch.setattr(f"anomalysd_pipeline.evaluation.metrics.{name}", size)
-        assert pixel_metrics(masks, maps, connectivity=connectivity) == pytest.approx(expected, abs=1e-12)
-        labels = np.concatenate([mask.ravel() for mask in masks])
-        scores = np.concatenate([anomaly_map.ravel() for anomaly_map in maps])
-        assert expected["auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-        assert expected["f1_max"] == pytest.approx(brute_force_f1(labels, scores), abs=1e-12)
 
     def test_pictures_from_generators_are_let_go_one_by_one(self):
         masks, maps = pictures(seed=7, decimals=2)
@@ -310,20 +371,16 @@ KINDS += ["perfect", "reversed"]
 
 class TestAgainstOthers:
     @pytest.mark.parametrize("name", [*KINDS, "one normal pixel"])
-    def test_scikit_learn(self, name):
+    def test_ranking_by_definition(self, name):
         masks, maps = degenerate(name)
         labels, scores = masks.ravel(), maps.ravel()
-        # scikit-learn refuses infinite scores; metrics depend on their order only.
-        finite = np.nan_to_num(scores, posinf=9, neginf=-9)
-        precision, recall, _ = precision_recall_curve(labels, finite)
-        expected = {
-            "auroc": roc_auc_score(labels, finite),
-            "aupr": average_precision_score(labels, finite),
-            "f1_max": np.max(2 * precision * recall / np.maximum(precision + recall, 1e-300)),
-        }
+        expected = brute_force(labels, scores)
         assert image_metrics(labels, scores) == pytest.approx(expected, abs=1e-12)
         values = pixel_metrics(masks, maps)
         assert {key: values[key] for key in expected} == pytest.approx(expected, abs=1e-12)
+        # scikit-learn refuses infinite scores; metrics depend on their order only.
+        finite = np.nan_to_num(scores, posinf=9, neginf=-9)
+        assert scikit_learn(labels, finite) == pytest.approx(expected, abs=1e-12)
 
     @pytest.mark.parametrize("name", [*KINDS, "one normal pixel"])
     def test_pro_by_definition(self, name):
