@@ -6,7 +6,7 @@ On all GPUs of a machine:
 
     accelerate launch --multi_gpu -m anomalysd_pipeline.evaluate --data mvtec --shots 1 2 4 --out results/mvtec
 
-The folder holds `results.parquet` (a row per picture), `summary.json`, `report.md` and `figures/`. A run that was
+The folder holds `results.csv` (a row per picture), `summary.json`, `report.md` and `figures/`. A run that was
 interrupted is completed by the same command, also by another number of processes.
 """
 

@@ -18,7 +18,6 @@ import traceback
 from pathlib import Path
 
 import peft  # noqa: F401
-import pyarrow.parquet  # noqa: F401
 from accelerate import PartialState
 
 from anomalysd_pipeline import evaluate

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +13,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from anomalysd_pipeline import AnomalySDPipeline, synthetic
 from anomalysd_pipeline.data.datasets import draw_shots
 from anomalysd_pipeline.evaluation.metrics import pixel_metrics
+from anomalysd_pipeline.evaluation.results import read_results
 
 from .tiny_evaluation import BRIEF, FLOOR, PARTS, contents, draw_parts, refused, run
 
@@ -25,7 +25,7 @@ def summary_of(out) -> dict:
 
 
 def table_of(out) -> list[dict]:
-    return pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
+    return read_results(out)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ class TestTables:
     def test_nothing_but_results_is_left(self, finished):
         assert {path.name for path in finished.iterdir()} == {
             *("run.json", "shots.json", "rows", "maps", "classes", "cases", "costs"),
-            *("results.parquet", "summary.json", "report.md", "figures"),
+            *("results.csv", "summary.json", "report.md", "figures"),
         }
 
 

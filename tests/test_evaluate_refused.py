@@ -1,10 +1,8 @@
 """Evaluations that are refused: by one sentence with the option and the remedy, before anything is written."""
 
-import sys
-
 import pytest
 
-from .tiny_evaluation import FLOOR, contents, draw_parts, refused
+from .tiny_evaluation import contents, draw_parts, refused
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +63,6 @@ class TestRefused:
         given = ["--out", folder / "out", *(w if not isinstance(w, str) else _filled(w, words) for w in given)]
         assert _filled(sentence, words) in refused(capfd, *given)
         assert contents(folder) == before and not (folder / "out").exists()
-
-    def test_without_pyarrow(self, parts, tmp_path, capfd, monkeypatch):
-        monkeypatch.setitem(sys.modules, "pyarrow", None)
-        sentence = refused(capfd, "--data", parts, *FLOOR, "--out", tmp_path / "out")
-        assert "run `pip install 'anomalysd-pipeline[evaluate]'`." in sentence and not (tmp_path / "out").exists()
 
 
 def _filled(text, words):

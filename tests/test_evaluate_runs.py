@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 
 from anomalysd_pipeline import AnomalySDPipeline, evaluate, synthetic
+from anomalysd_pipeline.evaluation.results import read_results
 
 from .evaluate_driver import TWICE
 from .tiny_adaptations import SHORT
@@ -104,8 +104,7 @@ def together(data, ours, adapted, killed, tmp_path_factory):
 
 
 def rows_of(out):
-    rows = pyarrow.parquet.read_table(out / "results.parquet").to_pylist()
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in read_results(out)]
 
 
 class TestKilled:

@@ -146,7 +146,7 @@ class TestDiscard:
         store.add_costs({})
         for name in ("summary.json", "shots.json", "classes/k1-s0/0.json"):
             store.write_json(name, {})
-        for name in ("report.md", "results.parquet", "figures/curves_1-shot.png", "figures/cases.png"):
+        for name in ("report.md", "results.csv", "results.parquet", "figures/curves_1-shot.png", "figures/cases.png"):
             (store.folder / name).parent.mkdir(exist_ok=True)
             (store.folder / name).write_text("ours")
         for name in ("notes.txt", "figures/mine.png", "pictures/nut/test/good/000.png"):

@@ -7,7 +7,6 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +34,7 @@ from .metrics import check_fpr_limit
 from .options import named
 from .processes import alone
 from .report import write_report
+from .results import write_results
 from .store import Draw, Store
 from .summary import evaluate_class, resize_map, summarize
 from .systems import make_system, needs_new_system
@@ -78,10 +78,6 @@ def check_options(args: argparse.Namespace) -> None:
     with named():
         check_fpr_limit(args.fpr_limit)
         prediction_threshold([1.0, 2.0], args.false_alarm_rate)
-    try:
-        import pyarrow  # noqa: F401 (found out now rather than after hours)
-    except ImportError as error:
-        raise ValueError("pyarrow is not installed; run `pip install 'anomalysd-pipeline[evaluate]'`.") from error
     if args.adapt and (args.peer or args.adaptation):
         raise ValueError("`--adapt` fine-tunes AnomalySD to each draw; leave out `--peer` and `--adaptation`.")
     if args.adapt and 0 in args.shots and args.shots_file is None:
@@ -310,7 +306,7 @@ class _Evaluation:
         last = {number: found[self.draws[-1], name]["metrics"]["image_auroc"] for name, number in self.numbers.items()}
         cases = self._cases(sorted(last, key=lambda number: (last[number] is None, last[number] or 0.0, number)))
         with self._writing():
-            write_parquet(self.args.out / names.RESULTS, rows)
+            write_results(self.args.out, rows)
             write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
             self.store.write_json(names.SUMMARY, summary)
             for draw in self.draws:
@@ -352,17 +348,3 @@ class _Evaluation:
 
     def _writing(self) -> disk_errors:
         return disk_errors("--out", self.args.out, "give the same command to go on")
-
-
-def write_parquet(path: Path, rows: Sequence[Mapping]) -> None:
-    """A row per picture and draw, complete or not at all."""
-    import pyarrow
-    import pyarrow.parquet
-
-    texts, numbers = ("category", "image", "defect"), ("score", "threshold", "seconds")
-    fields = [("shots", pyarrow.int64()), ("seed", pyarrow.int64()), *((name, pyarrow.string()) for name in texts)]
-    fields += [("label", pyarrow.bool_()), *((name, pyarrow.float64()) for name in numbers)]
-    kept = [{name: row[name] for name, _ in fields} for row in rows]
-    partial = path.with_name(f".{path.name}.partial")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept, pyarrow.schema(fields)), partial)
-    partial.replace(path)

@@ -9,7 +9,7 @@
     classes/k1-s0/<n>.json       metrics and curves of a category
     cases/<n>-<kind>-<i>.npz     maps of the pictures shown in the report
     costs/<process>.jsonl        time and memory, which no two runs share
-    results.parquet, summary.json, report.md, figures/
+    results.csv, summary.json, report.md, figures/
 
 All processes, on however many machines, must see the same folder, and see what another has closed before they met at
 a barrier. Nothing else is asked of the file system: no locks, and no file that two processes append to. Every file
@@ -30,12 +30,15 @@ import numpy as np
 
 from ..common.files import disk_errors
 
-RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.parquet", "report.md"
+RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.csv", "report.md"
+EARLIER_RESULTS = "results.parquet"  # of versions that wrote it in place of `RESULTS`
 ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS = "rows", "maps", "classes", "cases", "prepared", "costs"
 FIGURES, PICTURES = "figures", "pictures"
 _KEY = "evaluation"
 _REMEDY = "give the same command to go on"
 _FIGURES = ("curves_*.png", "cases.png")
+_WORK = (ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS)
+_OUTCOME = (SUMMARY, RESULTS, EARLIER_RESULTS, REPORT)
 
 # What a person gave, for the sentence that says in what two evaluations differ.
 _OPTIONS = {
@@ -92,8 +95,8 @@ class Store:
             if self.folder.exists() and not self.folder.is_dir():
                 raise ValueError(f"`--out` '{self.folder}' is a file; give a folder.")
             if self._record() is None:
-                names = (RUN, SHOTS, SUMMARY, RESULTS, REPORT, ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS)
-                found = [name for name in (*names, FIGURES, PICTURES) if (self.folder / name).exists()]
+                names = (RUN, SHOTS, *_OUTCOME, *_WORK, FIGURES, PICTURES)
+                found = [name for name in names if (self.folder / name).exists()]
                 if found:
                     raise ValueError(
                         f"`--out` '{self.folder}' holds {', '.join(map(repr, found))} of something else, which an "
@@ -131,10 +134,10 @@ class Store:
         """Removes an earlier evaluation, and nothing else that lies in the folder; drawn parts stay."""
         with disk_errors("--out", self.folder, _REMEDY):
             self.write_json(RUN, {_KEY: None})  # first: what is left of the rest belongs to no evaluation
-            for name in (ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS):
+            for name in _WORK:
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
-            for name in (SHOTS, SUMMARY, RESULTS, REPORT):
+            for name in (SHOTS, *_OUTCOME):
                 (self.folder / name).unlink(missing_ok=True)
             figures = self.folder / FIGURES
             for path in [path for pattern in _FIGURES for path in figures.glob(pattern)]:
@@ -204,7 +207,7 @@ class Store:
 
     def tidy(self) -> None:
         """Removes what a killed process left unfinished, by one process when all are done."""
-        names = (RUN, SHOTS, SUMMARY, RESULTS, REPORT)
+        names = (RUN, SHOTS, *_OUTCOME)
         unfinished = [path for name in names for path in self.folder.glob(f".{name}.*")]
         unfinished += [path for name in (MAPS, CLASSES, PREPARED) for path in (self.folder / name).rglob(".*")]
         for path in [*unfinished, *(self.folder / PICTURES).glob(".*")]:
