@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 
 
 def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager:
@@ -36,3 +39,29 @@ def choose_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)
+
+
+@contextlib.contextmanager
+def own_accelerate_state(one_process: bool = False) -> Iterator[None]:
+    """Gives accelerate a new state inside; `Accelerator` objects made before keep theirs, inside and after.
+
+    accelerate keeps its state in the class and refuses a second `Accelerator` with another precision.
+
+    Args:
+        one_process: whether accelerate works inside as in a program of one process. Else a fine-tuning in one of
+            several would wait for the others at every step, and with all of them it would see other batches than one
+            process alone.
+    """
+    before = {kind: kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)}
+    processes = dict(PartialState._shared_state)  # they are there already, and cannot be started again
+    if processes and one_process:
+        processes |= {"distributed_type": DistributedType.NO, "num_processes": 1}
+        processes |= {"process_index": 0, "local_process_index": 0}
+    try:
+        for kind, shared in before.items():
+            kind._shared_state = type(shared)()
+        PartialState._shared_state.update(processes)
+        yield
+    finally:
+        for kind, shared in before.items():
+            kind._shared_state = shared

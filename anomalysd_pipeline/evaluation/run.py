@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..common.devices import own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..data.datasets import write_shots
 from ..evaluation import costs
@@ -32,7 +33,6 @@ from .detector import Detector
 from .figures import best_and_worst
 from .metrics import check_fpr_limit
 from .options import named
-from .processes import alone
 from .report import write_report
 from .results import write_results
 from .store import Draw, Store
@@ -213,7 +213,7 @@ class _Evaluation:
             drawn = self.shots[draw.shots][draw.seed]
             # To all categories, whatever is missing: they share one model.
             normals = {name: [load_picture(path) for path in paths] for name, paths in drawn.items()}
-            with alone():
+            with own_accelerate_state(one_process=True):
                 self.detector.adapt(normals, draw.seed)
             with self._writing():
                 folder.parent.mkdir(parents=True, exist_ok=True)

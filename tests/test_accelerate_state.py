@@ -1,0 +1,77 @@
+"""What a program has set up with accelerate stays as it is, whatever runs in the same process."""
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+
+from anomalysd_pipeline.common.devices import own_accelerate_state
+
+from .tiny_evaluation import BRIEF, draw_parts, run
+from .tiny_training import reset_accelerate
+
+
+@pytest.fixture
+def host():
+    """The accelerator of a program that uses this package."""
+    reset_accelerate()
+    yield Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=4)
+    reset_accelerate()
+
+
+def check(host) -> None:
+    """It works as before, and another of the same kind may be made."""
+    assert host.mixed_precision == "bf16" and host.gradient_accumulation_steps == 4
+    assert host.state.distributed_type == DistributedType.NO and host.state.num_processes == 1
+    assert host.state.__dict__ is AcceleratorState._shared_state
+    assert host.gradient_state.__dict__ is GradientState._shared_state
+    model = host.prepare(torch.nn.Linear(2, 2))
+    with host.accumulate(model), host.autocast():
+        assert model(torch.ones(1, 2)).dtype == torch.float32 and not host.sync_gradients
+        assert torch.is_autocast_enabled("cpu")
+    assert Accelerator(mixed_precision="bf16", gradient_accumulation_steps=4).state.__dict__ is host.state.__dict__
+    with pytest.raises(ValueError, match="already been initialized"):
+        Accelerator(mixed_precision="no")
+
+
+class TestOwnState:
+    def test_another_precision_inside(self, host):
+        with own_accelerate_state():
+            inner = Accelerator(mixed_precision="no", gradient_accumulation_steps=2)
+            assert (inner.mixed_precision, host.mixed_precision) == ("no", "bf16")
+            assert (inner.gradient_accumulation_steps, host.gradient_accumulation_steps) == (2, 4)
+        assert inner.mixed_precision == "no"
+        check(host)
+
+    def test_after_an_error(self, host):
+        with pytest.raises(KeyError), own_accelerate_state():
+            Accelerator(mixed_precision="no")
+            raise KeyError
+        check(host)
+
+    def test_one_of_several_processes(self, host):
+        """Those that a launcher started."""
+        PartialState._shared_state.update(distributed_type=DistributedType.MULTI_GPU, num_processes=3, process_index=2)
+        with own_accelerate_state():
+            assert (PartialState().num_processes, PartialState().process_index) == (3, 2)
+        with own_accelerate_state(one_process=True):
+            inner = Accelerator(mixed_precision="no")
+            assert (inner.num_processes, inner.process_index, inner.distributed_type) == (1, 0, DistributedType.NO)
+        assert (PartialState().num_processes, PartialState().process_index) == (3, 2)
+        assert PartialState().distributed_type == DistributedType.MULTI_GPU
+
+    def test_without_any_before(self):
+        reset_accelerate()
+        with own_accelerate_state(one_process=True):
+            assert Accelerator(cpu=True, mixed_precision="no").num_processes == 1
+        assert PartialState._shared_state == AcceleratorState._shared_state == GradientState._shared_state == {}
+
+
+class TestEvaluation:
+    def test_one_that_adapts(self, host, tiny_pipeline_folder, tmp_path):
+        parts = draw_parts(tmp_path / "parts")
+        given = ["--base", tiny_pipeline_folder, "--data", parts, "--categories", "ring", "--limit", 1, *BRIEF]
+        given += ["--seeds", 0, "--adapt", "--adapt_steps", 1, "--adapt_decoder_steps", 1, "--mixed_precision", "no"]
+        assert run(*given, "--out", tmp_path / "out") == 0
+        check(host)
