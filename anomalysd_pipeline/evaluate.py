@@ -1,4 +1,4 @@
-"""Figures for a data set with labels, on one processor or many. See docs/evaluation.md.
+"""Evaluate on a data set with labels, on one processor or many; see docs/evaluation.md.
 
     accelerate launch -m anomalysd_pipeline.evaluate --data mvtec --shots 1 2 4 --out results/mvtec
 
@@ -6,8 +6,8 @@ On all GPUs of a machine:
 
     accelerate launch --multi_gpu -m anomalysd_pipeline.evaluate --data mvtec --shots 1 2 4 --out results/mvtec
 
-The folder holds `results.csv` (a row per picture), `summary.json`, `report.md` and `figures/`. A run that was
-interrupted is completed by the same command, also by another number of processes.
+The folder holds `results.csv` (a row per picture), `summary.json`, `report.md` and `figures/`. The same command
+completes an interrupted run, also with another number of processes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit status: 0 on success, 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
+        The exit status: 0 on success, 2 for unusable input (one sentence on stderr), 130 if interrupted.
 
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs an evaluation with parsed options, see `evaluation.options.add_arguments`; on every process.
+    """Runs an evaluation with options of `evaluation.options.add_arguments`; on every process.
 
     Raises:
-        ValueError: for input that cannot be used; in one sentence, with the names of the options.
+        ValueError: for unusable input; in one sentence, with the names of the options.
     """
     from .evaluation.run import evaluate
 

@@ -1,4 +1,4 @@
-"""Time and memory of all pixel metrics, and of their curves, over a class of pictures.
+"""Measure time and memory of all pixel metrics and their curves over a class of pictures.
 
     python benchmarks/metrics.py [--pictures 160] [--side 1024] [--share 0.02] [--levels 256] [--compare]
 
@@ -25,7 +25,7 @@ FIGURES = ("auroc", "aupr", "f1_max", "pro")
 
 
 class Class:
-    """The pictures, drawn as they are asked for, and how long drawing them took."""
+    """Draws pictures as they are asked for, and measures how long drawing takes."""
 
     def __init__(self, pictures: int, side: int, share: float, levels: int, seed: int):
         self.pictures, self.side, self.share, self.levels, self.seed = pictures, side, share, levels, seed
@@ -39,7 +39,7 @@ class Class:
             yield picture
 
     def draw(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """A mask of several blobs and a map that is noise, higher in the blobs."""
+        """Draws a mask of several blobs and a map of noise that is higher in the blobs."""
         rng = np.random.default_rng([self.seed, index])
         mask = np.zeros((self.side, self.side), bool)
         if index % 2:
@@ -52,7 +52,7 @@ class Class:
 
 
 def apart(drawn: Class) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
-    """The masks and the maps; `itertools.tee` would hold on to dozens of pictures."""
+    """Splits the pictures into masks and maps; `itertools.tee` would hold on to dozens of them."""
     waiting = deque()
 
     def masks():
@@ -68,7 +68,7 @@ def apart(drawn: Class) -> tuple[Iterator[np.ndarray], Iterator[np.ndarray]]:
 
 
 def ours(drawn: Class) -> tuple[dict, dict, float]:
-    """Metrics, curves and seconds."""
+    """Computes metrics and curves, and the seconds that they took."""
     began = time.perf_counter()
     metrics, curves = pixel_metrics_and_curves(*apart(drawn))
     return metrics, curves, time.perf_counter() - began - drawn.seconds

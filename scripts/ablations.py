@@ -1,11 +1,11 @@
-"""What each part of the fine-tuning brings: the paper's Tables 3 and 4, on parts unknown to the checkpoint.
+"""Ablate the fine-tuning as in the paper's Tables 3 and 4, on parts unknown to the checkpoint.
 
     python -m scripts.ablations --out ablations.csv
     python -m scripts.ablations --rows none both --data FOLDER --categories metal_plate cookies --out photographs.csv
 
-Every row is one model for all given families: a pipeline is adapted to the shots of all of them (or of each alone with
-`--each`), and then inspects their test pictures. Results are appended one by one, and what is in the file is not
-computed again: an interrupted run goes on where it was.
+Every row is one model for all given families: a pipeline is adapted to the shots of all of them (of each by itself
+with `--each`), and then inspects their test pictures. Results are appended one by one and never computed twice: an
+interrupted run goes on where it was.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ROWS = {
     "no prompts": {"prompt_design": "none"},
     "simple prompts": {"prompt_design": "simple"},
 }
-"""Row to what it changes in the checkpoint's own way of adapting; None: no adaptation."""
+"""Row to its changes of the checkpoint's adaptation settings; None: no adaptation."""
 
 TABLES = {
     "Fine-tuned parts": ("none", "decoder", "denoiser", "both"),
@@ -42,7 +42,7 @@ COLUMNS = ("row", "seed", "category", "image", "pixel", "image_0", "pixel_0", "a
 
 
 def finished(path: Path) -> list[dict]:
-    """The results that are in the file."""
+    """Reads the results in the file."""
     if not path.exists():
         return []
     with open(path, newline="", encoding="utf-8") as file:
@@ -50,7 +50,7 @@ def finished(path: Path) -> list[dict]:
 
 
 def append(path: Path, result: dict, columns: tuple[str, ...] = COLUMNS) -> None:
-    """Adds one result, with the header where the file is new."""
+    """Appends a result, after a header if the file is new."""
     new = not path.exists()
     with open(path, "a", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
@@ -60,7 +60,7 @@ def append(path: Path, result: dict, columns: tuple[str, ...] = COLUMNS) -> None
 
 
 def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
-    """One adaptation to the categories in `jobs`, and the inspection of their test pictures."""
+    """Adapts to the categories in `jobs` and inspects their test pictures."""
     pipe = AnomalySDPipeline.from_pretrained(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     pipe.mixed_precision = resolve_precision(arguments.mixed_precision, pipe.device)
@@ -81,8 +81,11 @@ def run(arguments, row: str, seed: int, jobs: dict[str, tuple]) -> None:
 
 
 def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
-    """Lines of a Markdown table, AUROC as image / pixel: the mean over categories, then mean and spread over the seeds
-    that have all of them; and the difference to the row "none" of the same seeds, which are the same pictures."""
+    """Writes the lines of a Markdown table, AUROC as image / pixel.
+
+    A figure is the mean over categories, then mean and spread over the seeds that have all categories. The difference
+    is to the row "none" of the same seeds, hence of the same pictures.
+    """
     categories = {result["category"] for result in results}
     by_seed = {row: _by_seed(results, row, categories) for row in {*rows, "none"}}
     lines = []
@@ -98,7 +101,7 @@ def table(results: list[dict], rows: tuple[str, ...]) -> list[str]:
 
 
 def _by_seed(results: list[dict], row: str, categories: set[str]) -> dict[str, np.ndarray]:
-    """Image and pixel AUROC, then both with `feature_weight` 0, of each seed that has all categories."""
+    """Computes image and pixel AUROC, then both with `feature_weight` 0, of each seed with all categories."""
     keys = ("image", "pixel", "image_0", "pixel_0")
     found: dict[str, dict[str, list[float]]] = {}
     for result in results:
@@ -108,7 +111,7 @@ def _by_seed(results: list[dict], row: str, categories: set[str]) -> dict[str, n
 
 
 def _cell(by_seed: dict[str, np.ndarray], first: int, sign: str = "") -> str:
-    """Two figures, each with its spread if there is more than one seed; differences with one digit more."""
+    """Writes two figures, with their spread if there are several seeds; differences have one digit more."""
     if not by_seed:
         return ""
     digits = 4 if sign else 3
@@ -118,7 +121,7 @@ def _cell(by_seed: dict[str, np.ndarray], first: int, sign: str = "") -> str:
 
 
 def report(results: list[dict]) -> str:
-    """All tables of which there is a row, and each category by itself."""
+    """Writes all tables with results, and a table for each category."""
     columns = ["{}", "image / pixel AUROC", "against none", "the same with `feature_weight` 0", "seeds"]
     head = f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|"
     parts = []

@@ -1,9 +1,9 @@
-"""AnomalySD beside other methods and two floors, on the same pictures and the same shots: one table by one command.
+"""Compare AnomalySD with other methods and two floors, on the same pictures and shots, in one table.
 
     python -m scripts.compare --data FOLDER --categories cookies metal_plate --shots 1 4 --seeds 0 1 2 --out comparison
 
-Every system is evaluated into a folder of its own by `anomalysd_pipeline.evaluate`, and what is there is not computed
-again. `comparison.md` has the tables. Rows of `EXTRA`, which take longest, are computed where they are named:
+`anomalysd_pipeline.evaluate` evaluates every system into a folder of its own and computes nothing twice.
+`comparison.md` has the tables. Rows of `EXTRA`, which take longest, are computed only if named:
 
     python -m scripts.compare ... --systems AnomalySD "AnomalySD, adapted" PatchCore
 """
@@ -33,7 +33,7 @@ SYSTEMS = {
     "WinCLIP": ["--peer", "winclip"],
     "DRAEM": ["--peer", "draem"],
 }
-"""Name in the tables to what it adds to the options of an evaluation."""
+"""Name in the tables to further options of the evaluation."""
 
 EXTRA = ("AnomalySD, adapted", "AnomalySD, ImageNet features")
 
@@ -43,7 +43,7 @@ COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_pr
 def run_systems(
     systems: Mapping[str, Sequence[str]], common: Sequence[str], out: Path
 ) -> tuple[dict[str, dict], dict[str, str]]:
-    """Evaluates each system with the options that all share.
+    """Evaluates each system with its own and the common options.
 
     Args:
         systems: name to its own options.
@@ -51,7 +51,7 @@ def run_systems(
         out: gets a folder for each system.
 
     Returns:
-        Name to summary, and name to the sentence that says why there is none.
+        Name to summary, and name to the sentence why there is none.
     """
     parser = argparse.ArgumentParser()
     add_arguments(parser)
@@ -68,12 +68,12 @@ def run_systems(
 
 
 def folder_name(system: str) -> str:
-    """The name of a system as that of a folder."""
+    """Turns the name of a system into that of a folder."""
     return "-".join("".join(c if c.isalnum() else " " for c in system.lower()).split())
 
 
 def comparison(summaries: Mapping[str, Mapping], failures: Mapping[str, str]) -> str:
-    """Markdown: for each number of shots a table of all systems, in percent, mean ± spread over the seeds."""
+    """Writes a table of all systems for each number of shots, in percent, mean ± spread over the seeds."""
     first = next(iter(summaries.values()))
     categories, parts = list(first["dataset"]["categories"]), []
     for entry in first["results"]:

@@ -1,9 +1,9 @@
-"""What each part of an inspection brings: the paper's Tables 5 and 4 (prompts), and Figure 4, the noise strength.
+"""Ablate the inspection as in the paper's Tables 5 and 4 (prompts) and Figure 4 (noise strength).
 
     python -m scripts.inference_ablations --synthetic gear capsule perforated_sheet --shots 1 --sweep_steps 10
 
 The score is the paper's (`feature_weight` 0) unless `--feature_weight` is given. Every row is an evaluation in a
-folder of its own, and what is there is not computed again.
+folder of its own, and nothing is computed twice.
 """
 
 import argparse
@@ -34,7 +34,7 @@ COLUMNS = {
 
 
 def rows_of(title: str, names: Sequence[str], summaries: Mapping[str, Mapping]) -> str:
-    """A Markdown table with a row for each name and number of shots."""
+    """Writes a Markdown table with a row for each name and number of shots."""
     shots = [result["shots"] for result in summaries[names[0]]["results"]]
     rows = []
     for place, count in enumerate(shots):
@@ -45,7 +45,7 @@ def rows_of(title: str, names: Sequence[str], summaries: Mapping[str, Mapping]) 
 
 
 def draw_strengths(curves: Mapping[float, Mapping], path: Path) -> None:
-    """Image and pixel AUROC of each category against the noise strength, and their mean.
+    """Draws image and pixel AUROC of each category, and their mean, against the noise strength.
 
     Args:
         curves: noise strength to a summary.

@@ -1,1 +1,1 @@
-"""Evaluating on a data set: ours and its peers on the same shots, scored by the same metrics, in one report."""
+"""Evaluate AnomalySD and its peers on the same shots with the same metrics, in one report."""

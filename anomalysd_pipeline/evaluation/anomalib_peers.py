@@ -1,4 +1,4 @@
-"""PatchCore, PaDiM and WinCLIP: anomalib's own models, without its trainer: ours are features and seeding."""
+"""Run anomalib's PatchCore, PaDiM and WinCLIP with our features and seeding, without its trainer."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _LEVEL = "features"
 
 
 class _Features(nn.Module):
-    """A `Backbone` where anomalib expects its own extractor: a dictionary of levels."""
+    """Gives anomalib the levels of a `Backbone` as a dictionary, as its own extractor does."""
 
     def __init__(self, backbone: Backbone):
         super().__init__()
         self.backbone = backbone
 
     def train(self, mode: bool = True) -> _Features:
-        """Nothing: anomalib's models collect in training mode, in which BatchNorm would learn the pictures."""
+        """Changes nothing: anomalib collects features in training mode, where BatchNorm would learn."""
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ class _Features(nn.Module):
 
 
 class _FeaturePeer(TensorDetector):
-    """What PatchCore and PaDiM share: a backbone, and embeddings of the normal pictures and their rotations."""
+    """Gives PatchCore and PaDiM our backbone, and shows them the normal pictures and their rotations."""
 
     one_model_per_category = False
 
@@ -61,13 +61,13 @@ class _FeaturePeer(TensorDetector):
         }
 
     def _install(self, model: nn.Module) -> nn.Module:
-        """Gives an anomalib model our features in place of those it was made with."""
+        """Replaces the features of an anomalib model by ours."""
         model.feature_extractor = _Features(self.backbone)
         model.layers = [f"{_LEVEL}{index}" for index in range(len(self.backbone.channels))]
         return model.to(self.device)
 
     def _show(self, model: nn.Module, normals: Sequence[Image.Image], rotations: int) -> None:
-        """Passes the normal pictures through `model` in training mode, in which anomalib's models collect them."""
+        """Passes the normal pictures through `model` in training mode, so that it collects them."""
         model.train()
         for image in normals:
             picture = to_tensor(image, self.resolution)[None].to(self.device)  # [1, 3, R, R]
@@ -81,7 +81,7 @@ class _FeaturePeer(TensorDetector):
 
 
 class PatchCore(_FeaturePeer):
-    """PatchCore (Roth et al. 2022): a coreset of patch features, and the distance to the nearest of them.
+    """Measures the distance to a coreset of patch features: PatchCore (Roth et al. 2022).
 
     Args:
         backbone: see `load_backbone`.
@@ -152,7 +152,7 @@ class PatchCore(_FeaturePeer):
 
 
 class PaDiM(_FeaturePeer):
-    """PaDiM (Defard et al. 2021): a Gaussian of features at every position, and the Mahalanobis distance to it.
+    """Measures the Mahalanobis distance to a Gaussian at every position: PaDiM (Defard et al. 2021).
 
     Args:
         backbone: see `load_backbone`.
@@ -211,7 +211,7 @@ class PaDiM(_FeaturePeer):
         self._show(self.model, normals, rotations)
         self.model.fit()
         gaussian = self.model.gaussian
-        # Off the GPU: a hundred megabytes and more for each category.
+        # Off the GPU: a category takes a hundred megabytes and more.
         learned = {"idx": self.model.idx, "mean": gaussian.mean, "inv_covariance": gaussian.inv_covariance}
         self.remember(category, {name: tensor.cpu() for name, tensor in learned.items()})
 
@@ -224,9 +224,9 @@ class PaDiM(_FeaturePeer):
 
 
 class WinCLIP(TensorDetector):
-    """WinCLIP (Jeong et al. 2023): CLIP's opinion of windows of the picture, in words and against normal pictures.
+    """Compares windows of the picture with prompts and with normal pictures: WinCLIP (Jeong et al. 2023).
 
-    It needs its own weights, CLIP ViT-B/16+ at 240 px trained on LAION-400M: no other features will do.
+    It works with its own weights only: CLIP ViT-B/16+ at 240 px, trained on LAION-400M.
 
     Args:
         checkpoint: those weights as a local file, for `open_clip`; None: downloaded by `open_clip`.
@@ -248,7 +248,7 @@ class WinCLIP(TensorDetector):
             raise ValueError(f"`checkpoint` must be an existing file of CLIP weights, got '{checkpoint}'.")
         self.device, self.transform = torch.device(device), preprocessor.transform
         self.weights = "laion400m_e31, downloaded by open_clip" if checkpoint is None else os.path.basename(checkpoint)
-        # anomalib takes the weights' name from its module alone.
+        # anomalib reads the name of the weights from its module only.
         default = anomalib_module.PRETRAINED
         try:
             anomalib_module.PRETRAINED = default if checkpoint is None else os.fspath(checkpoint)
@@ -257,7 +257,7 @@ class WinCLIP(TensorDetector):
             raise ValueError(
                 f"`peer` 'winclip' needs open_clip, which is not installed; run `{PEERS_HINT}`."
             ) from error
-        # What a failed download raises is left to huggingface_hub and the network beneath it.
+        # A failed download raises whatever huggingface_hub and the network beneath it do.
         except Exception as error:
             raise ValueError(
                 f"`peer` 'winclip' could not load its CLIP weights ({error}); let open_clip download them "

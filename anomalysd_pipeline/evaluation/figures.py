@@ -1,6 +1,6 @@
-"""Pictures of an evaluation: its curves, and a montage of its best and worst cases.
+"""Draw the curves of an evaluation, and a montage of its best and worst cases.
 
-Files are the same bytes for the same input and the same versions of the libraries: they hold no time and no version.
+The same input and versions of the libraries give the same bytes: files hold no time and no version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ COLORS = (
     "#7f7f7f",
     "#bcbd22",
 )
-"""Of the lines, in turn; after the last, again from the first with another dash."""
+"""Colors of the lines, in turn; after the last they start over with another dash."""
 
 _DASHES = ("-", "--", ":")
 _DPI = 120
@@ -38,7 +38,7 @@ _NAME_LENGTH = 26  # of a name in the legend
 _CELL = 208  # pixels, the side of a picture in the montage
 _CAPTION_LENGTH = 64
 
-# Curve: title, horizontal axis, vertical axis. Points are joined by straight lines, for which `curves` thins them.
+# Curve: title, horizontal axis, vertical axis.
 _PANELS = {
     "image_roc": ("Image ROC", "false positive rate", "true positive rate"),
     "image_pr": ("Image PR", "recall", "precision"),
@@ -49,19 +49,19 @@ _PANELS = {
 
 
 def can_draw_curves() -> bool:
-    """Whether matplotlib, which `draw_curves` needs, is installed."""
+    """Tells whether matplotlib, needed by `draw_curves`, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, Sequence]], path: Path, title: str = "") -> Path | None:
-    """Draws the curves of one run, a line for each name and a panel for each kind of curve that has a point.
+    """Draws the curves of a draw, a line for each name and a panel for each kind of curve with points.
 
     Args:
         curves: name (a category) to its curves: "image_roc", "image_pr", "pixel_roc", "pixel_pr" and "pro", each
             [2, P], the horizontal values and the vertical ones, all in [0, 1]; missing or without points where
             undefined.
         path: of the PNG file; its folder exists.
-        title: over the figure, such as which shots and which seed these are.
+        title: over the figure, such as the number of shots and the seed.
 
     Returns:
         `path`; None, and no file, where no curve has a point.
@@ -73,7 +73,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence]], path: Path, title:
         raise ValueError(
             "Curves are drawn with matplotlib, which is not installed; `pip install 'anomalysd-pipeline[evaluate]'`."
         )
-    # Figure and canvas by themselves: pyplot would choose a backend and keep the figure for the whole process.
+    # Without pyplot, which would choose a backend and keep the figure for the whole process.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -86,7 +86,7 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence]], path: Path, title:
     rows = [row for row in (image_level, pixel_level) if row]
     if not rows:
         return None
-    # The names stand in a place of their own, at the end of the first row: over the lines they would hide some.
+    # The names have a place of their own, at the end of the first row, where they hide no line.
     columns = max(len(rows[0]) + 1, *(len(row) for row in rows))
     figure = Figure(figsize=(columns * _PANEL, len(rows) * (_PANEL + 0.2) + 0.4), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
@@ -100,17 +100,17 @@ def draw_curves(curves: Mapping[str, Mapping[str, Sequence]], path: Path, title:
     _draw_names(figure.add_subplot(grid[0, len(rows[0]) :]), names)
     figure.suptitle(_short(title, 100), fontsize=11, parse_math=False)
     with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes, which everyone sees.
+        # A name in a script that the font lacks is drawn as boxes, which needs no warning.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         canvas.print_png(path, metadata={"Software": None})
     return path
 
 
 def draw_cases(cases: Sequence[Mapping], path: Path) -> Path:
-    """Draws a row for each case: the picture, its true mask, and its heatmap with what lies above the threshold.
+    """Draws a row for each case: the picture, its true mask, and its heatmap with outlined defects.
 
-    Heat has the fixed scale of `Inspection.overlay`: the category's threshold is the middle of it. Where there is no
-    threshold, the hottest color stands for the case's `maximum`.
+    Heat has the fixed scale of `Inspection.overlay`, with the category's threshold in the middle. Without a threshold,
+    the hottest color stands for the case's `maximum`.
 
     Args:
         cases: each with `category`, `image` (PIL), `mask` (bool [H, W], or None), `anomaly_map` ([h, w] of any size, 0
@@ -123,7 +123,7 @@ def draw_cases(cases: Sequence[Mapping], path: Path) -> Path:
         `path`.
 
     Raises:
-        ValueError: if there is no case, or a map, threshold or score is one that `visualize` refuses.
+        ValueError: if there is no case, or for a map, threshold or score that `common.drawing` refuses.
     """
     if not cases:
         raise ValueError("`cases` must hold at least one case, but it is empty.")
@@ -134,20 +134,20 @@ def draw_cases(cases: Sequence[Mapping], path: Path) -> Path:
 
 
 def best_and_worst(rows: Sequence[Mapping], count: int) -> dict[str, list[int]]:
-    """Chooses the pictures to show: those that were told apart best, and those where it went worst.
+    """Chooses the pictures to show: defects that stand out most and least, and the oddest normal parts.
 
-    So that categories with different scales compare, a score counts by its distance from the median of the normal
-    pictures of its category, in their standard deviations. Where these do not spread, the deviation of all of the
-    category's scores stands for theirs; where a category has no normal picture, its median is that of all. No picture
-    is chosen twice, and pictures without a score are left out.
+    To compare categories with different scales, a score is taken as its distance from the median of the normal
+    pictures of its category, in their standard deviations. If these do not spread, the deviation of all scores of the
+    category is taken; if a category has no normal picture, median and deviation are those of all its scores. No
+    picture is chosen twice, and pictures without a score are left out.
 
     Args:
         rows: per picture `category`, `label` (true for defective) and `score` (None where it failed).
         count: of pictures of each kind, at least 1.
 
     Returns:
-        Indices into `rows`: "found", the defective pictures that stand out most, first the most; "missed", those that
-        stand out least, first the least; "false_alarms", the normal pictures that stand out most, first the most.
+        Indices into `rows`: "found", the defective pictures that stand out, the most first; "missed", those that stand
+        out least, the least first; "false_alarms", the normal pictures that stand out, the most first.
 
     Raises:
         ValueError: if `count` is below 1, or a score is not finite.
@@ -234,13 +234,13 @@ def _short(text: str, length: int) -> str:
 
 
 def _fitted(image: Image.Image, resampling: Image.Resampling = Image.Resampling.LANCZOS) -> Image.Image:
-    """A copy that fits a montage's cell."""
+    """Copies a picture at the size of a montage's cell."""
     image, ratio = image.convert("RGB"), _CELL / max(image.size)
     return image.resize([max(1, round(side * ratio)) for side in image.size], resampling)
 
 
 def _truth(case: Mapping) -> Image.Image | None:
-    """The true mask in white on black; nothing where a defective picture has none."""
+    """Draws the true mask in white on black; None for a defective picture without a mask."""
     if case["mask"] is None:
         return None if case["label"] else Image.new("RGB", _fitted(case["image"]).size)
     return _fitted(Image.fromarray(np.asarray(case["mask"], dtype=bool)), Image.Resampling.BOX)
@@ -253,7 +253,7 @@ def _heat(case: Mapping) -> Image.Image:
     resized = np.asarray(Image.fromarray(values).resize(small.size, Image.Resampling.BILINEAR))
     if case["threshold"] is None:
         return overlay(small, resized, maximum=case.get("maximum") or UNCALIBRATED_MAXIMUM)
-    # What lies above the threshold is found at the map's own size: the smallest spot keeps its outline.
+    # Compared with the threshold at the map's own size, so that the smallest spot keeps its outline.
     above = Image.fromarray((values > case["threshold"]).astype(np.float32))
     above = np.asarray(above.resize(small.size, Image.Resampling.BOX)) > 0
     return contour(overlay(small, resized, case["threshold"]), above, width=1)

@@ -1,4 +1,4 @@
-"""Two floors that need no trained features: what a detector has to beat to be worth its weights."""
+"""Provide two floors without trained features, for detectors to beat."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROMPTS = ("", "A perfect {name}.")
 
 
 def nearest_distances(bank: Tensor, features: Tensor) -> Tensor:
-    """Euclidean distance of each position to the nearest vector of a bank.
+    """Computes the Euclidean distance of each position to the nearest vector of a bank.
 
     Args:
         bank: `[M, C]`.
@@ -38,11 +38,11 @@ def nearest_distances(bank: Tensor, features: Tensor) -> Tensor:
 
 
 class ColorPatchFloor(TensorDetector):
-    """Nearest neighbor of 3 x 3 color patches: no network at all.
+    """Measures the distance to the nearest 3 x 3 color patch of the normal pictures, without a network.
 
-    A picture is scaled to a square and averaged over a grid of cells; the colors in [-1, 1] of the 3 x 3 cells around
-    each cell (mid-gray outside the picture) are its 27 values. The map is the Euclidean distance to the nearest of the
-    normal pictures and their rotated copies, scaled up bilinearly and smoothed as ours; the score is its maximum.
+    A picture is scaled to a square and averaged over a grid of cells. A cell has 27 values: the colors in [-1, 1] of
+    the 3 x 3 cells around it, mid-gray outside the picture. The map is the Euclidean distance to the nearest cell of
+    the normal pictures and their rotated copies, scaled up bilinearly and smoothed as ours; the score is its maximum.
 
     Args:
         resolution: side of the square in pixels, a multiple of `grid`.
@@ -51,7 +51,7 @@ class ColorPatchFloor(TensorDetector):
         device: where it is computed.
 
     Raises:
-        ValueError: if `resolution` is no multiple of `grid`, or one of the three is less than 1.
+        ValueError: if `resolution` is no multiple of `grid`, or any of the three is less than 1.
     """
 
     name = "color_patches"
@@ -78,7 +78,7 @@ class ColorPatchFloor(TensorDetector):
         }
 
     def patches(self, images: Tensor) -> Tensor:
-        """Colors around each cell: `[N, 3, H, W]` in [-1, 1] to `[N, 27, grid, grid]`."""
+        """Takes the colors around each cell: `[N, 3, H, W]` in [-1, 1] to `[N, 27, grid, grid]`."""
         cells = F.adaptive_avg_pool2d(images, self.grid)  # [N, 3, g, g]
         around = F.unfold(cells, kernel_size=3, padding=1)  # [N, 27, g g]
         return around.view(len(images), -1, self.grid, self.grid)
@@ -98,19 +98,18 @@ class ColorPatchFloor(TensorDetector):
 
 
 class PlainInpaintingFloor(Detector):
-    """The same Stable Diffusion model, used in the plainest way: diffusers' own inpainting pipeline repaints the whole
-    picture at once.
+    """Repaints the whole picture at once by diffusers' inpainting with the same Stable Diffusion model.
 
     The map is the mean over the channels of the absolute difference of colors in [0, 1], smoothed as ours; the score
-    is its maximum. Nothing is learned from normal pictures, and no adaptation is used.
+    is its maximum. It learns nothing from normal pictures and uses no adaptation.
 
     Args:
-        pipe: an `AnomalySDPipeline`, whose base components are used, or what its `from_pretrained` takes; None: the
+        pipe: an `AnomalySDPipeline`, for its base components, or a checkpoint for its `from_pretrained`; None: the
             embedded checkpoint.
         prompt: one of `PROMPTS`: none, or with the category's name at `{name}`.
         noise_strength, num_inference_steps: lambda (diffusers' `strength`) and the schedule's length; None: the
             pipeline's.
-        device: where a pipeline named by a path is put; one given stays where it is.
+        device: of a pipeline that is loaded here; a given `AnomalySDPipeline` stays where it is.
         seed: of the noise, the same for every picture.
 
     Raises:
@@ -143,7 +142,7 @@ class PlainInpaintingFloor(Detector):
         self.noise_strength, self.num_inference_steps = settings.noise_strength, settings.num_inference_steps
         self.inpaint = StableDiffusionInpaintPipeline(
             **{name: getattr(pipe, name) for name in ("vae", "text_encoder", "tokenizer", "unet")},
-            # A scheduler counts its steps, so one that two pipelines share would be in the way of both.
+            # A scheduler counts its steps, so two pipelines cannot share it.
             scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config),
             safety_checker=None,
             feature_extractor=None,
@@ -168,7 +167,7 @@ class PlainInpaintingFloor(Detector):
         }
 
     def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
-        """Nothing is learned."""
+        """Learns nothing."""
 
     @torch.no_grad()
     def predict(self, category: str, image: Image.Image) -> Prediction:

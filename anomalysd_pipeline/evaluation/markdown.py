@@ -1,4 +1,4 @@
-"""Markdown for reports: tables, figures in percent, and the texts of others."""
+"""Write Markdown for reports: tables, figures in percent, and texts of unknown content."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import re
 from collections.abc import Mapping, Sequence
 
 UNDEFINED = "-"
-"""Stands for a figure that is undefined."""
+"""Cell of an undefined figure."""
 
 _NUMBER = re.compile(r"[\d.]+( ± [\d.]+)?|-|")
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
-    """A Markdown table whose columns also line up in the text; columns of numbers are aligned to the right.
+    """Writes a Markdown table with columns that line up in the text, numbers to the right.
 
     Args:
-        rows: cells, Markdown on one line each; texts of others go through `plain` first.
+        rows: cells, Markdown on one line each; texts of unknown content go through `plain` first.
         header: one cell for each column.
 
     Raises:
@@ -37,13 +37,13 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str]) -> str:
 
 
 def percent(stat: Mapping | None) -> str:
-    """A figure in percent with one decimal, such as "93.6 ± 0.4".
+    """Writes a figure in percent with one decimal, such as "93.6 ± 0.4".
 
     Args:
         stat: `mean` and `std` in [0, 1], and `values`, one for each seed; None or nan where undefined.
 
     Returns:
-        The mean alone where it is of one seed, and "-" where it is undefined.
+        Without a spread for a single seed, and "-" where undefined.
     """
     if stat is None or not is_defined(stat.get("mean")):
         return UNDEFINED
@@ -53,12 +53,12 @@ def percent(stat: Mapping | None) -> str:
 
 
 def plain(text: object) -> str:
-    """Text, such as the name of a folder, that Markdown and HTML show as it is, on one line."""
+    """Escapes a text, such as a folder's name, so that Markdown and HTML show it as it is, on one line."""
     text = html.escape(" ".join(str(text).split()), quote=False)
-    # An underscore within a word is one for Markdown too, and stays readable in the text.
+    # An underscore within a word means nothing to Markdown, and is easier to read as it is.
     return re.sub(r"[\\`*{}\[\]|~$]|(?<![^\W_])_|_(?![^\W_])", r"\\\g<0>", text)
 
 
 def is_defined(value: float | None) -> bool:
-    """Whether a figure is a finite number."""
+    """Tells whether a figure is a finite number."""
     return value is not None and math.isfinite(value)

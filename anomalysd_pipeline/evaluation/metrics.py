@@ -1,8 +1,8 @@
-"""Detection and segmentation metrics, exact: AUROC, AUPR and F1-max by scikit-learn, and PRO.
+"""Compute detection and segmentation metrics: AUROC, AUPR and F1-max by scikit-learn, and PRO.
 
-All take every distinct score as a threshold; equal scores form one threshold. A metric that is undefined for the data
-is `float("nan")`, never 0: AUROC, AUPR and F1-max where only one class is present, PRO where there is no defective
-region or no normal pixel. Higher scores mean more anomalous; they may have any scale and may be infinite.
+All are exact: every distinct score is a threshold, and equal scores form one threshold. A metric that is undefined for
+the data is `float("nan")`, never 0: AUROC, AUPR and F1-max where only one class is present, PRO where there is no
+defective region or no normal pixel. Higher scores mean more anomalous; they may have any scale and may be infinite.
 
 Pictures are read one at a time, and only the scores of their pixels are kept.
 """
@@ -86,7 +86,7 @@ def f1_max(labels: Sequence[bool], scores: Sequence[float]) -> float:
 def pro(
     masks: Iterable[np.ndarray], maps: Iterable[np.ndarray], fpr_limit: float = 0.3, connectivity: int = 8
 ) -> float:
-    """Computes the area under the per-region-overlap curve up to a false positive rate, divided by that rate.
+    """Computes the area under the per-region-overlap curve up to `fpr_limit`, divided by it.
 
     At each threshold the overlap is the share of a defective region (a connected component of a mask) that is found,
     averaged over all regions, so that small defects weigh as much as large ones. The false positive rate is taken over
@@ -112,7 +112,7 @@ def pro(
 
 @dataclass(frozen=True, eq=False)
 class Ranking:
-    """The order of normal and defective items (pictures or pixels) by score, in groups that no threshold separates.
+    """Holds the order of pictures or pixels by score, in groups that no threshold separates.
 
     Attributes:
         labels: [G] bool, true for a group of defective items.
@@ -148,16 +148,16 @@ class Ranking:
         return np.stack(roc_curve(self.labels, self.places, sample_weight=self.counts)[:2])
 
     def precision_recall(self) -> np.ndarray:
-        """Computes recall and precision [2, P] at the thresholds where recall rises; both classes must be present."""
+        """Computes recall and precision [2, P] where recall rises; both classes must be present."""
         precision, recall, _ = precision_recall_curve(self.labels, self.places, sample_weight=self.counts)
         curve = np.stack([recall, precision])[:, -2::-1]  # ascending, without scikit-learn's point at recall 0
         return curve[:, np.diff(curve[0], prepend=0) > 0]
 
     def overlap(self, fpr_limit: float) -> np.ndarray:
-        """Computes the PRO curve [2, P], false positive rate up to `fpr_limit` and mean overlap of the regions.
+        """Computes the PRO curve [2, P], false positive rate up to `fpr_limit` and mean overlap.
 
-        A region weighs as much as any other, and so does each of its pixels within it: the curve is the ROC curve of
-        pixels with these weights.
+        It is the ROC curve of pixels that weigh 1 / (pixels of their region): regions weigh the same, whatever their
+        size. Both classes must be present.
         """
         rates, overlaps, _ = roc_curve(self.labels, self.places, sample_weight=self.overlaps)
         inside = np.searchsorted(rates, fpr_limit, side="right")
@@ -208,8 +208,9 @@ def check_fpr_limit(fpr_limit: float) -> None:
 def _rank(normal: np.ndarray, defective: np.ndarray, shares: np.ndarray | None = None) -> Ranking:
     """Groups scores of one type; `normal` is sorted in place.
 
-    Normal items between two neighboring scores of defective ones are counted as one group: no figure depends on their
-    order. Defects are a small share of the pixels, so scikit-learn, which takes 60 bytes per score, gets few of them.
+    Normal items between two neighboring scores of defective ones form one group, since no metric depends on their
+    order. Few pixels are defective, so there are few groups: scikit-learn would take many times the memory for all
+    scores.
     """
     normal.sort()
     thresholds, places, found = np.unique(defective, return_inverse=True, return_counts=True)

@@ -1,4 +1,4 @@
-"""The options of an evaluation, the same for `anomalysd_pipeline.evaluate` and `anomalysd evaluate`.
+"""Define the options of an evaluation, for `anomalysd_pipeline.evaluate` and `anomalysd evaluate`.
 
 Nothing here needs torch, so that `--help` and mistyped options are answered at once.
 """
@@ -26,9 +26,9 @@ INSPECTION = (
     "feature_weight",
     "guidance_scale",
 )
-"""Options that are settings of an inspection, see `InspectionSettings`."""
+"""Settings of an inspection, see `InspectionSettings`."""
 
-# Other arguments of the library that a person gives as an option.
+# Argument of the library to the option that gives it.
 _ARGUMENTS = {
     **{name: name for name in INSPECTION},
     **{name: name for name in ("backbone", "false_alarm_rate", "fpr_limit", "peer", "resolution", "revision")},
@@ -52,10 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def named(**names: str) -> Iterator[None]:
-    """Sentences of the library with the names that a person at the command line knows.
+    """Renames the arguments in the library's errors to the options of the command line.
 
     Args:
-        **names: argument to option, without the dashes; none: the usual ones.
+        **names: argument to option, without the dashes; if empty, all that have an option.
     """
     known = names or _ARGUMENTS
     try:

@@ -1,7 +1,7 @@
-"""The paper's own figures, as data: AnomalySD (arXiv 2408.01960), Tables 1 to 5, in percent as printed there.
+"""List the figures of the paper, AnomalySD (arXiv 2408.01960), Tables 1 to 5, in percent.
 
-The metrics' names are those of an evaluation's summary. Table 1 gives means over all categories of a data set; the
-paper gives no figures for single categories. Its ablations (Tables 3 to 5) are of MVTec-AD with 1 shot.
+Metrics are named as in an evaluation's summary. Table 1 gives means over all categories of a data set; the paper gives
+no figures for single categories. Its ablations (Tables 3 to 5) are of MVTec-AD with 1 shot.
 """
 
 from __future__ import annotations
@@ -54,23 +54,23 @@ DATASETS = {
 """The categories of the paper's data sets, spelled as their folders are."""
 
 COUNTS = {MVTEC_AD: ("test pictures", 1725), VISA: ("defective pictures", 1200)}
-"""How many pictures the paper's evaluation of a data set has, of the kind that it counts."""
+"""Kind and number of pictures in the paper's evaluation of a data set."""
 
 RESOLUTION = 512
-"""Pixels, the side to which the paper scales all pictures."""
+"""Side of the paper's scaled pictures, in pixels."""
 
 TABLE_1_METRICS = ("image_auroc", "image_aupr", "image_f1_max", "pixel_auroc", "pixel_pro")
 
 
 @dataclass(frozen=True)
 class PaperRow:
-    """One row of one of the paper's tables.
+    """Holds a row of the paper's tables.
 
     Attributes:
         table: its number.
         dataset: a key of `DATASETS`.
         setup: such as "1-shot".
-        method: who was measured; in an ablation, the variant.
+        method: name of the method; in an ablation, of the variant.
         figures: metric to percent; a metric that the paper does not give is left out.
         topic: what an ablation varies; None in Tables 1 and 2.
     """
@@ -84,7 +84,7 @@ class PaperRow:
 
     @property
     def source(self) -> str:
-        """Where the figures stand."""
+        """Names the paper and the table."""
         return f"{SOURCE}, Table {self.table}"
 
 
@@ -128,7 +128,7 @@ TABLE_2 = tuple(
         ("4-shot + aggregation", "RegAD", 88.1, 95.8),
     ]
 )
-"""Against methods that are given more normal pictures, or other categories' pictures."""
+"""Comparison with methods that learn from more normal pictures, or from other categories."""
 
 ABLATIONS = tuple(
     PaperRow(table, MVTEC_AD, "1-shot", method, {"image_auroc": image, "pixel_auroc": pixel}, topic)
@@ -151,7 +151,7 @@ ABLATIONS = tuple(
 
 
 def paper_dataset(categories: Iterable[str]) -> str | None:
-    """Which of the paper's data sets has exactly these categories.
+    """Finds the data set of the paper with exactly these categories.
 
     Case does not matter, and a space or hyphen stands for an underscore.
 
@@ -159,21 +159,21 @@ def paper_dataset(categories: Iterable[str]) -> str | None:
         categories: names.
 
     Returns:
-        A key of `DATASETS`; None if it is neither, or a part of one only, since the paper's figures are means over all
-        of a data set's categories.
+        A key of `DATASETS`; None if there is none, also for a part of its categories, since the paper's figures are
+        means over all of them.
     """
     names = _folder_names(categories)
     return next((dataset for dataset, members in DATASETS.items() if names == members), None)
 
 
 def part_of(categories: Iterable[str]) -> str | None:
-    """Which of the paper's data sets has these categories among its own; None if neither has, or there are none."""
+    """Finds the data set of the paper that has these categories among its own; None if there is none."""
     names = _folder_names(categories)
     return next((dataset for dataset, members in DATASETS.items() if names and names <= members), None)
 
 
 def table_1(dataset: str, setup: str) -> list[PaperRow]:
-    """The rows of Table 1 for a data set and a setup such as "1-shot", in the paper's order; empty if it has none."""
+    """Lists the rows of Table 1 for a data set and a setup such as "1-shot", in the paper's order."""
     return [row for row in TABLE_1 if (row.dataset, row.setup) == (dataset, setup)]
 
 

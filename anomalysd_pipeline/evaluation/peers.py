@@ -1,4 +1,4 @@
-"""Other methods on the same pictures: the registry of peers and floors, and SPADE, which anomalib does not have."""
+"""Make peers and floors by name; SPADE, which anomalib lacks, is implemented here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .detector import Detector, Prediction, TensorDetector, require_normals
 from .floors import nearest_distances
 
 PEERS = ("patchcore", "padim", "spade", "winclip", "draem", "color_patches", "plain_inpainting")
-"""Names that `make_detector` knows; the last two are floors."""
+"""Names for `make_detector`; the last two are floors."""
 
 
 def make_detector(
@@ -31,7 +31,7 @@ def make_detector(
 
     Args:
         name: one of `PEERS`.
-        backbone: features of PatchCore, PaDiM and SPADE, see `load_backbone`; the others use none or their own.
+        backbone: features of PatchCore, PaDiM and SPADE, see `load_backbone`; other methods have none or their own.
         device: where it computes.
         **options: those of the class: `PatchCore`, `PaDiM`, `SPADE`, `WinCLIP`, `DRAEM`, `ColorPatchFloor` or
             `PlainInpaintingFloor`.
@@ -54,7 +54,7 @@ def make_detector(
 def _class_of(name: str) -> type[Detector]:
     if name == "spade":
         return SPADE
-    from ..evaluation import anomalib_peers, draem, floors
+    from . import anomalib_peers, draem, floors
 
     return {
         "patchcore": anomalib_peers.PatchCore,
@@ -67,18 +67,18 @@ def _class_of(name: str) -> type[Detector]:
 
 
 class SPADE(TensorDetector):
-    """SPADE (Cohen and Hoshen 2020): the most similar normal pictures, then the nearest of their pixels' features.
+    """Compares each position with the most similar normal pictures: SPADE (Cohen and Hoshen 2020).
 
     The score is the mean Euclidean distance of the picture's pooled features to those of its `neighbors` nearest
-    normal pictures. The map is the Euclidean distance of each position's features, all levels put together, to the
+    normal pictures. The map is the Euclidean distance of each position's features, all levels concatenated, to the
     nearest of all positions in those pictures, scaled up bilinearly and smoothed as ours.
 
-    The paper pools the last layer of a classifier; our extractors end before it, so all levels are pooled.
+    The paper pools the last layer of a classifier. Our extractors have no such layer, so all levels are pooled.
 
     Args:
         backbone: see `load_backbone`.
         levels: feature levels of a backbone that has none of its own; strides 4, 8 and 16 as in the paper.
-        neighbors: K, the paper's 50; all pictures where there are fewer.
+        neighbors: K, 50 in the paper; all pictures if there are fewer.
         resolution: side in pixels.
         device: where it computes; a given extractor stays where it is.
 
@@ -123,7 +123,7 @@ class SPADE(TensorDetector):
     @torch.no_grad()
     def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
         require_normals(self.name, normals)
-        # One picture at a time, because a batch may be rounded otherwise than the picture alone.
+        # One picture at a time, because a batch may be rounded differently.
         self.remember(category, {"features": torch.cat([self._features(image) for image in normals])})
 
     @torch.no_grad()

@@ -1,5 +1,8 @@
-"""The report of an evaluation as Markdown: the paper's table layout with the paper's own figures beside ours, a table
-for each number of shots by category, false alarms and misses, curves, cases, settings, cost and notes."""
+"""Write the report of an evaluation as Markdown.
+
+It has the paper's table layout with the paper's own figures beside ours, a table of categories for each number of
+shots, false alarms and misses, curves, cases, settings, cost and notes.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..evaluation import paper
+from . import paper
 from .figures import can_draw_curves, draw_cases, draw_curves
 from .markdown import UNDEFINED, is_defined, percent, plain, table
 
@@ -23,7 +26,7 @@ METRICS = {
     "pixel_f1_max": "Pixel F1-max",
     "pixel_pro": "Pixel PRO",
 }
-"""Metric to its name in the tables, in their order."""
+"""Metric to its name in the tables, in the order of columns."""
 
 _LAYOUT = tuple(metric for metric in METRICS if metric != "pixel_aupr")
 _RATES = {"false_alarms": "false alarms", "misses": "misses"}
@@ -44,24 +47,23 @@ def write_report(
     cases: Sequence[Mapping],
     beside: Sequence[Mapping] = (),
 ) -> Path:
-    """Writes `report.md` and, under `figures/`, the pictures it shows.
+    """Writes `report.md` and its pictures under `figures/`.
 
     Args:
         folder: made if missing.
-        summary: what was evaluated and found: `system`, `dataset`, `protocol` and `results`, as in `summary.json`;
-            figures in [0, 1], None where undefined.
-        costs: `seconds_per_image`, `fit_seconds`, `peak_memory_gib`, `device`, `processes` and more facts; what is
-            None is left out.
-        curves: `(shots, seed, category)` to curves, see `figures.draw_curves`; those of the first seed are drawn.
+        summary: `system`, `dataset`, `protocol` and `results`, as in `summary.json`; figures in [0, 1], None where
+            undefined.
+        costs: `seconds_per_image`, `fit_seconds`, `peak_memory_gib`, `device`, `processes` and more facts; None values
+            are left out.
+        curves: `(shots, seed, category)` to curves, see `figures.draw_curves`; the first seed with any is drawn.
         cases: see `figures.draw_cases`; may be empty.
         beside: summaries of other systems on the same categories, for more rows of the main table.
 
     Returns:
-        The path of `report.md`. Without matplotlib there are no curves, and the report says so.
+        The path of `report.md`. Without matplotlib the report has no curves, and says so.
 
     Raises:
-        ValueError: if a summary has no results, those in `beside` are of other categories, or as the functions in
-            `figures`.
+        ValueError: if a summary has no results, `beside` has other categories, or as the functions in `figures`.
     """
     for given in (summary, *beside):
         if not given["results"]:
@@ -171,7 +173,7 @@ def _setup_order(setup: str) -> tuple:
 
 
 def _comparison(summary: Mapping, dataset: str | None, published: int) -> str:
-    """What the paper's rows are, or why there are none."""
+    """Says how the paper's rows compare, or why there are none."""
     counts = summary["dataset"]["categories"]
     if dataset is None:
         whole = paper.part_of(counts)
@@ -256,7 +258,7 @@ def _settings(summary: Mapping, beside: Sequence[Mapping]) -> str:
 
 
 def _flat(facts: Mapping, prefix: str = "") -> dict[str, str]:
-    """Facts as cells; those of a nested mapping are named "outer.inner"."""
+    """Writes facts as cells; those of a nested mapping are named "outer.inner"."""
     cells = {}
     for key, value in facts.items():
         if isinstance(value, Mapping):
@@ -301,7 +303,7 @@ def _notes(summary: Mapping) -> str:
 
 
 def _partial_means(summary: Mapping) -> list[str]:
-    """Which means are not over all categories, because their metric is not defined for all."""
+    """Lists the means over some categories only, because their metric is undefined for others."""
     total, setups = len(_categories(summary)), {}
     for result in summary["results"]:
         names = {}
@@ -330,7 +332,7 @@ def _missing_masks(summary: Mapping) -> list[str]:
 
 
 def _undefined(summary: Mapping) -> list[str]:
-    """A line for each category and reason, other than missing masks, with the metrics that are undefined by it."""
+    """Lists the undefined metrics by category and reason, other than missing masks."""
     counts, found = summary["dataset"]["categories"], {}
     for result in summary["results"]:
         seeds = result["seeds"]
@@ -357,7 +359,7 @@ def _undefined(summary: Mapping) -> list[str]:
 
 def _reason(count: Mapping, level: str) -> str:
     for kind in ("normal", "defective"):
-        # Defective pictures have normal pixels, too.
+        # Defective pictures have normal pixels too.
         if not count[kind] and (level == "image" or kind == "defective"):
             return f"one class only (no {kind} picture)"
     return "one class only (no defective or no normal pixel)" if level == "pixel" else "no score"

@@ -1,4 +1,4 @@
-"""The table of an evaluation: a row for each picture and draw, as CSV."""
+"""Write and read the table of an evaluation, a row for each picture and draw, as CSV."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from ..inspection.result import write_table
 from .store import EARLIER_RESULTS, RESULTS
 
-# Column to what reads its cells.
+# Column to the function that reads its cells.
 _COLUMNS = {
     "shots": int,
     "seed": int,
@@ -42,7 +42,7 @@ def read_results(folder: str | os.PathLike) -> list[dict]:
         folder: of the evaluation, its `--out`.
 
     Returns:
-        The rows that `write_results` was given, with the same types.
+        The rows that were written, with the same types.
 
     Raises:
         ValueError: if the folder holds no table, or one of an earlier version and pyarrow is not installed.

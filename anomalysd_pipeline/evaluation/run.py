@@ -1,4 +1,4 @@
-"""One evaluation from its options to its report, on one process or several that share a folder."""
+"""Run an evaluation from its options to its report, on one process or several that share a folder."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tqdm import tqdm
 from ..common.devices import own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..data.datasets import write_shots
-from ..evaluation import costs
-from ..evaluation import store as names
 from ..method.calibration import prediction_threshold
 from ..training.run import on_cpu
+from . import costs
+from . import store as names
 from .data import (
     check_data_options,
     choose_shots,
@@ -39,27 +39,26 @@ from .store import Draw, Store
 from .summary import evaluate_class, resize_map, summarize
 from .systems import make_system, needs_new_system
 
-_PATIENCE = timedelta(hours=24)  # one process may have to adapt to a whole data set while the others wait
+_PATIENCE = timedelta(hours=24)  # a process may have to adapt to a whole data set while the others wait
 _CASES = 2  # of each kind and category, while there are few
-_FEW, _MANY = 4, 8  # categories; of many, those that went worst are shown
+_FEW, _MANY = 4, 8  # categories; of more than a few, the `_MANY` with the lowest image AUROC are shown
 _CASE_WORDS = {"found": "clearest defect", "missed": "faintest defect", "false_alarms": "oddest normal part"}
 
 
 def evaluate(args: argparse.Namespace, report: Callable[[str], None] = lambda sentence: None) -> dict:
-    """Runs or completes an evaluation; on every process.
+    """Runs or completes an evaluation; to be called on every process.
 
-    A process that fails leaves the others waiting; it is for the launcher to end them, as those of accelerate and
-    torchrun do.
+    If a process fails, the others wait for it until the launcher ends them, as those of accelerate and torchrun do.
 
     Args:
         args: parsed options, see `options.add_arguments`.
-        report: called with a sentence when something is done; on the main process.
+        report: called on the main process with a sentence for each finished step.
 
     Returns:
         The summary, as in `summary.json`.
 
     Raises:
-        ValueError: for options or data that cannot be used, with the names of the options.
+        ValueError: for unusable options or data, with the names of the options.
     """
     check_options(args)
     state = PartialState(cpu=on_cpu(args), timeout=_PATIENCE)
@@ -73,7 +72,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[str], None] = lambda se
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for what can be told to be wrong before anything is read."""
+    """Raises ValueError for options that are wrong whatever the data."""
     check_data_options(args)
     with named():
         check_fpr_limit(args.fpr_limit)
@@ -87,7 +86,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 class _Evaluation:
-    """The parts of `evaluate`, which share the options, the data and the folder."""
+    """Carries the options, the data and the folder through the stages of `evaluate`."""
 
     def __init__(self, args: argparse.Namespace, state: PartialState, report: Callable[[str], None]):
         self.args, self.state, self.report = args, state, report
@@ -104,7 +103,7 @@ class _Evaluation:
         self.fit_seconds, self.loaded_for = 0.0, None
 
     def run(self) -> dict:
-        # 1. Everything that may be refused, before anything is written or removed
+        # 1. Refuse what cannot be evaluated, before anything is written or removed
         self._load(self.draws[0])
         self._check_shots()
         facts = self._facts()
@@ -112,7 +111,7 @@ class _Evaluation:
             self.store.check_facts(facts)
         self.state.wait_for_everyone()
 
-        # 2. The folder
+        # 2. Begin the folder, or go on in it
         if self.state.is_main_process:
             self.store.claim()
             if self.args.overwrite or not self.store.is_begun():
@@ -122,11 +121,11 @@ class _Evaluation:
             self.store.begin(facts)
         self.state.wait_for_everyone()
 
-        # 3. Each draw, all processes together
+        # 3. Evaluate each draw, all processes together
         for draw in [draw for draw in self.draws if not self._is_complete(draw)]:
             self._evaluate_draw(draw)
 
-        # 4. What they have found
+        # 4. Summarize and report
         summary = self._summarize(facts) if self.state.is_main_process else None
         self.state.wait_for_everyone()
         return summary or self.store.read_json(names.SUMMARY)
@@ -138,7 +137,7 @@ class _Evaluation:
 
     def _evaluate_draw(self, draw: Draw) -> None:
         missing = self._missing(draw)
-        self.state.wait_for_everyone()  # all have read what is there before one adds to it
+        self.state.wait_for_everyone()  # all processes have read the rows before any adds to them
         jobs = [(name, index) for name, indices in missing.items() for index in indices]
         if jobs:
             self._load(draw)
@@ -162,13 +161,13 @@ class _Evaluation:
             self.report(f"{draw.shots} shots, seed {draw.seed}: {len(self.categories)} categories done")
 
     def _missing(self, draw: Draw) -> dict[str, list[int]]:
-        """The categories without metrics, and which of their pictures are not inspected yet."""
+        """Lists the pictures that are not inspected yet, by category without metrics."""
         done = self.store.rows(draw)
         return {
             name: [
                 index
                 for index in range(len(self.categories[name].test))
-                # A map may be gone where a machine lost its power.
+                # A map may be missing after a power failure.
                 if (draw.shots, draw.seed, number, index) not in done
                 or not self.store.map_path(draw, number, index).exists()
             ]
@@ -178,13 +177,13 @@ class _Evaluation:
 
     def _load(self, draw: Draw) -> None:
         if self.detector is None or needs_new_system(self.args, self.loaded_for, draw):
-            self.detector = None  # its memory may be needed for the next
+            self.detector = None  # frees its memory for the next
             with self.state.local_main_process_first():
                 self.detector = make_system(self.args, draw, self.state.device)
             self.loaded_for = draw
 
     def _check_shots(self) -> None:
-        """What can be told to be wrong with the shots and the detector that is loaded."""
+        """Raises ValueError for shots that the loaded detector cannot learn from."""
         for draw in self.draws:
             if draw.shots == 0 and not self.detector.zero_shot:
                 raise ValueError(f"`--shots` is 0, but {self.detector.name} needs a normal picture; give 1 or more.")
@@ -193,7 +192,7 @@ class _Evaluation:
                     self.detector.check_shots(name, draw.shots)
 
     def _prepare(self, draw: Draw, categories: Sequence[str]) -> None:
-        """Learns categories of a draw, each in one process if what is learned can be shared."""
+        """Learns categories of a draw, each in a single process if its state can be shared."""
         began, detector, drawn = time.perf_counter(), self.detector, self.shots[draw.shots][draw.seed]
         if hasattr(detector, "begin"):
             detector.begin(draw.seed)
@@ -211,7 +210,7 @@ class _Evaluation:
         folder = self.store.prepared(draw) / "adaptation"
         if self.state.is_main_process and not folder.exists():
             drawn = self.shots[draw.shots][draw.seed]
-            # To all categories, whatever is missing: they share one model.
+            # To all categories, whichever are missing: they share one model.
             normals = {name: [load_picture(path) for path in paths] for name, paths in drawn.items()}
             with own_accelerate_state(one_process=True):
                 self.detector.adapt(normals, draw.seed)
@@ -219,10 +218,10 @@ class _Evaluation:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.detector.save_adaptation(folder)
         self.state.wait_for_everyone()
-        self.detector.load_adaptation(folder)  # by all: a saved adaptation is in half precision
+        self.detector.load_adaptation(folder)  # by every process: a saved adaptation is in half precision
 
     def _fit_together(self, draw: Draw, categories: Sequence[str]) -> None:
-        """Each category by one process, and none that an interrupted run has learned."""
+        """Learns each category in a single process, unless an interrupted run has learned it."""
         banks, drawn = self.store.prepared(draw) / "banks", self.shots[draw.shots][draw.seed]
         own = categories[self.state.process_index :: self.state.num_processes]
         for name in own:
@@ -232,7 +231,7 @@ class _Evaluation:
                 with self._writing(), written_whole(folder) as partial:
                     self.detector.save(name, partial / "state.safetensors")
         self.state.wait_for_everyone()
-        for name in categories:  # those just learned, too: as saved, whoever inspects
+        for name in categories:  # also those just learned, so that all processes inspect with the saved state
             self.detector.load(name, banks / str(self.numbers[name]) / "state.safetensors")
 
     def _inspect(self, draw: Draw, jobs: Sequence[tuple[str, int]]) -> None:
@@ -262,9 +261,9 @@ class _Evaluation:
             self.store.add(row, resize_map(found.anomaly_map, size))
 
     def _keep_cases(self, draw: Draw, name: str, rows: Sequence[Mapping]) -> None:
-        """Maps of the pictures that the report shows, since the others are removed."""
+        """Keeps the maps of the pictures in the report; all others are removed."""
         folder = self.store.folder / names.CASES
-        # The color scale where there is no threshold: one for all pictures of the category.
+        # The color scale without a threshold, the same for all pictures of the category.
         maximum = max(max(row["score"] for row in rows), float(np.finfo(np.float32).tiny))
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
@@ -278,11 +277,11 @@ class _Evaluation:
     # Facts and figures
 
     def _facts(self) -> dict:
-        """What makes two evaluations the same one; JSON-serializable."""
+        """Collects the facts that two runs of the same evaluation share; JSON-serializable."""
         dataset, protocol = describe_pictures(self.args, self.root, self.categories, self.shots, self.draws)
         system = {"name": self.detector.name, **self.detector.describe()}
         if self.args.peer is None:
-            # As given, because they stand for one of each draw.
+            # As given, because `{shots}` and `{seed}` differ between draws.
             given = {"base": self.args.base, "adaptation": self.args.adaptation}
             system |= {key: value for key, value in given.items() if value and (key not in system or "{" in value)}
         protocol |= {
@@ -316,10 +315,10 @@ class _Evaluation:
         return summary
 
     def _cases(self, worst: Sequence[int]) -> list[dict]:
-        """What the montage shows.
+        """Collects the cases for the montage.
 
         Args:
-            worst: numbers of the categories, the one with the lowest image AUROC first.
+            worst: numbers of the categories, the lowest image AUROC first.
         """
         cases, shown, count = [], set(self.numbers.values()), _CASES
         if len(self.numbers) > _FEW:

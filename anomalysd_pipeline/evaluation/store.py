@@ -1,19 +1,19 @@
-"""The folder of an evaluation: what is done stays done, whoever did it and however it ended.
+"""Store an evaluation in a folder that survives interruptions and is shared by processes.
 
-    run.json                     what was asked for; a run goes on only with the same
-    shots.json                   which normal pictures each category was learned from
-    pictures/                    drawn parts, where these are what is evaluated on
-    prepared/k1-s0/              what was learned from them, for the other processes and for later
+    run.json                     facts of the evaluation; a run goes on only with the same
+    shots.json                   normal pictures that each category was learned from
+    pictures/                    drawn parts, if the evaluation is on these
+    prepared/k1-s0/              learned states, for the other processes and for a later run
     rows/<process>.jsonl         one line per inspected picture, appended
     maps/k1-s0/<n>/<index>.npy   anomaly maps, until the metrics of the draw are known
     classes/k1-s0/<n>.json       metrics and curves of a category
-    cases/<n>-<kind>-<i>.npz     maps of the pictures shown in the report
-    costs/<process>.jsonl        time and memory, which no two runs share
+    cases/<n>-<kind>-<i>.npz     maps of the pictures in the report
+    costs/<process>.jsonl        time and memory, which differ from run to run
     results.csv, summary.json, report.md, figures/
 
-All processes, on however many machines, must see the same folder, and see what another has closed before they met at
-a barrier. Nothing else is asked of the file system: no locks, and no file that two processes append to. Every file
-but the `.jsonl` is complete or not there; of those, a last line that was cut short counts as not written.
+All processes, on however many machines, must see the same folder, and after a barrier every file that was closed
+before it. The file system needs no locks, and no two processes append to the same file. Every file but the `.jsonl` is
+complete or not there; a last line of a `.jsonl` that was cut short counts as not written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _FIGURES = ("curves_*.png", "cases.png")
 _WORK = (ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS)
 _OUTCOME = (SUMMARY, RESULTS, EARLIER_RESULTS, REPORT)
 
-# What a person gave, for the sentence that says in what two evaluations differ.
+# Fact to its option, for the sentence that names a difference between two evaluations.
 _OPTIONS = {
     "system.name": "--peer",
     "system.adaptation": "--adaptation",
@@ -60,7 +60,7 @@ _PICTURES = {"dataset.test_pictures": "test pictures", "protocol.drawn_pictures"
 
 @dataclass(frozen=True, order=True)
 class Draw:
-    """One draw of normal pictures: `shots` of each category, chosen by `seed`."""
+    """Names a draw of normal pictures: `shots` of each category, chosen by `seed`."""
 
     shots: int
     seed: int
@@ -78,18 +78,18 @@ class Store:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # By a number that no other process has, so that two never write into one file, on any machine.
+        # A number that no other process has, on any machine, so that no two write to the same file.
         self._own = f"{uuid.uuid4().hex}.jsonl"
         self._rows_file = None
 
-    # What was asked for
+    # Facts
 
     def claim(self) -> None:
-        """Makes the folder that of an evaluation, by one process before anything else is written.
+        """Marks the folder as that of an evaluation, by one process before anything else is written.
 
         Raises:
-            ValueError: if it is a file, cannot be written, or holds what an evaluation would write over and no
-                evaluation wrote.
+            ValueError: if it is a file, cannot be written, or holds files of something else that an evaluation would
+                overwrite.
         """
         with disk_errors("--out", self.folder, _REMEDY):
             if self.folder.exists() and not self.folder.is_dir():
@@ -105,7 +105,7 @@ class Store:
                 self.write_json(RUN, {_KEY: None})
 
     def is_begun(self) -> bool:
-        """Whether the folder holds an evaluation that may be gone on with."""
+        """Tells whether the folder holds an evaluation to go on with."""
         return bool((self._record() or {}).get(_KEY))
 
     def check_facts(self, facts: Mapping) -> None:
@@ -127,13 +127,13 @@ class Store:
         )
 
     def begin(self, facts: Mapping) -> None:
-        """Writes down what is evaluated."""
+        """Writes the facts of the evaluation."""
         self.write_json(RUN, {_KEY: facts})
 
     def discard(self) -> None:
-        """Removes an earlier evaluation, and nothing else that lies in the folder; drawn parts stay."""
+        """Removes an earlier evaluation, and nothing else in the folder; drawn parts stay."""
         with disk_errors("--out", self.folder, _REMEDY):
-            self.write_json(RUN, {_KEY: None})  # first: what is left of the rest belongs to no evaluation
+            self.write_json(RUN, {_KEY: None})  # first, so that whatever is left belongs to no evaluation
             for name in _WORK:
                 if (self.folder / name).exists():
                     shutil.rmtree(self.folder / name)
@@ -151,13 +151,13 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (UnicodeDecodeError, json.JSONDecodeError):
-            return None  # not ours: ours is written whole
+            return None  # not ours, which is always complete
         return record if isinstance(record, dict) and _KEY in record else None
 
     # Pictures
 
     def add(self, row: dict, anomaly_map: np.ndarray) -> None:
-        """Keeps what was found on a picture; its row is there only if its map is.
+        """Stores the row and the map of a picture, the map first.
 
         Args:
             row: JSON-serializable, with `shots`, `seed`, `category`, `number` (of the category) and `index`.
@@ -178,9 +178,9 @@ class Store:
             self._rows_file.flush()
 
     def rows(self, draw: Draw | None = None) -> dict[tuple[int, int, int, int], dict]:
-        """What was found so far, by `(shots, seed, number, index)`, in this order; of one draw or of all.
+        """Reads the rows of a draw or of all, by `(shots, seed, number, index)` and in this order.
 
-        A line that a killed process left unfinished counts as not done.
+        A line that a killed process left unfinished is skipped.
         """
         found = {}
         for row in self._lines(ROWS):
@@ -189,24 +189,24 @@ class Store:
         return dict(sorted(found.items()))
 
     def map_path(self, draw: Draw, number: int, index: int) -> Path:
-        """Where the map of a picture is. By numbers: a category may have any name."""
+        """Returns the path of a picture's map, named by numbers: a category may have any name."""
         return self.folder / MAPS / str(draw) / str(number) / f"{index:06d}.npy"
 
     def prepared(self, draw: Draw) -> Path:
-        """The folder for what is learned from a draw."""
+        """Returns the folder for the learned states of a draw."""
         return self.folder / PREPARED / str(draw)
 
     def clear(self, draw: Draw, maps: bool) -> None:
-        """Removes what nobody needs after the metrics of a draw: what was learned, and with `maps` the maps, too."""
+        """Removes the learned states of a draw, and with `maps` its maps, once its metrics are known."""
         for folder in (self.prepared(draw), *([self.folder / MAPS / str(draw)] if maps else [])):
             if folder.exists():
-                # So that kept maps and those whose removal was interrupted are told apart.
+                # Renamed first, so that an interrupted removal does not look like maps that are kept.
                 doomed = folder.with_name(f".{uuid.uuid4().hex}")
                 os.replace(folder, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Removes what a killed process left unfinished, by one process when all are done."""
+        """Removes unfinished files of killed processes, by one process when all are done."""
         names = (RUN, SHOTS, *_OUTCOME)
         unfinished = [path for name in names for path in self.folder.glob(f".{name}.*")]
         unfinished += [path for name in (MAPS, CLASSES, PREPARED) for path in (self.folder / name).rglob(".*")]
@@ -222,11 +222,11 @@ class Store:
     # Categories
 
     def class_path(self, draw: Draw, number: int) -> str:
-        """Where the metrics of a category are, below the folder."""
+        """Returns the path of a category's metrics, relative to the folder."""
         return f"{CLASSES}/{draw}/{number}.json"
 
     def has(self, name: str) -> bool:
-        """Whether a file has been written."""
+        """Tells whether a file has been written."""
         return (self.folder / name).exists()
 
     def write_json(self, name: str, content) -> None:
@@ -246,7 +246,7 @@ class Store:
     # Costs
 
     def add_costs(self, costs: Mapping) -> None:
-        """Keeps what this process used; appended, since no process knows the others."""
+        """Appends the costs of this process."""
         with disk_errors("--out", self.folder, _REMEDY):
             path = self.folder / COSTS / self._own
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,7 @@ class Store:
                 file.write(json.dumps(costs) + "\n")
 
     def costs(self) -> list[dict]:
-        """What all processes used."""
+        """Reads the costs of all processes."""
         return list(self._lines(COSTS))
 
     def _lines(self, name: str) -> Iterator[dict]:
@@ -268,7 +268,7 @@ class Store:
 
 
 def _first_difference(name: str, before, now) -> tuple[str, object, object]:
-    """Down to the innermost key, so that the sentence is short."""
+    """Finds the innermost key that differs, and both values."""
     while isinstance(before, dict) and isinstance(now, dict):
         if name == "dataset.categories" and list(before) != list(now):
             return name, list(before), list(now)

@@ -1,4 +1,4 @@
-"""From rows and maps to figures: metrics of each category and draw, then mean and spread over the draws."""
+"""Compute the metrics of each category and draw, then mean and spread over the draws."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .metrics import image_metrics
 from .store import Draw, Store
 
 DIGITS = 6
-"""Decimals of a figure in `summary.json`; what is beyond them is rounding of the computation."""
+"""Decimals of a figure in `summary.json`; the next ones depend on rounding in the computation."""
 METRICS = (
     "image_auroc",
     "image_aupr",
@@ -31,7 +31,7 @@ METRICS = (
 
 
 def resize_map(anomaly_map: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """float32 [h, w] to [H, W], bilinear."""
+    """Resizes a map, float32 [h, w] to [H, W], bilinearly."""
     return resize(torch.from_numpy(np.ascontiguousarray(anomaly_map, dtype=np.float32))[None], size)[0].numpy()
 
 
@@ -44,10 +44,9 @@ def evaluate_class(
     fpr_limit: float,
     connectivity: int,
 ) -> dict:
-    """Metrics and curves of a category after one draw, JSON-serializable.
+    """Computes metrics and curves of a category after one draw, JSON-serializable.
 
-    Pictures without a mask that are defective count for the image metrics alone. A mask is brought to the size of its
-    picture's map.
+    Defective pictures without a mask count for the image metrics only. A mask is resized to its picture's map.
 
     Args:
         rows: one for each test picture of `category`, in their order.
@@ -62,7 +61,7 @@ def evaluate_class(
     compared = [row for row, test in zip(rows, category.test, strict=True) if not test.label or test.mask_path]
     if any(row["label"] for row in compared):
         paths = [store.map_path(draw, number, row["index"]) for row in compared]
-        # Of masks alone the sizes are needed, and read from the first bytes of the maps.
+        # Masks need only the sizes of the maps, which stand in their first bytes.
         sizes = [np.load(path, mmap_mode="r").shape for path in paths]
         truths = (load_truth(category.test[row["index"]], size) for row, size in zip(compared, sizes, strict=True))
         masks = (np.zeros(size, bool) if truth is None else truth for truth, size in zip(truths, sizes, strict=True))
@@ -85,15 +84,15 @@ def summarize(
     found: Mapping[tuple[Draw, str], Mapping],
     categories: Sequence[str],
 ) -> dict:
-    """Everything that is worth reporting and that does not depend on the machine, as written to `summary.json`.
+    """Collects facts and figures that do not depend on the machine, as written to `summary.json`.
 
-    The mean over categories is taken for each draw, and then the mean and the spread over the draws, as few-shot
-    papers do. The spread is the standard deviation of the draws, divided by their number, and not that of their mean.
+    The mean over categories is taken for each draw, then the mean and the spread over the draws, as few-shot papers
+    do. The spread is the standard deviation of the draws (division by their number), not that of their mean.
 
     Args:
         system, dataset, protocol: facts, as they are.
-        draws: those that were evaluated.
-        found: draw and category to what `evaluate_class` returned.
+        draws: in the order of the results.
+        found: draw and category to the result of `evaluate_class`.
     """
     results = []
     for shots in dict.fromkeys(draw.shots for draw in draws):
@@ -104,7 +103,7 @@ def summarize(
         }
         mean = {}
         for name in METRICS:
-            # A category without masks must not lower the number of draws of those that have them.
+            # A category without masks must not remove draws from the means of the others.
             counted = [c for c in categories if all(value is not None for value in by_category[c][name]["values"])]
             values = [
                 float(np.mean([found[draw, c]["metrics"][name] for c in counted])) if counted else None for draw in own
@@ -115,7 +114,7 @@ def summarize(
 
 
 def _error_rates(rows: Sequence[Mapping]) -> dict[str, float]:
-    """Shares of normal pictures above the threshold and of defective ones not above it; none without a threshold."""
+    """Computes the shares of normal pictures above the threshold, and of defective ones not above it."""
     if any(row["threshold"] is None for row in rows):
         return {}
     alarms = [row["score"] > row["threshold"] for row in rows if not row["label"]]

@@ -1,4 +1,4 @@
-"""This package's pipeline as a detector under evaluation."""
+"""Wrap this package's pipeline as a detector under evaluation."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .detector import Detector, Prediction, require_normals
 
 
 class AnomalySDDetector(Detector):
-    """`AnomalySDPipeline`, not adapted, adapted before, or adapted to each draw.
+    """Evaluates an `AnomalySDPipeline`, not adapted, adapted before, or adapted to each draw.
 
     Args:
-        pipe: an `AnomalySDPipeline`. A category that it has registered is inspected with the bank, threshold and
-            adaptation that it has, if these were learned from as many pictures as the evaluation gives.
+        pipe: an `AnomalySDPipeline`. A category that is registered keeps its bank, threshold and adaptation, which
+            must have been learned from as many pictures as the evaluation gives.
         options: settings of an inspection, see `AnomalySDPipeline.settings`; `preset` among them.
         prompt_design: "hierarchical", "simple" or "none".
-        calibrate: whether a threshold is set from the normal pictures.
+        calibrate: whether to set a threshold from the normal pictures.
         false_alarm_rate: see `AnomalySDPipeline.calibrate`.
-        adaptation: None: no fine-tuning; else the options of `AnomalySDPipeline.adapt` with which all categories of a
-            draw are learned together.
+        adaptation: options of `AnomalySDPipeline.adapt`, to fine-tune to all categories of a draw together; None: no
+            fine-tuning.
     """
 
     name = "anomalysd"
@@ -48,7 +48,7 @@ class AnomalySDDetector(Detector):
         self.calibrate, self.false_alarm_rate, self.adaptation = calibrate, false_alarm_rate, adaptation
         self._own, self._weights = set(pipe.categories), _digest(pipe)
         self._seed = 0
-        pipe.settings(**self.options)  # a wrong option is refused before hours of work
+        pipe.settings(**self.options)  # refuses a wrong option before hours of work
 
     def describe(self) -> dict:
         pipe = self.pipe
@@ -70,7 +70,7 @@ class AnomalySDDetector(Detector):
         return facts
 
     def begin(self, seed: int) -> None:
-        """Starts a draw: `seed` chooses the noise, as it chose the pictures."""
+        """Starts a draw: `seed` draws the noise, as it drew the pictures."""
         self._seed = seed
 
     def check_shots(self, category: str, shots: int) -> None:
@@ -112,11 +112,11 @@ class AnomalySDDetector(Detector):
                 self._calibrate(category, images, seed)
 
     def save_adaptation(self, folder: Path) -> None:
-        """Writes what `adapt` learned."""
+        """Writes the adaptation."""
         self.pipe.save_adaptation(folder)
 
     def load_adaptation(self, folder: Path) -> None:
-        """Reads what `save_adaptation` wrote, in place of `adapt`."""
+        """Reads a folder that `save_adaptation` wrote, in place of `adapt`."""
         self._forget_adaptations()
         self.pipe.load_adaptation(folder, overwrite=True)
 
@@ -131,7 +131,7 @@ class AnomalySDDetector(Detector):
             raise ValueError(f"`category` must be one that was fitted, got {category!r}.")
         packed = self.pipe.bank.packed(category) if category in self.pipe.bank else {}
         tensors = {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
-        # A file without tensors is none, so zero shots have an empty bank.
+        # safetensors writes no file without tensors, so zero shots have an empty bank.
         save_file(tensors or {"bank": torch.zeros(0)}, path, metadata={"record": json.dumps(record)})
 
     def load(self, category: str, path: str | Path) -> None:
@@ -151,7 +151,7 @@ class AnomalySDDetector(Detector):
 
 
 def _digest(pipe) -> str:
-    """A short mark of the weights, those of adaptations among them, and of the categories that were learned."""
+    """Computes a short digest of all weights, adaptations included, and of the registered categories."""
     mark = hashlib.sha256(json.dumps([pipe.adaptation_base(), pipe.config.categories], sort_keys=True).encode())
     for name in pipe.adaptations:
         for part, weights in sorted(pipe.adapters.state(name).items()):

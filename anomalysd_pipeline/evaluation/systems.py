@@ -1,4 +1,4 @@
-"""From options to the detector under evaluation."""
+"""Make the detector under evaluation from the options."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .store import Draw
 
 DRAEM_OPTIONS = ("steps", "batch_size", "resolution")
 IMAGENET_LEVELS = (2, 3)
-"""Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 see too little of a part."""
+"""Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 cover too little of a part."""
 
 
 def make_system(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
-    """The detector that the options name, as it is before it learns anything of a draw.
+    """Makes the detector that the options name, before it learns anything of a draw.
 
     Args:
         args: parsed options, see `options.add_arguments`.
@@ -24,8 +24,8 @@ def make_system(args: argparse.Namespace, draw: Draw, device: torch.device) -> D
         device: where it computes.
 
     Raises:
-        ValueError: for options out of their range, a base that cannot be used, or a package that is missing; with the
-            names of the options.
+        ValueError: for options out of their range, an unusable base or a missing package; with the names of the
+            options.
     """
     with named():
         return _make_peer(args, draw, device) if args.peer else _make_own(args, draw, device)
@@ -37,7 +37,7 @@ def _make_own(args: argparse.Namespace, draw: Draw, device: torch.device) -> Det
     options = {name: getattr(args, name) for name in INSPECTION if getattr(args, name) is not None}
     adaptation = None
     if args.adapt:
-        # Low-rank, whatever the checkpoint prefers: all weights cannot be shared with the other processes.
+        # Low-rank, whatever the checkpoint prefers: processes cannot share an adaptation of all weights.
         adaptation = {"method": "lora", "prompt_design": args.prompt_design}
         adaptation |= {"steps": args.adapt_steps, "decoder_steps": args.adapt_decoder_steps}
     return AnomalySDDetector(
@@ -51,14 +51,14 @@ def _make_own(args: argparse.Namespace, draw: Draw, device: torch.device) -> Det
 
 
 def needs_new_system(args: argparse.Namespace, before: Draw, now: Draw) -> bool:
-    """Whether a detector made for one draw does not serve another."""
+    """Tells whether the draw `now` needs another detector than the draw `before`."""
     return args.peer in (None, "plain_inpainting") and any(
         _filled(name, before) != _filled(name, now) for name in (args.base, args.adaptation)
     )
 
 
 def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
-    """The pipeline that the options name, with its adaptation."""
+    """Loads the pipeline that the options name, with its adaptation."""
     from .. import AnomalySDPipeline
     from ..common.devices import resolve_precision
 
@@ -81,7 +81,7 @@ def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
             dtype=getattr(torch, args.dtype),
             **{name: value for name, value in given.items() if value is not None},
         ).to(device)
-    except OSError as error:  # what the libraries below raise for a missing or incomplete checkpoint
+    except OSError as error:  # raised by the libraries below for a missing or incomplete checkpoint
         cause = " ".join(str(error).split())[:200]
         raise ValueError(
             f"`--base` '{base}' cannot be loaded ({cause}); give a checkpoint's folder or its id on the Hub."
