@@ -291,7 +291,8 @@ class TestPage:
         assert tabs == ["Inspect", "Teach", "Batch", "Gallery", "About"]
         expected = {
             "inspect": "picture part run verdict gauge heatmap opacity compare masks downloads",
-            "teach": "name pictures coarse fine length run cancel progress loss validation result download upload",
+            "teach": "name pictures coarse fine length run cancel progress loss-denoiser loss-decoder validation result "
+            "download upload",
             "batch": "files part run progress table gallery downloads",
             "about": "model",
         }
@@ -299,6 +300,7 @@ class TestPage:
 
     def test_every_control_has_a_label(self, page):
         kinds = ("Textbox", "Image", "File", "Dropdown", "Radio", "Slider", "Gallery", "Dataframe", "ImageSlider")
+        kinds += ("LinePlot",)
         for block in page.blocks.values():
             if type(block).__name__ in kinds and getattr(block, "elem_id", None):
                 assert block.label, block.elem_id

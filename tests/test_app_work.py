@@ -3,6 +3,7 @@
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 
@@ -382,7 +383,11 @@ class TestViews:
         assert views.heatmap(picture, map_, 1.0).count("<img") == 3
         assert views.heatmap(picture, map_, None, 1.0).count("<img") == 2
 
-    def test_a_smoothed_curve_starts_and_stays_in_the_range(self):
-        values = [float(v) for v in range(1000)]
-        curve = views.smoothed(values)
-        assert curve[0] == pytest.approx(0) and len(curve) <= 200 and curve == sorted(curve) and curve[-1] < 999
+    def test_the_curve_of_a_loss_is_smooth_starts_with_the_first_and_keeps_its_steps(self):
+        rng = np.random.default_rng(0)
+        values = (np.linspace(3, 1, 1000) + rng.normal(0, 0.3, 1000)).tolist()
+        curve = views.loss_curve(values)
+        assert curve["step"].tolist() == list(range(1, 1001, 5)) and curve["loss"][0] == pytest.approx(values[0])
+        assert np.abs(curve["loss"].diff()).mean() < np.abs(np.diff(values[::5])).mean() / 2
+        assert curve["loss"].iloc[-1] == pytest.approx(1, abs=0.3)
+        assert len(views.loss_curve([])) == 0 and views.loss_curve([2.0, 2.0])["loss"].tolist() == pytest.approx([2, 2])

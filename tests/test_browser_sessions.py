@@ -94,6 +94,31 @@ class TestLessons:
         assert visitor.inspect(nuts[2], "nut") == before
         assert visitor.faults == []
 
+    def test_its_loss_is_drawn_and_nothing_moves(self, visitor, nuts):
+        places = [f"#teach-{name}" for name in ("result", "progress", "loss-denoiser", "loss-decoder", "validation")]
+
+        def layout():
+            boxes = [visitor.page.locator(place).bounding_box() for place in places]
+            return [tuple(round(box[side]) for side in ("x", "y", "width", "height")) for box in boxes]
+
+        visitor.tab("Teach")
+        visitor.page.locator("#teach-validation").wait_for()
+        before = layout()
+        begin_a_long_lesson(visitor, nuts[:2])
+        visitor.page.wait_for_function(
+            """() => {
+                const line = document.querySelector('#teach-loss-denoiser .mark-line path');
+                return line && line.getAttribute('d').split('L').length > 4;
+            }"""
+        )
+        words = visitor.page.locator("#teach-loss-denoiser").inner_text().split("\n")
+        assert "Loss of the denoiser" in words and {"step", "loss"} <= set(words)
+        assert visitor.page.locator("#teach-loss-decoder .mark-line path").count() == 0
+        assert layout() == before
+        visitor.page.locator("#teach-cancel").click()
+        visitor.text_of("#teach-result", "Canceled")
+        assert layout() == before and visitor.faults == []
+
     def test_one_left_by_a_reload_ends(self, visitor, nuts, served):
         from anomalysd_pipeline.app import work
 

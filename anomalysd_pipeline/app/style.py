@@ -69,7 +69,7 @@ button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].
 .labels span:nth-child(3) { text-align: right; }
 .gauge .values { font-variant-numeric: tabular-nums; font-size: 0.95rem; }
 
-figure.heat-view, figure.loss, figure.validation { margin: 0; }
+figure.heat-view, figure.validation { margin: 0; }
 .stack { position: relative; height: 400px; background: rgb(128 128 128 / 0.12); border-radius: 8px;
   overflow: hidden; }
 .stack img { position: absolute; inset: 0; width: 100%; height: 100%; object-fit: contain; margin: 0; }
@@ -77,15 +77,10 @@ figure.heat-view, figure.loss, figure.validation { margin: 0; }
 .stack.empty { display: grid; place-items: center; text-align: center; padding: 1rem; box-sizing: border-box; }
 .stack.empty p { color: var(--quiet); margin: 0; }
 .heat-view figcaption { padding-top: 0.5rem; }
-.loss .stack, .loss svg { height: 150px; width: 100%; }
-.loss svg { background: rgb(128 128 128 / 0.12); border-radius: 8px; display: block; }
-.loss polyline { fill: none; stroke-width: 2; vector-effect: non-scaling-stroke; }
-polyline.denoiser { stroke: #0d9488; } polyline.decoder { stroke: #d97706; }
-span.denoiser { color: #0f766e; } span.decoder { color: #b45309; }
-.dark span.denoiser { color: #5eead4; } .dark span.decoder { color: #fcd34d; }
+/* The plot takes the place that its label leaves; by itself it is as high as both. */
+.loss { display: flex; flex-direction: column; } .loss > :last-child { flex: 1; min-height: 0; height: 0 !important; }
 .validation .stack { height: 190px; }
-.loss figcaption, .validation figcaption { color: var(--quiet); font-size: 0.85rem; padding-top: 0.3rem;
-  min-height: 1.6rem; }
+.validation figcaption { color: var(--quiet); font-size: 0.85rem; padding-top: 0.3rem; min-height: 1.6rem; }
 
 .progress .track { height: 12px; border-radius: 6px; background: rgb(128 128 128 / 0.22); overflow: hidden; }
 .progress .done { height: 100%; background: #0d9488; transition: width 0.3s; }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
 
 import gradio as gr
 
@@ -26,13 +25,8 @@ KEEP = (
 SHOW_SECONDS = 0.4
 """Between two drawings of the progress."""
 
-
-@dataclass(frozen=True)
-class _Taught:
-    """What a lesson leaves on the page."""
-
-    message: str
-    file: str | None
+LOSS_HEIGHT = 200
+"""Pixels, with or without a curve: nothing below may move when the first loss arrives."""
 
 
 def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
@@ -71,7 +65,18 @@ def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
         with gr.Column(scale=5, min_width=320):
             result = gr.HTML(views.waiting("What was taught will be said here."), elem_id="teach-result")
             progress = gr.HTML(views.progress(), elem_id="teach-progress")
-            loss = gr.HTML(views.loss_curve(), elem_id="teach-loss")
+            with gr.Row():
+                losses = {
+                    stage: gr.LinePlot(
+                        x="step",
+                        y="loss",
+                        label=f"Loss of the {stage}",
+                        height=LOSS_HEIGHT,
+                        elem_classes="loss",
+                        elem_id=f"teach-loss-{stage}",
+                    )
+                    for stage in ("denoiser", "decoder")
+                }
             validation = gr.HTML(views.validation(), elem_id="teach-validation")
     gr.Markdown(KEEP, elem_classes="help")
     with gr.Row():
@@ -89,17 +94,21 @@ def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
             key_state: visit.key,
             result: said,
             progress: views.progress(None, "Waiting for a turn"),
-            loss: views.loss_curve(),
+            **dict.fromkeys(losses.values()),
             validation: views.validation(),
             **busy(True),
         }
-        last, drawn = 0.0, None
+        last, drawn, plotted = 0.0, None, {}
         try:
             for state in _taught_in_steps(desk, visit, lesson):
                 if time.monotonic() - last < SHOW_SECONDS and state.stage != "done":
                     continue
                 last = time.monotonic()
-                news = {progress: views.progress(state), loss: views.loss_curve(state.losses)}
+                news = {progress: views.progress(state)}
+                for stage, values in state.losses.items():
+                    if len(values) != plotted.get(stage):
+                        plotted[stage] = len(values)
+                        news[losses[stage]] = views.loss_curve(values)
                 if state.picture is not drawn:
                     drawn = state.picture
                     news[validation] = views.validation(drawn)
@@ -111,11 +120,11 @@ def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
         except ValueError as error:
             yield {result: views.verdict("Not taught.", None, str(error)), progress: views.progress(), **busy(False)}
             raise
-        taught = _left(desk, visit, lesson, state.facts)
+        message, file = _left(desk, visit, lesson, state.facts)
         yield {
-            result: views.verdict(f"“{lesson.name}” is ready to be inspected.", False, taught.message),
+            result: views.verdict(f"“{lesson.name}” is ready to be inspected.", False, message),
             progress: views.progress(state),
-            download: gr.DownloadButton(value=taught.file, interactive=taught.file is not None),
+            download: gr.DownloadButton(value=file, interactive=file is not None),
             **{part: gr.Dropdown(choices=choices(visit), value=lesson.name) for part in parts},
             **busy(False),
         }
@@ -123,7 +132,7 @@ def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
     def busy(on: bool) -> dict:
         return {run: gr.Button(interactive=not on), cancel: gr.Button(interactive=on)}
 
-    shown_outputs = [key_state, result, progress, loss, validation, run, cancel, download, *parts]
+    shown_outputs = [key_state, result, progress, *losses.values(), validation, run, cancel, download, *parts]
     run.click(
         live,
         [key_state, name, pictures, coarse, fine, length],
@@ -196,8 +205,8 @@ def _taught_in_steps(desk: Desk, visit: Visit, lesson):
     return teach(visit.session, desk.turns, lesson, threading.Event())
 
 
-def _left(desk: Desk, visit: Visit, lesson, facts: dict) -> _Taught:
-    """The message and the file that a lesson leaves."""
+def _left(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str | None]:
+    """Sums a lesson up in a message, and packs its adaptation, if there is one, into a file."""
     count = len(lesson.pictures)
     message = (
         f"Learned from {count} picture{'s' if count > 1 else ''} in {facts['seconds']:.0f} s; the threshold is "
@@ -206,8 +215,8 @@ def _left(desk: Desk, visit: Visit, lesson, facts: dict) -> _Taught:
     if count == 1:
         message += " With a single picture the threshold is a guess; two or more make it a measurement."
     if lesson.length == "quick":
-        return _Taught(message + " There is no adaptation to download: nothing was fine-tuned.", None)
-    return _Taught(message, _adaptation_file(desk, visit, lesson.name))
+        return message + " There is no adaptation to download: nothing was fine-tuned.", None
+    return message, _adaptation_file(desk, visit, lesson.name)
 
 
 def _adaptation_file(desk: Desk, visit: Visit, part: str) -> str:
@@ -264,9 +273,9 @@ def _add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
                 yield visit.key, {**told, "loss": losses[-1] if losses else None}, None
         except Canceled:
             raise shown(ValueError("The teaching was canceled; nothing was changed.")) from None
-        taught = _left(desk, visit, lesson, state.facts)
+        _, adaptation = _left(desk, visit, lesson, state.facts)
         told = {"stage": "done", "share": 1.0, "part": lesson.name, "parts": sorted(visit.session.parts)}
-        yield visit.key, {**told, **state.facts}, taught.file
+        yield visit.key, {**told, **state.facts}, adaptation
 
     @sentences
     def load_adaptation(key, file, request: gr.Request):

@@ -6,12 +6,15 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .lessons import LessonState
     from .model import ModelFacts
 
@@ -26,7 +29,7 @@ STAGES = {
     "calibrating": "Setting the threshold",
     "done": "Done",
 }
-_WIDTH, _HEIGHT = 480, 150
+_SMOOTHING, _POINTS = 0.85, 200
 
 
 def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
@@ -138,38 +141,24 @@ def time_left(seconds: float) -> str:
     return f"about {seconds / 60:.0f} min left" if seconds >= 180 else f"about {seconds / 60:.1f} min left"
 
 
-def loss_curve(losses: dict[str, list[float]] | None = None) -> str:
-    """The loss of every step, one curve for each stage on a scale of its own, lightly smoothed."""
-    shown = {name: smoothed(values) for name, values in (losses or {}).items() if len(values) > 1}
-    if not shown:
-        text = "<div class='stack empty'><p>The loss of each step will be drawn here.</p></div>"
-        return f"<figure class='loss'>{text}<figcaption>Loss</figcaption></figure>"
-    drawn, words = "", []
-    for name, values in shown.items():
-        low, high = min(values), max(values)
-        across = (_WIDTH - 16) / max(1, len(values) - 1)
-        points = " ".join(
-            f"{8 + i * across:.1f},{_HEIGHT - 10 - (_HEIGHT - 20) * (v - low) / ((high - low) or 1):.1f}"
-            for i, v in enumerate(values)
-        )
-        drawn += f"<polyline class='{html.escape(name)}' points='{points}'/>"
-        words.append(f"{name}: {values[0]:.3g} to {values[-1]:.3g}")
-    legend = " · ".join(f"<span class='{html.escape(w.split(':')[0])}'>{html.escape(w)}</span>" for w in words)
-    label = "Loss by step, " + "; ".join(words)
-    chart = (
-        f"<svg viewBox='0 0 {_WIDTH} {_HEIGHT}' preserveAspectRatio='none' role='img' "
-        f"aria-label='{html.escape(label)}'>{drawn}</svg>"
-    )
-    return f"<figure class='loss'>{chart}<figcaption>Loss · {legend}</figcaption></figure>"
+def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
+    """Makes the table that a plot of a stage's loss shows.
 
+    Args:
+        losses: the loss of each step, in order.
 
-def smoothed(values: list[float], weight: float = 0.85) -> list[float]:
-    """An exponential mean, started without a lag, of at most 200 points."""
-    mean, total, result = 0.0, 0.0, []
-    for value in values:
-        mean, total = weight * mean + (1 - weight) * value, weight * total + 1 - weight
-        result.append(mean / total)
-    return result[:: max(1, len(result) // 200)]
+    Returns:
+        Columns "step", from 1 on, and "loss", an exponential mean that starts without a lag; at most about 200 rows.
+    """
+    import pandas as pd
+
+    mean = total = 0.0
+    smooth = []
+    for value in losses:
+        mean, total = _SMOOTHING * mean + (1 - _SMOOTHING) * value, _SMOOTHING * total + 1 - _SMOOTHING
+        smooth.append(mean / total)
+    stride = max(1, len(losses) // _POINTS)
+    return pd.DataFrame({"step": range(1, len(losses) + 1, stride), "loss": smooth[::stride]})
 
 
 def validation(picture: Image.Image | None = None) -> str:
