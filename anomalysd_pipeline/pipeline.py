@@ -3,35 +3,56 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
 
-from .adaptations import AdaptationMixin
-from .categories import CategoryMixin
+from . import EMBEDDED
+from .adaptation.folder import adaptation_base_of, is_adaptation_folder, read_adaptation, write_adaptation
+from .adaptation.registry import check_shots, default_name
+from .adaptation.settings import AdaptationSettings
+from .common.devices import autocast
 from .data.images import load_pictures
 from .data.tensors import resize, stack, to_pil, to_tensor
-from .loading import LoadingMixin
-from .method.detection import examine
-from .method.inpainting import draw_noise, encode, repaint
-from .method.prompts import PromptBook, check_category
-from .method.scoring import image_score
+from .knowledge import Knowledge, PackedPart
+from .method.calibration import Calibration, calibrate_threshold, check_rate
+from .method.inpainting import decode, draw_noise, encode, repaint, start_schedule
+from .method.masks import multi_scale_masks, prototype_mask
+from .method.passes import run_passes
+from .method.prompts import PromptBook, average_embedding, check_category
+from .method.scoring import ScoreMaps, harmonic_mean, image_score
 from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
-from .models.adapters import AdapterStore
+from .method.workload import Workload
+from .models.adapters import AdapterStore, fingerprint, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
-from .models.extractor import PrototypeExtractor
+from .models.collection import COMPARED_PICTURES, fill_bank, held_out_bank
+from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
 
+if TYPE_CHECKING:
+    from .adaptation.loop import AdaptationProgress, AdaptedWeights
+
 logger = logging.get_logger(__name__)
 
+UNNAMED_CATEGORY = "part"
+"""Name used in the generic prompts where no category is given."""
 
-class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionPipeline):
+AT_ONCE = 4
+"""Pictures whose features and latents are computed together: fixed, so that no batch size can change their
+rounding."""
+
+
+class AnomalySDPipeline(DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
 
     Args:
@@ -74,6 +95,8 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
     ]
     _exclude_from_cpu_offload = ["bank", "adapters"]
     _callback_tensor_inputs = ["latents"]
+
+    _chosen_adaptation: str | None = None
 
     mixed_precision: str = "no"
     """What repainting and the perceptual distance are computed in: "no" (the weights' own type), "bf16" or "fp16".
@@ -238,39 +261,37 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             guidance_scale=guidance_scale,
         )
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
+
+        # 2. Pictures to the model's resolution
         loaded = load_pictures(image, "image")
         sizes = [(picture.height, picture.width) for picture in loaded]
-        pictures = torch.stack([to_tensor(picture, self.config.resolution) for picture in loaded])  # [N, 3, R, R]
+        pictures = self._to_tensors(loaded)  # [N, 3, R, R]
 
-        # 2. Score maps at the model's resolution
+        # 3. to 7. From pictures to score maps
         bank = self.bank if category in self.bank else None
         try:
-            found = examine(self, pictures, category, settings, bank, batch_size, generator, callback_on_step_end)
+            found = self._score_maps(pictures, category, settings, bank, batch_size, generator, callback_on_step_end)
         finally:
             self.maybe_free_model_hooks()
-        maps = found.maps(settings.prototype_weight, settings.feature_weight)  # [N, R, R]
-        prototype_masks = found.prototype_masks
+        maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
 
-        # 3. Image scores before resizing, so that a score does not depend on the size of the file
+        # 8. Image score, before resizing: it must not depend on the size of the file; threshold of the category
         scores = image_score(maps)  # [N]
-
-        # 4. Compare with the threshold, if the category has one for these settings
         threshold = self._threshold(category, settings)
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
 
-        # 5. Everything back to the pictures' own sizes
+        # 9. Back to the pictures' own sizes
         maps = [resize(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]  # [H, W] each
-        if prototype_masks is not None:
-            prototype_masks = [
-                resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(prototype_masks, sizes, strict=True)
-            ]
+        regions = found.prototype_masks
+        if regions is not None:
+            regions = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(regions, sizes, strict=True)]
         output = AnomalySDPipelineOutput(
             pred_scores=scores.cpu().numpy(),
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
             pred_masks=None if threshold is None else stack([m > threshold for m in maps], output_type),
             inpainted=[to_pil(x, size) for x, size in zip(found.repainted, sizes, strict=True)],
-            prototype_masks=None if prototype_masks is None else stack(prototype_masks, output_type),
+            prototype_masks=None if regions is None else stack(regions, output_type),
             thresholds=[threshold] * len(labels),
         )
         return output if return_dict else output.to_tuple()
@@ -288,6 +309,104 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             raise ValueError(
                 f"`callback_on_step_end_tensor_inputs` may hold {self._callback_tensor_inputs}, got {unknown}."
             )
+
+    @torch.no_grad()
+    def _score_maps(
+        self,
+        pictures: Tensor,
+        category: str | None,
+        settings: InspectionSettings,
+        bank: PrototypeBank | None,
+        batch_size: int | None = None,
+        generator=None,
+        callback: Callable | None = None,
+    ) -> ScoreMaps:
+        """Runs stages 3 to 7 of an inspection; calibration runs them too, with another bank.
+
+        Args:
+            pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
+            bank: holds `category`, or None for zero-shot.
+            Others: see `__call__`.
+        """
+        device, side = self._execution_device, self.config.resolution
+        record = self.config.categories.get(category, {})
+        self.use_adaptation(record.get("adaptation"))
+        pictures = pictures.to(device)
+
+        # 3. Averaged prompt embedding
+        design = record.get("prompt_design", "hierarchical")
+        prompts = self.prompt_book.prompts(category or UNNAMED_CATEGORY, design)
+        text = (self.tokenizer, self.text_encoder)
+        embeds = average_embedding(prompts, *text)  # [1, L, d]
+        negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
+
+        # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
+        prototype_masks = None
+        if bank is not None:
+            psi = torch.cat([self.extractor(part) for part in pictures.split(AT_ONCE)])  # [N, C, h, w]
+            distances = bank.to(device).distances(category, psi)  # [N, h, w]
+            prototype_masks = prototype_mask(distances, (side, side))  # [N, 1, R, R]
+
+        # 5. Multi-scale masks, latents and noise
+        masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
+        work = Workload(len(pictures), masks, prototype_masks)
+        latents = torch.cat([encode(self.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
+        noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
+
+        # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
+        def on_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
+            changed = callback(self, step, int(timestep), {"latents": current})
+            return (changed or {}).get("latents", current)
+
+        schedule = start_schedule(self.scheduler, settings.num_inference_steps, settings.noise_strength, device)
+        with self.progress_bar(total=len(work) * len(schedule)) as progress:
+            painted = run_passes(
+                self.unet,
+                self.vae,
+                self.scheduler,
+                self.perceptual,
+                pictures,
+                latents,
+                noise,
+                work,
+                embeds,
+                negative_embeds,
+                settings,
+                batch_size or (16 if device.type == "cuda" else 4),
+                self.mixed_precision,
+                update=progress.update,
+                on_step=None if callback is None else on_step,
+            )  # [N, K + 1, R, R]
+
+        # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
+        deviations = None
+        if bank is not None and settings.feature_weight > 0:
+            deviations = []
+            for rows in torch.arange(len(pictures)).split(AT_ONCE):
+                # Repainting tells something only where the model knows the part.
+                after = None
+                if record.get("adapted"):
+                    after = self._repainted_features(pictures[rows], latents[rows], painted.average[rows])
+                deviations.append(bank.deviations(category, psi[rows], after))  # [n, h, w]
+            deviations = resize(torch.cat(deviations), (side, side))
+        return ScoreMaps(
+            multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
+            guided=None if prototype_masks is None else painted.differences[:, -1],
+            deviations=deviations,
+            repainted=painted.shown,
+            prototype_masks=prototype_masks,
+        )
+
+    def _repainted_features(self, pictures: Tensor, latents: Tensor, repainted: Tensor) -> tuple[Tensor, Tensor]:
+        """psi of repainted pictures, and of these with what the autoencoder loses of the originals put back, both
+        `[n, C, h, w]`."""
+        with autocast(pictures.device, self.mixed_precision):
+            lost = pictures - decode(self.vae, latents)  # [n, 3, R, R]
+        return self.extractor(repainted), self.extractor((repainted + lost).clamp(-1, 1))
+
+    def _to_tensors(self, pictures) -> Tensor:
+        """RGB pictures as `[N, 3, R, R]` in [-1, 1]."""
+        return torch.stack([to_tensor(picture, self.config.resolution) for picture in pictures])
 
     @torch.no_grad()
     def inpaint(
@@ -336,17 +455,33 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
         if guidance_scale > 1 and negative_prompt_embeds is None:
             raise ValueError("`negative_prompt_embeds` is needed where `guidance_scale` exceeds 1.")
         self.use_adaptation(self._chosen_adaptation)
-        device = self._execution_device
+        try:
+            return self._inpaint(
+                images,
+                masks,
+                prompt_embeds,
+                noise_strength,
+                num_inference_steps,
+                noise,
+                generator,
+                guidance_scale,
+                negative_prompt_embeds,
+            )
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _inpaint(
+        self, images, masks, prompt_embeds, noise_strength, steps, noise, generator, guidance_scale, negative_embeds
+    ) -> Tensor:
+        count, device = len(images), self._execution_device
         images, masks = images.to(device), masks.to(device).expand(count, -1, -1, -1)
         latents = encode(self.vae, images)  # [N, 4, h, w]
         if noise is None:
             noise = draw_noise(latents.shape, generator, device, self.unet.dtype)
         if noise.shape[0] not in (1, count) or noise.shape[1:] != latents.shape[1:]:
             raise ValueError(f"`noise` must be {[count, *latents.shape[1:]]}, got {list(noise.shape)}.")
-        embeds = [
-            None if e is None else e.to(device).expand(count, -1, -1) for e in (prompt_embeds, negative_prompt_embeds)
-        ]
-        result = repaint(
+        embeds = [None if e is None else e.to(device).expand(count, -1, -1) for e in (prompt_embeds, negative_embeds)]
+        return repaint(
             self.unet,
             self.vae,
             self.scheduler,
@@ -356,11 +491,467 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             noise.to(device).expand(count, -1, -1, -1),
             *embeds,
             noise_strength=noise_strength,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=steps,
             guidance_scale=guidance_scale,
         )
-        self.maybe_free_model_hooks()
-        return result
+
+    # Learning without a gradient step
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the registered categories, alphabetically."""
+        return sorted(self.config.categories)
+
+    @property
+    def prompt_book(self) -> PromptBook:
+        """A copy of the prompts in use; `add_category` changes them."""
+        return PromptBook.from_dict(self.config.prompts)
+
+    @property
+    def knowledge(self) -> Knowledge:
+        """What was learned of the parts. Records and prompts are copies, to be changed and assigned; bank and adapters
+        are the pipeline's own."""
+        return Knowledge.of(self.config, self.bank, self.adapters)
+
+    @knowledge.setter
+    def knowledge(self, known: Knowledge) -> None:
+        self.register_modules(bank=known.bank, adapters=known.adapters)
+        self.register_to_config(**known.config())
+        if self._chosen_adaptation not in known.adaptations:
+            self._chosen_adaptation = None
+
+    def _store_category(self, category: str, **facts) -> None:
+        known = self.knowledge
+        known.store(category, **facts)
+        self.knowledge = known
+
+    @torch.no_grad()
+    def add_category(
+        self,
+        category: str,
+        normal_images,
+        prompts=None,
+        noise_strength: float | None = None,
+        rotations: int | None = None,
+    ) -> None:
+        """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
+        (13).
+
+        A category of that name is replaced, and its calibration and adaptation forgotten. On an error nothing is
+        changed.
+
+        Args:
+            category: name of the part; it fills the generic prompts where the part has none of its own.
+            normal_images: 1 or more pictures of good parts, anything `load_image` takes.
+            prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
+            noise_strength: lambda for this part; None: the checkpoint's.
+            rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
+
+        Raises:
+            ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
+        """
+        check_category(category)
+        known = self.knowledge
+        known.prompts.add(category, prompts)
+        if noise_strength is not None:
+            self.settings(noise_strength=noise_strength)
+        pictures = self._to_tensors(load_pictures(normal_images, "normal_images"))  # [K, 3, R, R]
+        device = self._execution_device
+        rotations = self.config.rotations if rotations is None else rotations
+        compare = len(pictures) >= COMPARED_PICTURES
+        fill_bank(self.bank.to(device), category, self.extractor, pictures.to(device), rotations, compare)
+        known.store(
+            category,
+            shots=len(pictures),
+            rotations=rotations,
+            noise_strength=noise_strength,
+            adaptation=None,
+            prompt_design="hierarchical",
+            adapted=False,
+            calibration=None,
+        )
+        known.drop_unused_adaptations()
+        self.knowledge = known
+
+    def remove_category(self, category: str) -> None:
+        """Forgets a registered part: its bank, settings and calibration.
+
+        Raises:
+            ValueError: if it is not registered.
+        """
+        known = self.knowledge
+        known.remove(category)
+        self.knowledge = known
+
+    @torch.no_grad()
+    def calibrate(
+        self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
+    ) -> Calibration:
+        """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
+
+        Args:
+            category: a part registered by `add_category`.
+            normal_images: 1 or more pictures of good parts; those given to `add_category` will do, because each is
+                scored against a bank that was made without it.
+            false_alarm_rate: share of good parts that may exceed the threshold.
+            **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
+                inspected. The threshold applies to inspections with the same settings.
+
+        Returns:
+            The stored record: threshold, the scores it rests on, the settings.
+
+        Raises:
+            ValueError: for a part that is not registered, unreadable pictures or bad settings.
+        """
+        if category not in self.config.categories:
+            raise ValueError(
+                f"`category` must be registered by `add_category` before it is calibrated, got {category!r}."
+            )
+        chosen = self.settings(category=category, **settings)
+        check_rate(false_alarm_rate)
+        pictures = self._to_tensors(load_pictures(normal_images, "normal_images"))  # [K, 3, R, R]
+        rotations = self.config.categories[category]["rotations"]
+
+        def score(batch: Tensor, held_out: int | None) -> list[float]:
+            bank = self.bank
+            if held_out is not None:
+                own = pictures.to(self._execution_device)
+                bank = held_out_bank(self.bank, category, self.extractor, own, held_out, rotations)
+            noise = [torch.Generator().manual_seed(seed) for _ in batch]
+            found = self._score_maps(batch, category, chosen, bank, generator=noise)
+            return image_score(found.fused(chosen.prototype_weight, chosen.feature_weight)).tolist()
+
+        try:
+            calibration = calibrate_threshold(score, pictures, chosen, false_alarm_rate, seed)
+        finally:
+            self.maybe_free_model_hooks()
+        self._store_category(category, calibration=calibration.to_dict())
+        return calibration
+
+    # Fine-tuning
+
+    @property
+    def adaptations(self) -> list[str]:
+        """Names of the adaptations kept beside the base, alphabetically."""
+        return sorted(self.config.adaptations)
+
+    def adaptation_settings(self, **given) -> AdaptationSettings:
+        """The settings that `adapt` would use with these arguments: call, then checkpoint, then the paper's.
+
+        Raises:
+            TypeError: for a name that is no setting.
+            ValueError: for a value out of its range.
+        """
+        return AdaptationSettings.resolve([self.config.adaptation, given])
+
+    def adapt(
+        self,
+        normal_images: Mapping[str, object],
+        steps: int | None = None,
+        method: str | None = None,
+        decoder_steps: int | None = None,
+        name: str | None = None,
+        prompts: Mapping[str, object] | None = None,
+        calibrate: bool = True,
+        false_alarm_rate: float = 0.05,
+        callback: Callable[[AdaptationProgress], None] | None = None,
+        **settings,
+    ) -> AdaptedWeights:
+        """Fine-tunes the denoiser and the decoder on a few normal pictures, then registers and calibrates the parts.
+
+        All or nothing: until it has succeeded, and after an error or a cancellation, the pipeline is as it was.
+
+        Args:
+            normal_images: category to 1 or more pictures of good parts, anything `load_image` takes.
+            steps, decoder_steps: optimizer steps of the denoiser and of the decoder; None: the checkpoint's own.
+            method: "lora": the learned weights are kept beside the base, and inspections of these categories use them,
+                so that many adaptations share one base. "full": the base itself is replaced in this pipeline.
+            name: of the adaptation; None: the categories' names. One of that name is replaced, if no other categories
+                rest on it.
+            prompts: category to T_c, as `PromptBook.add` takes it; None keeps the part's own or the generic set.
+            calibrate: whether thresholds are set from the same pictures.
+            false_alarm_rate: see `calibrate`.
+            callback: called with an `AdaptationProgress` after every step; an exception that it raises cancels.
+            **settings: others of `AdaptationSettings`, such as `learning_rate`, `train_decoder`, `rank`, `seed`.
+
+        Returns:
+            The learned weights, with the loss of every step.
+
+        Raises:
+            ValueError: for bad names, pictures, prompts or settings.
+        """
+        from .adaptation.loop import fine_tune, in_memory_accelerator
+
+        shots = check_shots(normal_images, prompts)
+        chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
+        self.check_adaptable(name or default_name(shots), chosen.method, shots)
+        check_rate(false_alarm_rate)
+        if getattr(self, "_all_hooks", None):
+            raise ValueError(
+                "`adapt` needs the pipeline on one device, but parts of it are offloaded; call "
+                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
+            )
+        accelerator = in_memory_accelerator(self.device, chosen)
+        weights = fine_tune(self, shots, chosen, accelerator, prompts=prompts, callback=callback)
+        self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
+        return weights
+
+    def learn(
+        self,
+        normal_images: Mapping[str, object],
+        weights: AdaptedWeights,
+        name: str | None = None,
+        prompts: Mapping[str, object] | None = None,
+        calibrate: bool = True,
+        false_alarm_rate: float = 0.05,
+    ) -> None:
+        """Takes in what `adaptation.fine_tune` returned, and registers and calibrates its categories; all or nothing.
+
+        Arguments and errors are those of `adapt`.
+        """
+        shots = check_shots(normal_images, prompts)
+        name = name or default_name(shots)
+        full = weights.settings.method == "full"
+        self.check_adaptable(name, weights.settings.method, shots)
+        with self._undone_on_error():
+            if full:
+                self._replace_weights(weights)
+            for category, images in shots.items():
+                self.add_category(category, images, (prompts or {}).get(category))
+                # Inspected with the prompts that it was trained with.
+                design = weights.settings.prompt_design
+                self._store_category(category, adaptation=None if full else name, prompt_design=design, adapted=True)
+            if not full:
+                # In half precision, as it will be saved: inspections now equal those after a reload.
+                state = {
+                    part: {key: value.half() for key, value in own.items()}
+                    for part, own in (("denoiser", weights.denoiser), ("decoder", weights.decoder))
+                    if own is not None
+                }
+                # After the categories: they drop the adaptation that this one replaces.
+                known = self.knowledge
+                known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
+                self.knowledge = known
+            if calibrate:
+                for category, images in shots.items():
+                    self.calibrate(category, images, false_alarm_rate)
+
+    def check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
+        """Checks what can be told to be wrong with an adaptation before it is trained.
+
+        Args:
+            name: of the adaptation.
+            method: "lora" or "full".
+            categories: those it is for.
+
+        Raises:
+            ValueError: for a bad name, one on which other categories rest, or a method that would change the base of
+                other adaptations.
+        """
+        try:
+            check_category(name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`category`", "`name`")) from error
+        if method == "full" and self.adaptations:
+            raise ValueError(
+                f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
+                "them with `remove_adaptation`, or use a pipeline that is loaded anew."
+            )
+        others = [c for c in self.knowledge.categories_of(name) if categories is not None and c not in categories]
+        if others:
+            raise ValueError(
+                f"`name` {name!r} is that of an adaptation on which {', '.join(map(repr, others))} rest; give another "
+                "name, or remove it with `remove_adaptation` first."
+            )
+
+    def remove_adaptation(self, name: str) -> None:
+        """Forgets an adaptation and the categories that rest on it.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        self._check_adaptation(name)
+        known = self.knowledge
+        for category in known.categories_of(name):
+            known.remove(category)
+        known.drop_unused_adaptations()
+        self.knowledge = known
+
+    def set_adaptation(self, name: str | None) -> None:
+        """Chooses the adaptation that direct calls of `inpaint` use; None, as at first: the base. An inspection
+        switches by itself, to the adaptation of its category.
+
+        Raises:
+            ValueError: if there is none of that name.
+        """
+        if name is not None:
+            self._check_adaptation(name)
+        self._chosen_adaptation = name
+
+    def use_adaptation(self, name: str | None) -> None:
+        """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
+        pipeline may share them and have switched them since."""
+        for module, part in ((self.unet, "denoiser"), (self.vae, "decoder")):
+            switch_adapter(module, None if name is None else self.adapters.adapter(name, part), self)
+
+    def use_adaptation_of(self, category: str | None) -> None:
+        """Switches to the adaptation of a category; to the base for one that has none."""
+        self.use_adaptation(self.config.categories.get(category, {}).get("adaptation"))
+
+    def adaptation_base(self) -> dict:
+        """What an adaptation must find again: a few weights of each network that it rests on."""
+        names = ("unet", "vae", "extractor", "perceptual")
+        return fingerprint({name: self.components[name] for name in names})
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path=None,
+        *,
+        timm_model: str | None = None,
+        timm_checkpoint: str | None = None,
+        alexnet_checkpoint: str | None = None,
+        lpips_checkpoint: str | None = None,
+        **kwargs,
+    ):
+        """Loads a saved pipeline, or any Stable Diffusion inpainting checkpoint, from the Hub or from disk; or an
+        adaptation's folder, along with its base.
+
+        A bare inpainting checkpoint lacks the networks that look for defects; they are made: an ImageNet model by timm
+        for the prototypes, and AlexNet LPIPS for the distance.
+
+        Args:
+            pretrained_model_name_or_path: Hub id or folder; None: the embedded checkpoint (`EMBEDDED`).
+            timm_model: the extractor, also in place of the checkpoint's own: a timm name such as
+                "vit_small_patch14_dinov2.lvd142m". None: the checkpoint's own, or "tf_efficientnet_b6" where it has
+                none.
+            timm_checkpoint: its weights as a local file; None: timm downloads them, unless the checkpoint's own
+                extractor is a `timm_model` already.
+            alexnet_checkpoint, lpips_checkpoint: torchvision's AlexNet and LPIPS' layer weights as local files (None:
+                torchvision downloads the first, the second lies in the `lpips` package).
+            **kwargs: those of `DiffusionPipeline.from_pretrained`, such as `dtype`, `variant`, `cache_dir`,
+                `local_files_only`, and components to use in place of the stored ones.
+
+        Raises:
+            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or a `timm_model` other
+                than that of the prototypes which the checkpoint holds.
+        """
+        if kwargs.get("torch_dtype") is None:
+            # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
+            kwargs["dtype"] = kwargs.get("dtype") or torch.float32
+        path = pretrained_model_name_or_path or EMBEDDED
+        if is_adaptation_folder(path):
+            base, resolution = adaptation_base_of(path)
+            pipe = cls.from_pretrained(
+                base,
+                timm_model=timm_model,
+                timm_checkpoint=timm_checkpoint,
+                alexnet_checkpoint=alexnet_checkpoint,
+                lpips_checkpoint=lpips_checkpoint,
+                **{"resolution": resolution, **kwargs},
+            )
+            pipe.load_adaptation(path)
+            return pipe
+        folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
+        from .hub.components import own_components
+
+        pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
+        made = {}
+        if kwargs.get("extractor") is None and wants_extractor(
+            pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
+        ):
+            made["extractor"] = make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
+        if pipe.perceptual is None:
+            made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+        # Assignment would leave those unregistered that were registered as missing.
+        made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
+        pipe.register_modules(**made)
+        return pipe
+
+    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
+        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included."""
+        # Their weights are in the store, so the modules can be written as they were loaded.
+        take_out_adapters(self.unet)
+        take_out_adapters(self.vae)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
+        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB
+        to some 20.
+
+        Args:
+            save_directory: made if missing; replaced as a whole if it holds an adaptation.
+            adaptation: its name; None: the only one there is.
+
+        Raises:
+            ValueError: if there is none of that name, or several and none is named, or the folder cannot be written.
+        """
+        if adaptation is None:
+            if len(self.adaptations) != 1:
+                raise ValueError(
+                    f"`adaptation` must name one of {', '.join(self.adaptations) or 'none: call `adapt` first'}."
+                )
+            adaptation = self.adaptations[0]
+        self._check_adaptation(adaptation)
+        write_adaptation(self, adaptation, self.knowledge.categories_of(adaptation), Path(save_directory))
+
+    def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
+        """Takes in an adaptation that `save_adaptation` wrote, from a folder or from the Hub; all or nothing.
+
+        Args:
+            pretrained_adaptation_name_or_path: folder or Hub id.
+            overwrite: whether categories of the same names may be replaced.
+            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as of `huggingface_hub.snapshot_download`.
+
+        Returns:
+            The categories it brought.
+
+        Raises:
+            ValueError: if it is missing, damaged or made for another base, or its categories are registered already,
+                or others rest on an adaptation of its name.
+        """
+        found = read_adaptation(pretrained_adaptation_name_or_path, self, **hub)
+        registered = [category for category in found.categories if category in self.config.categories]
+        if registered and not overwrite:
+            raise ValueError(
+                f"`pretrained_adaptation_name_or_path` brings {', '.join(map(repr, registered))}, which this pipeline "
+                "knows already; give `overwrite=True`, or remove them with `remove_category` first."
+            )
+        others = sorted(set(self.knowledge.categories_of(found.name)) - set(found.categories))
+        if others:
+            raise ValueError(
+                f"`pretrained_adaptation_name_or_path` brings an adaptation {found.name!r}, and on one of that name "
+                f"{', '.join(map(repr, others))} rest here; remove it with `remove_adaptation` first."
+            )
+        with self._undone_on_error():
+            known = self.knowledge
+            for category, record in found.categories.items():
+                part = PackedPart({**record, "adaptation": found.name}, found.banks[category])
+                known.unpack(category, part, found.prompts[category])
+            known.add_adaptation(found.name, found.record, found.state)
+            known.drop_unused_adaptations()
+            self.knowledge = known
+        return list(found.categories)
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> str:
+        """Publishes the pipeline, or one of its adaptations, on the Hub, with a model card.
+
+        Args:
+            repo_id: "user/name"; made if it does not exist.
+            **kwargs: those of `publishing.push_to_hub`: `adaptation` (a name; None: the whole pipeline), `private`,
+                `create_pr`, `token`, `figures` (measured ones, for the card), `license`, `commit_message`, `revision`.
+
+        Returns:
+            The address of the commit or of the pull request.
+
+        Raises:
+            ValueError: for a bad name, or if the Hub cannot be reached or refuses.
+        """
+        from .hub.publishing import push_to_hub
+
+        return push_to_hub(self, repo_id, **kwargs)
 
     # Parts of the above
 
@@ -376,3 +967,37 @@ class AnomalySDPipeline(LoadingMixin, CategoryMixin, AdaptationMixin, DiffusionP
             )
             return None
         return record["threshold"]
+
+    def _replace_weights(self, weights: AdaptedWeights) -> None:
+        """Puts fully trained weights in new modules: the old ones may be another pipeline's too."""
+        if weights.denoiser is not None:
+            unet = copy.deepcopy(self.unet)
+            take_out_adapters(unet)  # of adaptations that are gone, or of another pipeline
+            unet.load_state_dict(weights.denoiser)
+            self.register_modules(unet=unet)
+        if weights.decoder is not None:
+            vae = copy.deepcopy(self.vae)
+            take_out_adapters(vae)
+            vae.load_state_dict(weights.decoder, strict=False)
+            self.register_modules(vae=vae)
+        known = self.knowledge
+        for category in known.categories:
+            known.store(category, calibration=None, adapted=False)  # both of the old weights
+        self.knowledge = known
+
+    @contextlib.contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
+        """Lets a block change knowledge and weights; after an error all is as it was."""
+        known, modules, chosen = self.knowledge, {"unet": self.unet, "vae": self.vae}, self._chosen_adaptation
+        self.knowledge = known.copy()  # the originals can then simply be put back
+        try:
+            yield
+        except BaseException:
+            self.register_modules(**modules)
+            self.knowledge = known
+            self._chosen_adaptation = chosen
+            raise
+
+    def _check_adaptation(self, name: str) -> None:
+        if name not in self.config.adaptations:
+            raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")

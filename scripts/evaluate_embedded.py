@@ -20,7 +20,6 @@ from anomalysd_pipeline.data.datasets import draw_shots, load_mask, read_mvtec
 from anomalysd_pipeline.data.images import load_image
 from anomalysd_pipeline.data.tensors import resize, to_tensor
 from anomalysd_pipeline.evaluation.metrics import image_metrics, pixel_metrics
-from anomalysd_pipeline.method.detection import examine
 from anomalysd_pipeline.method.scoring import image_score, smooth, smoothing_sigma
 from anomalysd_pipeline.synthetic import normal_images, test_samples
 
@@ -64,10 +63,10 @@ def evaluate(pipe, category, tests, settings):
     for image, _, _ in tests:
         x = to_tensor(image, side)[None]
         with torch.no_grad():
-            seen = examine(pipe, x, category, settings, pipe.bank)
-        found["paper"].append(seen.maps(settings.prototype_weight, 0.0))
+            seen = pipe._score_maps(x, category, settings, pipe.bank)
+        found["paper"].append(seen.fused(settings.prototype_weight, 0.0))
         found["features"].append(feature_map(pipe, category, x))
-        found["fused"].append(seen.maps(settings.prototype_weight, settings.feature_weight))
+        found["fused"].append(seen.fused(settings.prototype_weight, settings.feature_weight))
     seconds = (time.time() - began) / len(tests)
     scored = {name: torch.cat(maps) for name, maps in found.items()}
     return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds

@@ -7,6 +7,7 @@ import torch
 
 from anomalysd_pipeline.models.adapters import (
     MAX_INJECTED,
+    Adapter,
     AdapterStore,
     check_fits,
     digest,
@@ -101,12 +102,12 @@ class TestSwitch:
     def test_an_adapter_in_and_out(self, pipe, sample):
         state = learned("nut").denoiser
         weights, base = weights_of(pipe.unet), run(pipe.unet, sample)
-        switch_adapter(pipe.unet, state, pipe)
+        switch_adapter(pipe.unet, Adapter(state), pipe)
         adapted = run(pipe.unet, sample)
         assert not torch.allclose(adapted, base, atol=1e-3)
         switch_adapter(pipe.unet, None, pipe)
         assert torch.equal(run(pipe.unet, sample), base)
-        switch_adapter(pipe.unet, state, pipe)
+        switch_adapter(pipe.unet, Adapter(state), pipe)
         assert torch.equal(run(pipe.unet, sample), adapted)
         assert same_tensors(weights_of(pipe.unet), weights)
 
@@ -116,17 +117,17 @@ class TestSwitch:
         alone = []
         for state in states:
             twin = copy.deepcopy(pipe.unet)
-            switch_adapter(twin, state, pipe)
+            switch_adapter(twin, Adapter(state), pipe)
             alone.append(run(twin, sample))
         for index in [*range(len(states)), 0, 3, 0, *reversed(range(len(states)))]:
-            switch_adapter(pipe.unet, states[index], pipe)
+            switch_adapter(pipe.unet, Adapter(states[index]), pipe)
             assert torch.equal(run(pipe.unet, sample), alone[index]), index
             assert len(pipe.unet.peft_config) <= MAX_INJECTED
 
     def test_the_longest_unused_one_makes_room(self, pipe):
         states = [drawn(seed).denoiser for seed in range(MAX_INJECTED + 1)]
         for state in [*states[:MAX_INJECTED], states[0], states[MAX_INJECTED]]:
-            switch_adapter(pipe.unet, state, pipe)
+            switch_adapter(pipe.unet, Adapter(state), pipe)
         assert set(pipe.unet.peft_config) == {digest(state) for state in [states[0], *states[2:]]}
 
     def test_adapters_of_different_layers_do_not_add_up(self, pipe, sample):
@@ -135,22 +136,22 @@ class TestSwitch:
         alone = []
         for half in halves:
             twin = copy.deepcopy(pipe.unet)
-            switch_adapter(twin, half, pipe)
+            switch_adapter(twin, Adapter(half), pipe)
             alone.append(run(twin, sample))
         for half, expected in [*zip(halves, alone, strict=True), (halves[0], alone[0])]:
-            switch_adapter(pipe.unet, half, pipe)
+            switch_adapter(pipe.unet, Adapter(half), pipe)
             assert torch.equal(run(pipe.unet, sample), expected)
 
     def test_taken_out_the_layers_are_those_of_the_base(self, pipe, sample):
         base, keys = run(pipe.unet, sample), pipe.unet.state_dict().keys()
         for seed in range(2):
-            switch_adapter(pipe.unet, drawn(seed).denoiser, pipe)
+            switch_adapter(pipe.unet, Adapter(drawn(seed).denoiser), pipe)
         assert pipe.unet.state_dict().keys() != keys
         take_out_adapters(pipe.unet)
         assert pipe.unet.state_dict().keys() == keys and torch.equal(run(pipe.unet, sample), base)
         take_out_adapters(pipe.unet)
         switch_adapter(pipe.unet, None, pipe)
-        switch_adapter(pipe.unet, drawn(0).denoiser, pipe)  # and they can come back
+        switch_adapter(pipe.unet, Adapter(drawn(0).denoiser), pipe)  # and they can come back
         assert not torch.equal(run(pipe.unet, sample), base)
 
     def test_a_module_that_takes_none_can_be_without(self, pipe):
@@ -178,8 +179,8 @@ class TestFingerprint:
 
     def test_ignores_adapters(self, pipe):
         before = pipe.adaptation_base()
-        switch_adapter(pipe.unet, learned("nut").denoiser, pipe)
-        switch_adapter(pipe.vae, learned("nut").decoder, pipe)
+        switch_adapter(pipe.unet, Adapter(learned("nut").denoiser), pipe)
+        switch_adapter(pipe.vae, Adapter(learned("nut").decoder), pipe)
         assert pipe.adaptation_base() == before
 
     def test_differs_for_other_weights(self, pipe):
@@ -212,8 +213,8 @@ class TestFitting:
     def test_what_was_learned_fits(self, pipe, injected):
         weights = learned("nut")
         if injected:
-            switch_adapter(pipe.unet, drawn(1).denoiser, pipe)
-            switch_adapter(pipe.vae, drawn(1).decoder, pipe)
+            switch_adapter(pipe.unet, Adapter(drawn(1).denoiser), pipe)
+            switch_adapter(pipe.vae, Adapter(drawn(1).decoder), pipe)
         check_fits(pipe.unet, weights.denoiser)
         check_fits(pipe.vae, weights.decoder)
 

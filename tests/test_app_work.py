@@ -15,6 +15,7 @@ from anomalysd_pipeline.app.model import Carried, Knowledge, own_pipeline
 from anomalysd_pipeline.app.sessions import SessionStore
 from anomalysd_pipeline.app.turns import Turns
 from anomalysd_pipeline.app.uploads import expand
+from anomalysd_pipeline.knowledge import KEYS
 
 from .tiny_adaptations import adapted_to, drawn, inspected, learned, pictures, quick_pipeline
 
@@ -44,7 +45,7 @@ def taught(session, length="quick", name="nut", turns=None, cancel=None, prompts
 def facts_of(pipe):
     """What a lesson may change, comparable."""
     return (
-        {name: pipe.config[name] for name in model.OWN},
+        {name: pipe.config[name] for name in KEYS},
         sorted(pipe.bank.state_dict()),
         sorted(pipe.adapters.state_dict()),
     )
@@ -390,4 +391,6 @@ class TestViews:
         assert curve["step"].tolist() == list(range(1, 1001, 5)) and curve["loss"][0] == pytest.approx(values[0])
         assert np.abs(curve["loss"].diff()).mean() < np.abs(np.diff(values[::5])).mean() / 2
         assert curve["loss"].iloc[-1] == pytest.approx(1, abs=0.3)
-        assert len(views.loss_curve([])) == 0 and views.loss_curve([2.0, 2.0])["loss"].tolist() == pytest.approx([2, 2])
+        assert len(views.loss_curve([])) == 0 and views.loss_curve([2.0, 2.0])["loss"].tolist() == pytest.approx(
+            [2, 2]
+        )

@@ -5,11 +5,10 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from anomalysd_pipeline.method import missing
-from anomalysd_pipeline.method.missing import gaps_of, missing_distances
-from anomalysd_pipeline.method.whole import stress, unlikeness
+from anomalysd_pipeline.method import neighbors
+from anomalysd_pipeline.method.deviations import gaps_of, missing_distances, stress, unlikeness
 from anomalysd_pipeline.models.bank import MISSING_WEIGHT, PrototypeBank
-from anomalysd_pipeline.models.collection import fill_bank
+from anomalysd_pipeline.models.collection import fill_bank, held_out_bank
 
 
 def vectors(*shape, seed=0):
@@ -32,7 +31,7 @@ class TestFormulas:
     @pytest.mark.parametrize("offset", [0.0, 100.0])
     @pytest.mark.parametrize("entries", [2**24, 7])
     def test_gaps_equal_brute_force(self, monkeypatch, offset, entries):
-        monkeypatch.setattr(missing, "_ENTRIES", entries)
+        monkeypatch.setattr(neighbors, "ENTRIES", entries)
         grids = vectors(3, 8, 5) + offset
         expected = [
             np.mean([squares(one, two).min(axis=1) for j, two in enumerate(grids) if j != i], axis=0)
@@ -42,7 +41,7 @@ class TestFormulas:
 
     @pytest.mark.parametrize("entries", [2**24, 7])
     def test_distances_equal_brute_force(self, monkeypatch, entries):
-        monkeypatch.setattr(missing, "_ENTRIES", entries)
+        monkeypatch.setattr(neighbors, "ENTRIES", entries)
         grids, psi = vectors(3, 6, 5), vectors(4, 5, 2, 3, seed=1)
         gaps = gaps_of(grids)
         scale = 2 * gaps.double().mean().item() + gaps.double().numpy()
@@ -141,13 +140,7 @@ class TestPipeline:
         pipe.set_progress_bar_config(disable=True)
         pipe.add_category("nut", nuts[:count])
         assert (len(pipe.bank.gaps("nut")) > 0) == known
-        banks, fill = [], fill_bank
-
-        def filled(bank, *args):
-            fill(bank, *args)
-            banks.append(bank)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("anomalysd_pipeline.method.calibration.fill_bank", filled)
-            pipe.calibrate("nut", nuts[:count])
-        assert [len(bank.gaps("nut")) > 0 for bank in banks] == [known] * count
+        own = pipe._to_tensors(nuts[:count])
+        for held_out in range(count if count > 1 else 0):
+            bank = held_out_bank(pipe.bank, "nut", pipe.extractor, own, held_out, rotations=1)
+            assert (len(bank.gaps("nut")) > 0) == known

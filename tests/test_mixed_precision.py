@@ -6,7 +6,6 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline.common.devices import autocast
-from anomalysd_pipeline.method.calibration import calibrate_threshold
 from anomalysd_pipeline.pipeline import AnomalySDPipeline
 from tests.tiny import RESOLUTION, tiny_components
 
@@ -49,10 +48,10 @@ def test_prototypes_and_their_distances_stay_in_full_precision(pipe):
 
 def test_calibration_uses_it_too(pipe):
     pictures = [Image.fromarray((255 * picture).astype(np.uint8)) for picture in PICTURES[:2]]
-    settings = pipe.settings(category="nut", mask_scales=(1,), num_inference_steps=4)
-    exact = calibrate_threshold(pipe, "nut", pictures, settings, 0.05, 0)
+    settings = {"mask_scales": (1,), "num_inference_steps": 4}
+    exact = pipe.calibrate("nut", pictures, **settings)
     pipe.mixed_precision = "bf16"
-    rough = calibrate_threshold(pipe, "nut", pictures, settings, 0.05, 0)
+    rough = pipe.calibrate("nut", pictures, **settings)
     assert rough.scores != exact.scores
     assert rough.threshold == pytest.approx(exact.threshold, rel=0.1)
 

@@ -39,7 +39,7 @@ class TestPrototypeBank:
         np.testing.assert_allclose(actual, expected, rtol=1e-4)
 
     def test_distances_equal_sklearn_on_a_chunked_bank(self, monkeypatch):
-        monkeypatch.setattr("anomalysd_pipeline.models.bank._DISTANCE_ENTRIES", 1000)
+        monkeypatch.setattr("anomalysd_pipeline.method.neighbors.ENTRIES", 1000)
         bank = PrototypeBank()
         features, psi = vectors(300, 16), vectors(1, 16, 8, 8, seed=1)
         bank.add("bottle", features)

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from scipy.ndimage import uniform_filter
 
-from anomalysd_pipeline.data.tensors import to_tensor
-from anomalysd_pipeline.method.detection import examine
-from anomalysd_pipeline.method.prompts import average_embedding
-from anomalysd_pipeline.method.repaired import (
+from anomalysd_pipeline.data.tensors import augment, to_tensor
+from anomalysd_pipeline.method.calibration import MIN_SCORES, VARIATION
+from anomalysd_pipeline.method.deviations import (
     REMAINING_LIMIT,
     REMAINING_WEIGHT,
     REPAIRED_WEIGHT,
     repaired_share,
     weigh,
 )
+from anomalysd_pipeline.method.prompts import average_embedding
+from anomalysd_pipeline.method.scoring import image_score
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.synthetic import normal_images
 
@@ -113,7 +114,7 @@ def test_counts_in_parts_that_the_model_was_fine_tuned_to(adapted):
 def test_what_the_autoencoder_loses_is_put_back(adapted):
     pipe, wood = adapted
     x, settings = to_tensor(wood, RESOLUTION)[None], pipe.settings(category="nut")
-    found = examine(pipe, x, "nut", settings, pipe.bank, generator=torch.Generator().manual_seed(1)).deviations
+    found = pipe._score_maps(x, "nut", settings, pipe.bank, generator=torch.Generator().manual_seed(1)).deviations
 
     # One mask, of everything: diffusers' own modules, and the noise that the generator gives first.
     z = pipe.vae.encode(x).latent_dist.mean
@@ -141,9 +142,16 @@ def test_what_the_autoencoder_loses_is_put_back(adapted):
     assert (found / without - 1).abs().max() > 0.05
 
 
-def test_thresholds_are_found_without_it(adapted):
+def test_thresholds_are_found_with_the_score_of_inspections(adapted):
+    """A single picture is calibrated by augmented copies, compared with the bank that inspections use."""
     pipe, _ = adapted
-    nuts = normal_images("hex_nut", 2, seed=6, size=RESOLUTION)
-    known = pipe.calibrate("nut", nuts)
+    nut = normal_images("hex_nut", 1, seed=6, size=RESOLUTION)[0]
+    found = pipe.calibrate("nut", [nut])
+    x, generator = to_tensor(nut, RESOLUTION), torch.Generator().manual_seed(0)
+    copies = torch.stack([augment(x, generator, **VARIATION) for _ in range(MIN_SCORES)])
+    settings = pipe.settings(category="nut")
+    maps = pipe._score_maps(copies, "nut", settings, pipe.bank)
+    inspected = image_score(maps.fused(settings.prototype_weight, settings.feature_weight))
+    assert found.scores == inspected.tolist()
     pipe._store_category("nut", adapted=False)
-    assert known.scores == pipe.calibrate("nut", nuts).scores
+    assert found.scores != pipe.calibrate("nut", [nut]).scores

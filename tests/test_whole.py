@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
-from anomalysd_pipeline.method.whole import TOLERANCE, stress, unlikeness, views_of
+from anomalysd_pipeline.method.deviations import TOLERANCE, stress, unlikeness, views_of
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.models.collection import collect_prototypes, fill_bank
 from anomalysd_pipeline.models.extractor import PrototypeExtractor

@@ -12,8 +12,6 @@ from pathlib import Path
 
 EMBEDDED_BASE, FULL_BASE = "embedded", "full"
 FULL_ID = "stable-diffusion-v1-5/stable-diffusion-inpainting"
-OWN = ("categories", "prompts", "adaptations")
-"""What a session changes in its pipeline's config; besides that it has a bank and adapters of its own."""
 
 
 def has_gpu() -> bool:
@@ -139,26 +137,21 @@ def _device_words(device) -> str:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a session has taught its pipeline: the whole of it but the shared weights; can be pickled.
+    """A copy of all that a session has taught its pipeline, without the shared weights; can be pickled.
 
-    bank, adapters: components of an `AnomalySDPipeline`.
-    config: the values of `OWN`.
+    known: see `knowledge.Knowledge`.
     """
 
-    bank: object
-    adapters: object
-    config: dict
+    known: object
 
     @classmethod
     def of(cls, pipe) -> Knowledge:
-        """A copy of what a pipeline knows."""
-        config = {name: copy.deepcopy(pipe.config[name]) for name in OWN}
-        return cls(copy.deepcopy(pipe.bank), copy.deepcopy(pipe.adapters), config)
+        """Copies what a pipeline knows."""
+        return cls(pipe.knowledge.copy())
 
     def give(self, pipe) -> None:
         """Puts it in the place of what a pipeline of the same base knows."""
-        pipe.register_modules(bank=self.bank, adapters=self.adapters)
-        pipe.register_to_config(**self.config)
+        pipe.knowledge = self.known
 
 
 def own_pipeline(base):

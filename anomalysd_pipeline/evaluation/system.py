@@ -9,10 +9,9 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from ..adaptation.folder import base_name
+from ..knowledge import PackedPart
 from .detector import Detector, Prediction, require_normals
 
 
@@ -92,12 +91,12 @@ class AnomalySDDetector(Detector):
         if category in self._own:
             return
         if not normals:
-            if category in self.pipe.bank:
+            if category in self.pipe.categories:
                 self.pipe.remove_category(category)
-            self.pipe._store_category(category, prompt_design=self.prompt_design)
+            self._set_prompt_design(category)
             return
         self.pipe.add_category(category, list(normals))
-        self.pipe._store_category(category, prompt_design=self.prompt_design)
+        self._set_prompt_design(category)
         if self.calibrate:
             self._calibrate(category, normals, seed)
 
@@ -126,21 +125,17 @@ class AnomalySDDetector(Detector):
         return Prediction(float(out.pred_scores[0]), out.anomaly_maps[0], out.thresholds[0], out.inpainted[0])
 
     def save(self, category: str, path: str | Path) -> None:
-        record = self.pipe.config.categories.get(category)
-        if record is None:
-            raise ValueError(f"`category` must be one that was fitted, got {category!r}.")
-        packed = self.pipe.bank.packed(category) if category in self.pipe.bank else {}
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in packed.items()}
-        # safetensors writes no file without tensors, so zero shots have an empty bank.
-        save_file(tensors or {"bank": torch.zeros(0)}, path, metadata={"record": json.dumps(record)})
+        self.pipe.knowledge.pack(category).save(Path(path))
 
     def load(self, category: str, path: str | Path) -> None:
-        with safe_open(path, framework="pt") as file:
-            record, names = json.loads(file.metadata()["record"]), file.keys()
-            packed = {name: file.get_tensor(name) for name in names}
-        if len(packed["bank"]):
-            self.pipe.bank.to(self.pipe._execution_device).add_packed(category, packed)
-        self.pipe._store_category(category, **record)
+        known = self.pipe.knowledge
+        known.unpack(category, PackedPart.load(Path(path)))
+        self.pipe.knowledge = known
+
+    def _set_prompt_design(self, category: str) -> None:
+        known = self.pipe.knowledge
+        known.store(category, prompt_design=self.prompt_design)
+        self.pipe.knowledge = known
 
     def _calibrate(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
         self.pipe.calibrate(category, list(normals), self.false_alarm_rate, seed, **self.options)

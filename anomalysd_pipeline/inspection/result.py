@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,11 +12,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ..common.devices import choose_device
 from ..common.drawing import contour, overlay, verdict_text
+from ..knowledge import PackedPart
 
 UNCALIBRATED_MAXIMUM = 1.0
 """The map value drawn in the hottest color where there is no threshold; fixed, so that such heatmaps compare."""
@@ -120,9 +118,7 @@ def save_part(pipe, category: str, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    record = json.dumps(pipe.config.categories[category])
-    tensors = {name: tensor.contiguous().cpu() for name, tensor in pipe.bank.packed(category).items()}
-    save_file(tensors, path, metadata={"record": record})
+    pipe.knowledge.pack(category).save(path)
 
 
 def load_part(pipe, category: str, path: Path) -> None:
@@ -132,18 +128,14 @@ def load_part(pipe, category: str, path: Path) -> None:
         ValueError: the file is missing or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            record, names = json.loads(file.metadata()["record"]), file.keys()
-            packed = {"bank": file.get_tensor("bank")} | {name: file.get_tensor(name) for name in names}
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        part = PackedPart.load(path)
+    except ValueError as error:
         raise ValueError(
-            f"'{path}', what an earlier run has learned, cannot be read ({error}); delete it, and it is learned anew."
+            f"'{path}', written by an earlier run, cannot be read ({error}); delete it, and the part is learned anew."
         ) from error
-    book = pipe.prompt_book
-    book.add(category)
-    pipe.bank.to(pipe.device).add_packed(category, {name: t.to(pipe.device) for name, t in packed.items()})
-    pipe.register_to_config(prompts=book.to_dict())
-    pipe._store_category(category, **record)
+    known = pipe.knowledge
+    known.unpack(category, part)
+    pipe.knowledge = known
 
 
 def load_pipeline(base: str | None, device: str | torch.device, mixed_precision: str = "no", **overrides):

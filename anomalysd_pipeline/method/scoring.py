@@ -1,10 +1,37 @@
 """From distance maps to an anomaly map: fusion of the scales, Eqs. (18) to (21) of AnomalySD (arXiv 2408.01960), and
 smoothing."""
 
+from __future__ import annotations
+
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ScoreMaps:
+    """The maps that N pictures are scored by, at the pipeline's resolution R.
+
+    Attributes:
+        multi_scale: S_ms, Eq. (19), float32 `[N, R, R]`.
+        guided: S_pg, Eq. (20), float32 `[N, R, R]`; None without normal pictures.
+        deviations: see `PrototypeBank.deviations`, float32 `[N, R, R]`; None where they are not asked for.
+        repainted: pictures to show to people, `[N, 3, R, R]` in [-1, 1].
+        prototype_masks: M^(p), Eq. (15), bool `[N, 1, R, R]`; None without normal pictures.
+    """
+
+    multi_scale: Tensor
+    guided: Tensor | None
+    deviations: Tensor | None
+    repainted: Tensor
+    prototype_masks: Tensor | None
+
+    def fused(self, prototype_weight: float, feature_weight: float) -> Tensor:
+        """Weighs and smooths: S_map, Eq. (21), float32 `[N, R, R]`."""
+        fused = fuse(self.multi_scale, self.guided, self.deviations, prototype_weight, feature_weight)
+        return smooth(fused, smoothing_sigma(fused.shape[-1]))
 
 
 def scale_map(masks: Tensor, distances: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The passes of an inspection as one list of jobs, and running a list in batches that shrink when memory runs out."""
+"""List the passes of an inspection as jobs, and run a list in batches that shrink when memory runs out."""
 
 from __future__ import annotations
 
@@ -24,23 +24,27 @@ class Workload:
         pictures: their number N.
         scales: the masks shared by all pictures.
         prototype_masks: bool `[N, 1, H, W]`, one of its own for each picture, or None.
+
+    Attributes:
+        scales: their number K.
     """
 
     def __init__(self, pictures: int, scales: Sequence[ScalePasses], prototype_masks: Tensor | None):
         self._masks = torch.cat([scale.masks for scale in scales])  # [P, 1, H, W]
         rows = [row for row, scale in enumerate(scales) for _ in range(len(scale.masks))]
-        self._prototype_masks, self._prototype_row = prototype_masks, len(scales)
+        self.scales = len(scales)
+        self._prototype_masks = prototype_masks
         self._jobs = []  # (picture, row, index of a shared mask or None)
         for picture in range(pictures):
             self._jobs += [(picture, row, index) for index, row in enumerate(rows)]
             if prototype_masks is not None and prototype_masks[picture].any():
-                self._jobs.append((picture, self._prototype_row, None))
+                self._jobs.append((picture, self.scales, None))
 
     def __len__(self) -> int:
         return len(self._jobs)
 
     def select(self, jobs: range, device) -> tuple[Tensor, Tensor, Tensor]:
-        """Picture indices int64 `[B]`, masks float32 `[B, 1, H, W]` and rows int64 `[B]` of some jobs, on `device`."""
+        """Looks up picture indices int64 `[B]`, masks float32 `[B, 1, H, W]` and rows int64 `[B]` of some jobs."""
         chosen = [self._jobs[job] for job in jobs]
         masks = [
             self._prototype_masks[picture].to(device, torch.float32)

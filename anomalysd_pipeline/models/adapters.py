@@ -16,6 +16,17 @@ MAX_INJECTED = 4
 """Adapters a module holds at once; the longest unused ones are taken out, and put back when they are needed."""
 
 
+class Adapter:
+    """LoRA weights by name, and their digest as a key.
+
+    Args:
+        state: name in the module to weight.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]):
+        self.state, self.key = state, digest(state)
+
+
 class AdapterStore(ModelMixin, ConfigMixin):
     """The LoRA weights of any number of adaptations, savable as safetensors.
 
@@ -26,11 +37,16 @@ class AdapterStore(ModelMixin, ConfigMixin):
     @register_to_config
     def __init__(self, layouts: dict[str, dict[str, dict[str, list[int]]]] | None = None):
         super().__init__()
+        self._ready: dict[tuple[str, str], Adapter | None] = {}
         # Safetensors and `.to()` need a tensor even when there are no adaptations.
         self.register_buffer("placeholder", torch.zeros(1))
         self.register_to_config(layouts=layouts or {})
         for index, (_, _, _, shape) in enumerate(self._entries()):
             self.register_buffer(f"weight_{index}", torch.zeros(shape))
+
+    def _apply(self, fn, recurse: bool = True):
+        self._ready.clear()  # these tensors are about to be replaced by others
+        return super()._apply(fn, recurse)
 
     def _entries(self) -> list[tuple[str, str, str, list[int]]]:
         """(adaptation, part, name, shape) of each buffer; sorted, because a saved config is."""
@@ -54,6 +70,14 @@ class AdapterStore(ModelMixin, ConfigMixin):
                 state.setdefault(part, {})[name] = getattr(self, f"weight_{index}")
         return state
 
+    def adapter(self, adaptation: str, part: str) -> Adapter | None:
+        """A part of an adaptation, ready to be switched in; None for a part that it does not change."""
+        # Kept, because every inspection asks, and hashing megabytes of weights takes longer than switching.
+        if (adaptation, part) not in self._ready:
+            state = self.state(adaptation).get(part)
+            self._ready[adaptation, part] = None if state is None else Adapter(state)
+        return self._ready[adaptation, part]
+
     def add(self, adaptation: str, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Keeps the weights of an adaptation, in place of those of that name."""
         self._replace({**self._everything(), adaptation: state})
@@ -66,6 +90,7 @@ class AdapterStore(ModelMixin, ConfigMixin):
         return {name: self.state(name) for name in self.names}
 
     def _replace(self, everything: Mapping) -> None:
+        self._ready.clear()
         for index in range(len(self._entries())):
             delattr(self, f"weight_{index}")
         layouts = {
@@ -79,33 +104,33 @@ class AdapterStore(ModelMixin, ConfigMixin):
             self.register_buffer(f"weight_{index}", everything[adaptation][part][name].detach().to(self.placeholder))
 
 
-def switch_adapter(module: nn.Module, state: Mapping[str, Tensor] | None, pipe) -> None:
-    """Makes a module compute with one adapter, or with none.
+def switch_adapter(module: nn.Module, adapter: Adapter | None, owner) -> None:
+    """Makes a module compute with an adapter, or with none.
 
     Adapters are known to the module by a digest of their weights: modules may be shared between pipelines, and equal
     names in two of them must not be confused.
 
     Args:
         module: a diffusers model that takes peft adapters.
-        state: LoRA weights by name, or None: the base as it was loaded.
-        pipe: the pipeline that owns the module, whose offloading is suspended meanwhile.
+        adapter: None: the base as it was loaded.
+        owner: the `DiffusionPipeline` that holds the module; diffusers suspends its offloading meanwhile.
     """
     held = getattr(module, "peft_config", {}) if getattr(module, "_hf_peft_config_loaded", False) else {}
-    if not state:
+    if adapter is None:
         if held:
             module.disable_adapters()
         return
-    key = digest(state)
-    if key in held:
-        held[key] = held.pop(key)  # the order in which they were used
+    if adapter.key in held:
+        held[adapter.key] = held.pop(adapter.key)  # the order in which they were used
     else:
         if len(held) >= MAX_INJECTED:
             module.delete_adapters(next(iter(held)))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several at once are meant
-            module.load_lora_adapter(dict(state), prefix=None, adapter_name=key, _pipeline=pipe)
+            state = dict(adapter.state)
+            module.load_lora_adapter(state, prefix=None, adapter_name=adapter.key, _pipeline=owner)
     module.enable_adapters()
-    module.set_adapter(key)
+    module.set_adapter(adapter.key)
     module.requires_grad_(False)
 
 

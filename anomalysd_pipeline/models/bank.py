@@ -9,14 +9,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from ..method.missing import gaps_of, missing_distances
-from ..method.repaired import weigh
-from ..method.whole import stress, unlikeness, views_of
+from ..method.deviations import gaps_of, missing_distances, stress, unlikeness, views_of, weigh
+from ..method.neighbors import NeighborSearch
 from .collection import is_finite, spread_of
 from .coreset import greedy_coreset
 
-_DISTANCE_ENTRIES = 2**22
-_ROUNDING = 1e-10
 _NEIGHBORS = 9
 _UNBOUNDED = 2**62
 _COLORS = 4096
@@ -35,8 +32,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
     each is a buffer `spread_0`, … [size]: how far a prototype is from the nearest in another normal picture, which is
     how much normal parts differ there. A third, `gap_0`, … [whole], belongs to the first prototypes, where these are
-    all positions of the normal pictures, one picture after another: see `missing.gaps_of`. A fourth, `view_0`, …, is
-    what is known of the pictures as wholes, see `whole.views_of`.
+    all positions of the normal pictures, one picture after another: see `deviations.gaps_of`. A fourth, `view_0`, …,
+    tells how the pictures differ as wholes, see `deviations.views_of`.
 
     Args:
         sizes: Number of prototypes per category.
@@ -48,7 +45,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             few of the many that look alike, among which small defects hide.
         color_channels: How many of the last channels are colors that are also looked at by themselves, see `add`.
         color_sizes: Number of color prototypes per category.
-        views: Number of rows of `whole.views_of` per category.
+        views: Number of rows of `deviations.views_of` per category.
     """
 
     @register_to_config
@@ -64,6 +61,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         views: dict[str, int] | None = None,
     ):
         super().__init__()
+        self._search: tuple[Tensor, NeighborSearch] | None = None
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
         sizes = dict(sorted((sizes or {}).items()))
@@ -105,7 +103,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return getattr(self, f"gap_{self.categories.index(category)}")
 
     def views(self, category: str) -> Tensor:
-        """The normal pictures as wholes, [V, dim + 1], see `whole.views_of`. Raises ValueError if there is no bank."""
+        """The normal pictures as wholes, [V, dim + 1], see `views_of`. Raises ValueError if there is no bank."""
         self[category]
         return getattr(self, f"view_{self.categories.index(category)}")
 
@@ -295,7 +293,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
 
     def missing_distances(self, category: str, psi: Tensor) -> Tensor | None:
-        """What normal parts have and a picture lacks, see `missing.missing_distances`; not in the paper.
+        """What normal parts have and a picture lacks, see `deviations.missing_distances`; not in the paper.
 
         Args and errors: see [`distances`].
 
@@ -313,11 +311,11 @@ class PrototypeBank(ModelMixin, ConfigMixin):
     def deviations(self, category: str, psi: Tensor, repainted: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
         `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
-        Where a picture as a whole is unlike the normal ones, what stands out counts more, see `whole`.
+        Where a picture as a whole is unlike the normal ones, what stands out counts more, see `deviations.unlikeness`.
 
         Args:
             repainted: psi of the repainted pictures, and of these with what the autoencoder loses of the originals put
-                back, both [N, C, h, w]: what they are at the same positions is weighed in, see `repaired`. None: not.
+                back, both [N, C, h, w]: what they are at the same positions is weighed in, see `weigh`. None: not.
 
         Other args, and errors: see [`distances`].
 
@@ -340,21 +338,17 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
         """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""
-        bank = self[category].float()  # [M, C]
+        bank = self[category]  # [M, C]
         if psi.ndim != 4 or psi.shape[1] != bank.shape[1]:
             raise ValueError(f"`psi` must be [N, {bank.shape[1]}, h, w] as in the bank, got {list(psi.shape)}.")
+        # Prepared once for all pictures in a row; the tensor itself is the key, because a changed bank is another one.
+        if self._search is None or self._search[0] is not bank:
+            self._search = bank, NeighborSearch(bank)
         n, _, h, w = psi.shape
-        center = bank.mean(dim=0)
-        bank = bank - center
-        squares = bank.square().sum(dim=1)  # [M]
-        queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2) - center  # [N h w, C]
-        chunk = chunk or max(1, _DISTANCE_ENTRIES // len(bank))
-        nearest, indices = [], []
-        for part in queries.split(chunk):
-            index = torch.addmm(squares, part, bank.T, alpha=-2).topk(count, dim=1, largest=False).indices
-            indices.append(index)
-            distance = (part - bank[index[:, 0]]).square().sum(dim=1)
-            # A picture in its own bank differs from it by rounding alone, which must not look like a pattern.
-            rounding = _ROUNDING * (part + center).square().sum(dim=1)
-            nearest.append(torch.where(distance > rounding, distance, torch.zeros_like(distance)))
-        return torch.cat(nearest).view(n, h, w), torch.cat(indices).view(n, h, w, count)
+        queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2)  # [N h w, C]
+        distances, indices = self._search[1].nearest(queries, count, chunk)
+        return distances.view(n, h, w), indices.view(n, h, w, count)
+
+    def __getstate__(self) -> dict:
+        # Copies and pickles leave out what can be prepared anew.
+        return {**self.__dict__, "_search": None}

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.memory import large_blocks_returned
+from ..method.neighbors import NeighborSearch
 
 COMPARED_PICTURES = 3
 """Normal pictures from which on they are compared, see `fill_bank`: of fewer, none can be held out for a threshold."""
 
 _CHECKED = 2**12
 _COMPARED = 2**14
-_ENTRIES = 2**22
 
 
 @torch.no_grad()
@@ -69,6 +69,28 @@ def fill_bank(
         bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 
+def held_out_bank(bank, category: str, extractor: nn.Module, images: Tensor, index: int, rotations: int = 4):
+    """Makes a bank of all normal pictures but one, to score that one as if it were new.
+
+    How unlike the others a picture may be as a whole is known from all of them: a picture unlike the others is why all
+    are allowed more, not one that the others would reject.
+
+    Args:
+        bank: the [`PrototypeBank`] whose limits the new one gets.
+        images: [K, 3, H, W], K >= 2, see [`collect_prototypes`].
+        index: of the picture to leave out.
+
+    Returns:
+        A new bank that holds `category` alone.
+    """
+    others = torch.cat([images[:index], images[index + 1 :]])
+    made = bank.empty()
+    fill_bank(made, category, extractor, others, rotations, len(images) >= COMPARED_PICTURES)
+    if category in bank:
+        made.take_reach(category, bank)
+    return made
+
+
 def is_finite(features: Tensor) -> bool:
     """Whether all of [M, C] are finite; looked at in pieces, as PyTorch's own check takes more memory than they do."""
     return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
@@ -99,20 +121,8 @@ def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Ten
     if len(others) > _COMPARED:
         chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:_COMPARED]
         others = others[chosen.to(others.device)]
-    center = features.float().mean(dim=0)
-    compared = features[others].float()  # a copy
-    compared -= center
-    squares, found = compared.square().sum(dim=1), features.new_empty(len(kept), dtype=torch.float32)
-    # Into one tensor, and in place: small results between large temporaries leave memory that is not given back.
-    for part, result in zip(
-        *(tensor.split(max(1, _ENTRIES // len(compared))) for tensor in (kept, found)), strict=True
-    ):
-        query = features[part].float() - center
-        distances = torch.addmm(squares, query, compared.T, alpha=-2)
-        distances += query.square().sum(dim=1, keepdim=True)
-        distances.masked_fill_(sources[part][:, None] == sources[others][None], torch.inf)
-        torch.amin(distances, dim=1, out=result)
-    return found.clamp_(min=0)
+    search = NeighborSearch(features[others], features.float().mean(dim=0))
+    return search.distances(features[kept], (sources[kept], sources[others]))
 
 
 def _rotate(images: Tensor, degrees: float) -> Tensor:

@@ -1,5 +1,8 @@
 """ImageNet features of a picture, one vector per position: psi of Eq. (12) of AnomalySD (arXiv 2408.01960)."""
 
+from __future__ import annotations
+
+import os
 from pathlib import Path
 
 import torch
@@ -130,7 +133,7 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         normalize: str | None = None,
         model_kwargs: dict | None = None,
         final_norm: bool | None = None,
-    ) -> "PrototypeExtractor":
+    ) -> PrototypeExtractor:
         """Create an extractor with trained weights.
 
         Args:
@@ -188,3 +191,56 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(len(x), -1, *cells.shape[-2:])
             levels.append(self.config.color_weight * around)  # [N, 27, h, w]
         return torch.cat(levels, dim=1)
+
+
+def wants_extractor(
+    own: PrototypeExtractor | None,
+    categories: list[str],
+    timm_model: str | None,
+    timm_checkpoint: str | os.PathLike | None,
+) -> bool:
+    """Tells whether another extractor than a checkpoint's own is asked for.
+
+    Args:
+        own: the checkpoint's; None: it has none, so that one is wanted.
+        categories: parts whose prototypes were made with it.
+        timm_model, timm_checkpoint: see `AnomalySDPipeline.from_pretrained`.
+
+    Raises:
+        ValueError: if prototypes were made with its own, or weights are given without saying of which model.
+    """
+    if own is None:
+        return True
+    name = own.config.model_name
+    if timm_model is None and timm_checkpoint is not None:
+        raise ValueError(
+            f"`timm_checkpoint` must come with a `timm_model`, because this checkpoint has an extractor ({name}); "
+            "give both to replace it, or neither."
+        )
+    if timm_model is None or (timm_model == name and timm_checkpoint is None):
+        return False
+    if categories:
+        raise ValueError(
+            f"`timm_model` {timm_model!r} would replace the extractor {name}, which made the prototypes of "
+            f"{', '.join(map(repr, categories))}; leave `timm_model` out, or first remove these parts by "
+            "`remove_category` and save the pipeline."
+        )
+    return True
+
+
+def make_extractor(
+    timm_model: str | None, timm_checkpoint: str | os.PathLike | None, resolution: int
+) -> PrototypeExtractor:
+    """Makes an extractor for pictures of `resolution`; arguments and errors are those of
+    `AnomalySDPipeline.from_pretrained`."""
+    timm_model = timm_model or "tf_efficientnet_b6"
+    names = {"`model_name`": "`timm_model`", "`checkpoint_path`": "`timm_checkpoint`"}
+    try:
+        # A network that takes pictures of one size only is made for those that it will get.
+        image_size = None if backbone_kind(timm_model, {}).any_size else resolution
+        return PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint, image_size=image_size)
+    except ValueError as error:
+        message = str(error)
+        for theirs, ours in names.items():
+            message = message.replace(theirs, ours)
+        raise ValueError(message) from error
