@@ -1,8 +1,8 @@
-"""The app: inspect a picture, teach it a part of your own, inspect a batch. `python app.py`, or the entry of a Space.
+"""The app, started by `python app.py` or by a Space: inspects pictures and batches, and teaches parts.
 
-`ANOMALYSD_MODEL` names another checkpoint, a Hub id or a folder; without it the embedded one is used.
-`ANOMALYSD_MAX_...` change the bounds of `anomalysd_pipeline.app.limits`, and `GRADIO_ROOT_PATH` says where a proxy
-serves the app. See docs/app.md.
+`ANOMALYSD_MODEL` names a checkpoint other than the embedded one, as Hub id or folder. `ANOMALYSD_MAX_...` change the
+bounds of `anomalysd_pipeline.app.limits`. `GRADIO_ROOT_PATH` is the path at which a proxy serves the app. See
+docs/app.md.
 """
 
 from anomalysd_pipeline.app import space

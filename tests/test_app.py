@@ -291,8 +291,8 @@ class TestPage:
         assert tabs == ["Inspect", "Teach", "Batch", "Gallery", "About"]
         expected = {
             "inspect": "picture part run verdict gauge heatmap opacity compare masks downloads",
-            "teach": "name pictures coarse fine length run cancel progress loss-denoiser loss-decoder validation result "
-            "download upload",
+            "teach": "name pictures coarse fine length run cancel progress loss-denoiser loss-decoder validation "
+            "result download upload",
             "batch": "files part run progress table gallery downloads",
             "about": "model",
         }

@@ -1,1 +1,1 @@
-"""The app: what its page rests on and the page itself. `app.py` at the root of the repository starts it."""
+"""The app: its page, sessions and files. `app.py` at the root of the repository starts it."""

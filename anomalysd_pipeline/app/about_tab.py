@@ -1,4 +1,4 @@
-"""The tab About: which base is loaded, where, and what to expect of it."""
+"""The tab About: the loaded base and its device, and how far its verdicts can be trusted."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ SWITCHING = "Another base knows nothing of the parts that you have taught on thi
 
 
 def build(desk: Desk, key: gr.State, parts: list[gr.Dropdown], tab: gr.Tab) -> None:
-    """The contents of the tab.
+    """Builds the contents of the tab.
 
     Args:
-        parts: lists of parts, emptied when the base changes.
-        tab: drawn anew when it is opened.
+        desk: gives the bases and the sessions.
+        key: state that holds the key of the page's session.
+        parts: lists of parts on other tabs; emptied when the base changes.
+        tab: the tab itself; its facts are read again whenever it is opened.
     """
     models = desk.models
     first = models.names[0]

@@ -1,4 +1,4 @@
-"""The tab Batch: many pictures, or zips of them, into one table."""
+"""The tab Batch: inspects many pictures, or zips of them, into one table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHOW_SECONDS = 0.7
 
 
 def build(desk: Desk, key: gr.State) -> gr.Dropdown:
-    """The contents of the tab, and the function `batch` for programs; returns the list of parts."""
+    """Builds the contents of the tab and the function `batch` for programs; returns its list of parts."""
     limits = desk.limits
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
@@ -135,11 +135,13 @@ def build(desk: Desk, key: gr.State) -> gr.Dropdown:
 
 
 class _Batch:
-    """One batch as it grows.
+    """Collects the results of one batch while it is inspected.
 
-    table: rows under `HEADERS`.
-    values: the same for programs.
-    thumbnails: path and caption of each heatmap.
+    Attributes:
+        table: rows under `HEADERS`.
+        values: the same rows as dicts, for programs.
+        thumbnails: path and caption of each heatmap.
+        rows: `downloads.BatchRow` of each picture, for the files.
     """
 
     def __init__(self, desk: Desk, visit: Visit, part):
@@ -151,7 +153,7 @@ class _Batch:
         self.began = time.monotonic()
 
     def run(self, files, preset):
-        """Inspects one after another; yields how many are done, of how many."""
+        """Inspects one picture after another; yields the number done and the total."""
         from .uploads import expand
         from .work import batch
 
@@ -165,7 +167,7 @@ class _Batch:
                 yield item.number, item.total
 
     def seconds_left(self, done: int, total: int) -> float:
-        """An estimate from the time so far."""
+        """Estimates the time left from the time so far."""
         return (time.monotonic() - self.began) / done * (total - done)
 
     def _add(self, item) -> None:
@@ -188,19 +190,19 @@ class _Batch:
         thumbnail = self.folder / f"{item.number:03d}.webp"
         views.shrunk(heat, THUMBNAIL).save(thumbnail, quality=80, method=2)
         self.thumbnails.append((str(thumbnail), f"{item.file}: {words}"))
-        self.visit.session.require_room(heat.width * heat.height)  # about what the file will have, at most
+        self.visit.session.require_room(heat.width * heat.height)  # about the largest size of the file
         path = self.kept / f"{item.number:03d}.png"
         heat.save(path, compress_level=3)
         self.rows.append(BatchRow(item.file, result.score, result.threshold, result.seconds, path))
 
     def summary(self) -> str:
-        """What was found, in one line."""
+        """Counts the verdicts, in one line."""
         verdicts = [row[1] for row in self.table]
         counts = {word: verdicts.count(word) for word in dict.fromkeys(verdicts)}
         return f"{len(verdicts)} done: " + ", ".join(f"{count} × {word.lower()}" for word, count in counts.items())
 
     def files(self) -> list[str]:
-        """The table and the zip, for the visitor to fetch."""
+        """Writes the table and the zip; returns their paths."""
         import shutil
 
         from .downloads import batch_csv, batch_zip

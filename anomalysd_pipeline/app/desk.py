@@ -1,4 +1,4 @@
-"""What all tabs share: the bases, the sessions, whose turn it is, and the files handed out."""
+"""The desk that all tabs share: bases, sessions, turns at the model, and files for visitors."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from .turns import Turns
 
 SWEEP_SECONDS = 60.0
 GRACE_SECONDS = 600.0
-"""How long a session outlives its page: long enough to sign in elsewhere and come back."""
+"""Time that a session outlives its page: enough to sign in elsewhere and come back."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One call by one visitor.
+    """Describes one call by one visitor.
 
-    key: to be kept in the page's state.
-    session: theirs.
-    base: name of the base that it rests on.
-    visitor: value of their cookie, or None.
+    Attributes:
+        key: base and secret of the session, to be kept in the page's state.
+        session: the visitor's.
+        base: name of the base under the session.
+        visitor: value of the visitor's cookie, or None.
     """
 
     key: tuple[str, str]
@@ -42,11 +43,11 @@ class Visit:
 
 
 class Desk:
-    """One for each page; safe to use from many threads.
+    """Holds what all tabs of one page share; safe to use from many threads.
 
     Args:
-        limits: None: those of the environment.
-        models: None: those of this process.
+        limits: bounds; None: those of the environment.
+        models: bases; None: those of this process.
     """
 
     def __init__(self, limits: Limits | None = None, models: Models | None = None):
@@ -63,10 +64,12 @@ class Desk:
         self._pages: OrderedDict[str, tuple[str, str]] = OrderedDict()  # gradio's number of a page to a key
 
     def visit(self, key: tuple[str, str] | None, request: gr.Request | None, base: str | None = None) -> Visit:
-        """Who calls, by the page's state and the request; a new session where there is none, or it has ended.
+        """Finds the session of a call, or opens a new one where there is none or it has ended.
 
         Args:
-            base: what a new session rests on; None: the first.
+            key: from the page's state.
+            request: tells the visitor and the page.
+            base: name of the base under a new session; None: the first.
 
         Raises:
             ValueError: all places are taken.
@@ -89,19 +92,20 @@ class Desk:
         return Visit(key, session, name, visitor)
 
     def present(self, key: tuple[str, str] | None) -> Session | None:
-        """The session of a key, if it is still there."""
+        """Returns the session of a key, or None where it has ended."""
         session = self._sessions.get(key) if isinstance(key, tuple) else None
         return None if session is None or session.dropped else session
 
     def has_taught(self, request: gr.Request | None) -> bool:
-        """Whether this visitor has a session with parts, on another page or from before a reload."""
+        """Tells whether this visitor has a session with parts, on another page or from before a reload."""
         return bool(self._with_parts(visitor_of(request)))
 
     def take_up(self, key: tuple[str, str] | None, request: gr.Request | None) -> Visit:
-        """Goes on with the parts that the visitor had on a page that is gone: reloaded, closed, or left to sign in.
+        """Goes on with the parts of a page that is gone: reloaded, closed, or left to sign in.
 
         Args:
-            key: of the page they are on now, whose session, which has no parts yet, ends.
+            key: of the visitor's present page; its session must have no parts, and ends.
+            request: tells the visitor.
 
         Raises:
             ValueError: this page has parts already, or there are none to go on with.
@@ -118,7 +122,7 @@ class Desk:
             said = "are on another page of yours; go on there, or close it" if had else "are gone; teach them anew"
             raise ValueError(f"The parts that you taught before {said}.")
         old = min(left, key=lambda one: left[one].idle)
-        # The page that is gone still has the old key, and ends that session when gradio forgets it.
+        # The page that is gone still has the old key, and would end this session when gradio forgets it.
         session = self.stores[old[0]].renew(old[1])
         if session is None:
             raise ValueError("The parts that you taught before are gone; teach them anew.")
@@ -131,14 +135,14 @@ class Desk:
         return self.visit(key, request)
 
     def _with_parts(self, visitor: str | None) -> dict[tuple[str, str], Session]:
-        """A visitor's sessions with parts, by key."""
+        """Returns a visitor's sessions with parts, by key."""
         if visitor is None:
             return {}
         mine = [(key, session) for key, session in list(self._sessions.items()) if not session.dropped]
         return {key: session for key, session in mine if session.parts and self._visitors.get(session) == visitor}
 
     def leave(self, key: tuple[str, str] | None) -> None:
-        """Ends a session: the visitor has gone, or wants to start anew."""
+        """Ends a session whose visitor has gone or starts anew."""
         from .work import cancel_lesson
 
         session = self.present(key)
@@ -148,7 +152,10 @@ class Desk:
             self.stores[key[0]].drop(key[1])
 
     def gone(self, request: gr.Request | None) -> None:
-        """A page was closed or reloaded, or a phone was locked: its session ends unless it is used again soon."""
+        """Ends the session of a page that was closed, unless it is used again within `GRACE_SECONDS`.
+
+        gradio also reports a page as closed when it is reloaded or a phone is locked.
+        """
         key = self._pages.pop(getattr(request, "session_hash", None), None)
         session = self.present(key)
         if session is None:
@@ -163,7 +170,7 @@ class Desk:
         timer.start()
 
     def sweep(self) -> None:
-        """Ends sessions whose time is over, now and from then on every minute; for as long as the desk is there."""
+        """Ends sessions whose time is over, now and every `SWEEP_SECONDS` while the desk exists."""
         own = weakref.ref(self)
 
         def again() -> None:
@@ -178,14 +185,19 @@ class Desk:
         timer.start()
 
     def new_folder(self, visit: Visit) -> Path:
-        """An empty folder from which files are served to that visitor alone."""
+        """Makes an empty folder from which files are served to that visitor alone."""
         return self.handouts.new_folder(visit.session, visit.visitor)
 
     def upload_of(self, visitor: str | None, data: object, argument: str) -> tuple[str, str]:
-        """Path and name of an uploaded file, as it comes in a call.
+        """Returns path and name of an uploaded file.
+
+        Args:
+            visitor: value of the caller's cookie, or None.
+            data: the file as gradio passes it in a call.
+            argument: its name in errors.
 
         Raises:
-            ValueError: it is none, or not this visitor's.
+            ValueError: it is no upload, or not this visitor's.
         """
         from .uploads import visible_name
 
@@ -196,10 +208,10 @@ class Desk:
         return path, visible_name(name if isinstance(name, str) and name else Path(path).name)
 
     def uploads_of(self, visitor: str | None, data: object, argument: str) -> list[tuple[str, str]]:
-        """The same of several files.
+        """Returns path and name of several uploaded files; see `upload_of`.
 
         Raises:
-            ValueError: there are none, or one of them is none.
+            ValueError: there are none, or one of them is no upload of this visitor's.
         """
         files = data if isinstance(data, list) else [] if data is None else [data]
         if not files:
@@ -208,7 +220,7 @@ class Desk:
 
 
 def visitor_of(request: gr.Request | None) -> str | None:
-    """The value of the visitor's cookie, or None."""
+    """Returns the value of the visitor's cookie, or None."""
     try:
         return cookie_of(request.headers.get("cookie") or "")
     except AttributeError:  # a call without a request
@@ -216,7 +228,7 @@ def visitor_of(request: gr.Request | None) -> str | None:
 
 
 def sentences(function):
-    """Shows a ValueError to the visitor as the sentence it is; for functions and generators."""
+    """Decorates a function or generator: the visitor sees a ValueError as the sentence it is."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -238,5 +250,5 @@ def sentences(function):
 
 
 def shown(error: ValueError) -> gr.Error:
-    """An error for the page, which would render what looks like HTML in it."""
+    """Makes an error for the page, escaped because the page would render HTML in it."""
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)

@@ -1,4 +1,4 @@
-"""What visitors take home: maps, one-page reports, tables and adaptations; and adaptations that they bring back."""
+"""Files that visitors take home (maps, reports, tables, adaptations) or bring back (adaptations)."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ __all__ = [
 BATCH_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 _FACTS_BYTES = 1_000_000
 _MOST_STEPS, _MOST_SCALES, _FINEST_SCALE = 200, 8, 16
-"""What the thresholds of a brought adaptation may have been found at; an inspection with more would take hours."""
+"""Bounds on the settings of a brought adaptation's thresholds; an inspection beyond them would take hours."""
 
 
 @dataclass(frozen=True)
 class BatchRow:
-    """One picture of a batch, inspected or refused.
+    """Describes one picture of a batch, inspected or refused.
 
     Attributes:
         file: the visitor's name for it.
@@ -66,8 +66,10 @@ class BatchRow:
     error: str | None = None
 
     def values(self) -> dict[str, str]:
-        """`BATCH_COLUMNS` to the texts in the table, "" where there is nothing; `verdict` is "defective", "normal" or
-        ""."""
+        """Returns the texts of the table's row by `BATCH_COLUMNS`, "" where there is nothing.
+
+        `verdict` is "defective", "normal" or "".
+        """
         from ..inspection.result import table_values
 
         values = {**dict.fromkeys(BATCH_COLUMNS, ""), "file": self.file, "error": self.error or ""}
@@ -77,12 +79,13 @@ class BatchRow:
 
 
 def map_png16(anomaly_map: np.ndarray, scale: float | None = None) -> bytes:
-    """A map as a PNG of 16-bit gray: value = gray × scale / 65535, as its text chunk "Description" says; "Scale" holds
-    the number.
+    """Encodes a map as a PNG of 16-bit gray: value = gray × scale / 65535.
+
+    Its text chunk "Description" holds this formula, and "Scale" the number.
 
     Args:
         anomaly_map: float [H, W], finite, 0 or more.
-        scale: above 0, the value of white; higher ones are cut. None: the map's maximum.
+        scale: above 0, the value of white; higher values are cut. None: the map's maximum.
     """
     values = np.asarray(anomaly_map, dtype=np.float64)
     # A map of zeros has no scale of its own, and any will do.
@@ -97,15 +100,16 @@ def map_png16(anomaly_map: np.ndarray, scale: float | None = None) -> bytes:
 
 
 def map_npy(anomaly_map: np.ndarray) -> bytes:
-    """A map as the bytes of a `.npy` file, float32 [H, W]."""
+    """Encodes a map as the bytes of a `.npy` file, float32 [H, W]."""
     data = io.BytesIO()
     np.save(data, np.asarray(anomaly_map, dtype=np.float32), allow_pickle=False)
     return data.getvalue()
 
 
 def inspection_files(result: Inspection, facts: ReportFacts, folder: str | os.PathLike) -> list[Path]:
-    """Writes all that is to be taken home of one inspection: `..._map.png`, `..._map.npy`, `..._report.png` and
-    `..._report.pdf`, named after the picture.
+    """Writes the files of one inspection that a visitor takes home, named after the picture.
+
+    They are `..._map.png`, `..._map.npy`, `..._report.png` and `..._report.pdf`.
 
     Returns:
         The four paths, in this order.
@@ -125,7 +129,7 @@ def inspection_files(result: Inspection, facts: ReportFacts, folder: str | os.Pa
 
 
 def batch_csv(rows: Iterable[BatchRow]) -> bytes:
-    """The table of a batch: UTF-8 with a mark that spreadsheets need, comma, header, no cell that one computes."""
+    """Writes the table of a batch as CSV: UTF-8 with the mark that spreadsheets need, no formulas."""
     text = io.StringIO()
     writer = csv.DictWriter(text, BATCH_COLUMNS)
     writer.writeheader()
@@ -134,7 +138,9 @@ def batch_csv(rows: Iterable[BatchRow]) -> bytes:
 
 
 def batch_zip(rows: Sequence[BatchRow], path: str | os.PathLike) -> Path:
-    """Writes a zip of the table (`results.csv`) and the heatmaps (`heatmaps/001_name.png`, numbered like the rows).
+    """Writes a zip of a batch's table and heatmaps.
+
+    They are `results.csv` and `heatmaps/001_name.png`, numbered like the rows.
 
     Args:
         rows: of the batch.
@@ -158,8 +164,9 @@ def batch_zip(rows: Sequence[BatchRow], path: str | os.PathLike) -> Path:
 
 
 def adaptation_zip(pipe, adaptation: str, path: str | os.PathLike) -> Path:
-    """Writes an adaptation, see `AnomalySDPipeline.save_adaptation`, as a zip. To be called in a turn: it reads
-    weights that another session's inspection would change meanwhile.
+    """Writes an adaptation, see `AnomalySDPipeline.save_adaptation`, as a zip.
+
+    Call it within a turn: another session's inspection would change the weights that it reads.
 
     Returns:
         The path.
@@ -180,21 +187,22 @@ def adaptation_zip(pipe, adaptation: str, path: str | os.PathLike) -> Path:
 def load_adaptation_zip(
     session: Session, path: str | os.PathLike, shown_name: str | None = None, overwrite: bool = False
 ) -> list[str]:
-    """Takes an adaptation from a zip, as `adaptation_zip` writes it, into a session: its pipeline and its `parts`. All
-    or nothing. To be called in a turn, as `adaptation_zip`.
+    """Takes an adaptation from a zip of `adaptation_zip` into a session, completely or not at all.
+
+    The session's pipeline and its `parts` change. Call it within a turn, as `adaptation_zip`.
 
     Args:
         session: whose `lock` is held meanwhile.
         path: of the zip on the server; no error says so.
-        shown_name: what the visitor calls it; None: the file's own name.
+        shown_name: the visitor's name for it; None: the file's own name.
         overwrite: whether parts of the same names may be replaced.
 
     Returns:
-        Names of the parts it brought.
+        Names of its parts.
 
     Raises:
-        ValueError: it is no such zip, holds anything else, is too large, fits another base, or brings parts for which
-            there is no room.
+        ValueError: it is no such zip, holds other files, is too large, fits another base, or brings more parts than
+            there is room for.
     """
     from ..adaptation.folder import read_adaptation
 
@@ -229,7 +237,7 @@ def load_adaptation_zip(
 
 
 def _adaptation_files(path: str | os.PathLike, name: str, limits) -> dict[str, bytes]:
-    """The two files of an adaptation, by the names they must have; they may lie in one folder of the zip."""
+    """Reads the two files of an adaptation by their names; both may lie in one folder of the zip."""
     from ..adaptation.folder import FACTS, WEIGHTS
 
     largest = {FACTS: min(_FACTS_BYTES, limits.adaptation_bytes), WEIGHTS: limits.adaptation_bytes}
@@ -255,7 +263,7 @@ def _adaptation_files(path: str | os.PathLike, name: str, limits) -> dict[str, b
 
 
 def _check_bounds(stored, session: Session, name: str) -> None:
-    """Raises ValueError for an adaptation that fits the base, but asks for more than a visitor may have."""
+    """Refuses an adaptation that fits the base but exceeds the bounds of a session."""
     limits = session.limits
     total = len(session.parts.keys() | stored.categories.keys())
     if total > limits.parts:
@@ -283,5 +291,5 @@ def _check_bounds(stored, session: Session, name: str) -> None:
 
 
 def _uncomputed(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula."""
+    """Quotes a cell that a spreadsheet would take for a formula."""
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text

@@ -1,6 +1,6 @@
 """Ready examples: drawn pictures and their finished results, read without the model.
 
-`python -m anomalysd_pipeline.app.gallery` makes them anew, which is due when the embedded checkpoint has changed.
+`python -m anomalysd_pipeline.app.gallery` makes them anew. Run it when the embedded checkpoint has changed.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ DRAWN = {
     "circuit_board": "stain",
     "weave": "scratch",
 }
-"""Family to the defect of its second picture; the first is good."""
+"""Maps a family to the defect of its second picture; the first is good."""
 _FACTS = "examples.json"
 _COMMAND = "python -m anomalysd_pipeline.app.gallery"
 
 
 @dataclass(frozen=True)
 class Example:
-    """A picture with its finished result; what `inspection.Inspection` has, and more.
+    """Holds a picture with its finished result: the attributes of an `Inspection`, and more.
 
     Attributes:
-        name: its file name without suffix, such as "hex_nut_defective".
-        title: for a person, such as "Hex nut, scratch".
-        part: the category it was inspected as.
-        defect: of the drawing, one of `synthetic.DEFECTS`; None: a good part.
-        path: of the picture, for a page that shows or opens it.
+        name: file name of the picture without suffix, such as "hex_nut_defective".
+        title: words for a person, such as "Hex nut, scratch".
+        part: category as which it was inspected.
+        defect: kind of the drawn defect, from `synthetic.DEFECTS`; None: a good part.
+        path: file of the picture.
         image, inpainted: RGB, [S, S].
         anomaly_map: float32 [S, S], 0 or more; rounded to 256 levels.
-        prototype_mask: bool [S, S], the prototypes' proposal.
+        prototype_mask: bool [S, S], the region proposed by the prototypes.
         score, threshold, is_defective, seconds: as in `Inspection`.
-        settings: of the inspection.
+        settings: settings of the inspection.
     """
 
     name: str
@@ -66,17 +66,17 @@ class Example:
 
     @property
     def sentence(self) -> str:
-        """The verdict for a person."""
+        """Puts the verdict in words."""
         return verdict_text(self.score, self.threshold)
 
     def overlay(self, opacity: float = 0.5) -> Image.Image:
-        """The heatmap over the picture, with the outline of what lies above the threshold."""
+        """Draws the heatmap over the picture, and the outline of the region above the threshold."""
         heat = overlay(self.image, self.anomaly_map, self.threshold, opacity=opacity)
         return contour(heat, self.anomaly_map > self.threshold)
 
 
 def load_examples(folder: str | os.PathLike = FOLDER) -> list[Example]:
-    """The ready examples, in the order in which they are shown.
+    """Reads the ready examples, in the order in which they are shown.
 
     Raises:
         ValueError: the folder is missing or damaged.
@@ -91,12 +91,12 @@ def load_examples(folder: str | os.PathLike = FOLDER) -> list[Example]:
 
 
 def made_with(folder: str | os.PathLike = FOLDER) -> str:
-    """The fingerprint of the checkpoint that the examples were made with."""
+    """Returns the fingerprint of the checkpoint that the examples were made with."""
     return json.loads(Path(folder, _FACTS).read_text(encoding="utf-8"))["checkpoint"]
 
 
 def checkpoint_fingerprint(folder: str | os.PathLike = EMBEDDED) -> str:
-    """A digest of a checkpoint's configs and weights, 16 hexadecimal digits; texts about it do not count."""
+    """Digests a checkpoint's configs and weights into 16 hexadecimal digits; its texts do not count."""
     summary = hashlib.sha256()
     files = [path for path in Path(folder).rglob("*") if path.suffix in (".json", ".safetensors")]
     for path in sorted(files, key=lambda path: path.relative_to(folder).as_posix()):
@@ -109,8 +109,8 @@ def make_examples(folder: str | os.PathLike = FOLDER, base: str = EMBEDDED) -> l
     """Draws the pictures, inspects them, and replaces the folder's examples once all are there.
 
     Args:
-        folder: made if missing.
-        base: folder of the checkpoint to inspect them with.
+        folder: where they lie; made if missing.
+        base: folder of the checkpoint that inspects them.
 
     Returns:
         The examples, read back.

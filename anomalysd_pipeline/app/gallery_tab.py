@@ -69,7 +69,7 @@ def build(desk: Desk, picture: gr.Image, tabs: gr.Tabs) -> None:
             )
 
     def published(component: gr.ImageSlider | gr.Gallery, image) -> str:
-        """Saves a picture where gradio neither deletes nor the door refuses it; returns its path."""
+        """Saves a picture for everybody, for as long as the app runs; returns its path."""
         path = save_pil_to_cache(image, cache_dir=component.GRADIO_CACHE, format=component.format)
         component.keep_in_cache.add(path)
         desk.handouts.publish([path])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 COOKIE = "anomalysd_visitor"
 KEPT = 20
-"""Results of one session that stay to be fetched; files of older ones are deleted."""
+"""Results of a session that can be fetched at a time; files of older ones are deleted."""
 
 UPLOADS = 20_000
 """Uploads whose owners are remembered; gradio deletes the files after two hours."""
@@ -29,10 +29,10 @@ REFUSED = "This file is not yours, or it is gone; make it anew."
 
 
 class Handouts:
-    """Folders to put files in for a session's visitor.
+    """Keeps the files of visitors, and knows who may fetch them.
 
     Args:
-        root: gradio's upload folder, from which alone it serves files.
+        root: gradio's upload folder, the only place from which it serves files.
     """
 
     def __init__(self, root: str | os.PathLike):
@@ -40,17 +40,17 @@ class Handouts:
         self.folder = self.uploads / "handed_out"
         # Reentrant: a session may be collected, and its folders removed, while this thread holds it.
         self._lock = threading.RLock()
-        self._owners: dict[str, str | None] = {}  # folder's name to its visitor
-        self._given: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # session to its folders
+        self._owners: dict[str, str | None] = {}  # name of a folder to its visitor
+        self._given: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # session to the names of its folders
         self._uploaded: OrderedDict[str, set[str | None]] = OrderedDict()
         self._published: set[str] = set()
 
     def new_folder(self, session, visitor: str | None) -> Path:
-        """An empty folder, from which files are served to that visitor as long as the session lives.
+        """Makes an empty folder, from which files are served to that visitor as long as the session lives.
 
         Args:
-            session: a `sessions.Session`; with it, or after `KEPT` further folders, the folder disappears.
-            visitor: value of their cookie, or None: whoever knows the address.
+            session: a `sessions.Session`; the folder disappears with it, or after `KEPT` further folders.
+            visitor: value of the visitor's cookie; None: files are served to everybody who knows the address.
         """
         folder = self.folder / secrets.token_urlsafe(16)
         folder.mkdir(parents=True)
@@ -67,13 +67,13 @@ class Handouts:
         return folder
 
     def end(self, session) -> None:
-        """Deletes all that was given to a session."""
+        """Deletes all folders of a session."""
         with self._lock:
             given = self._given.get(session, ())
         self._remove_all(given)
 
     def claim(self, path: str, visitor: str | None) -> None:
-        """Notes who uploaded a file; equal files of several visitors have one path."""
+        """Notes the visitor who uploaded a file; equal files of several visitors have one path."""
         path = os.path.realpath(path)
         with self._lock:
             self._uploaded.setdefault(path, set()).add(visitor)
@@ -90,10 +90,10 @@ class Handouts:
     def may_read(self, path: str, visitor: str | None) -> bool:
         """Tells whether a visitor may fetch a file: their own, or a published one; gradio checks the rest."""
         if "://" in path:
-            return False  # gradio would fetch it, for whomever
+            return False  # gradio would fetch it for anybody
         try:
             resolved = Path(os.path.realpath(path))
-        except ValueError:  # a character that no path has
+        except ValueError:  # a character that paths cannot have
             return False
         with self._lock:
             if resolved.is_relative_to(self.folder):
@@ -105,10 +105,15 @@ class Handouts:
             return None in owners or visitor in owners or str(resolved) in self._published
 
     def require_upload(self, path: object, visitor: str | None, argument: str) -> str:
-        """The path of a file that this visitor has uploaded, as it came in a call.
+        """Resolves the path of an upload of this visitor's, or of a published file.
+
+        Args:
+            path: as it came in a call.
+            visitor: value of the caller's cookie, or None.
+            argument: name of the file in errors.
 
         Raises:
-            ValueError: it is anything else.
+            ValueError: it is any other path, or none.
         """
         if isinstance(path, str) and self.may_read(path, visitor):
             resolved = os.path.realpath(path)
@@ -131,11 +136,11 @@ class Handouts:
 
 
 class Door:
-    """ASGI middleware: gives each visitor a cookie, notes uploads, and refuses files that are another's.
+    """Gives each visitor a cookie, notes uploads, and refuses files of others; ASGI middleware.
 
     Args:
-        app: what it stands before.
-        handouts: gives the `Handouts`, once there is any.
+        app: the application behind it.
+        handouts: returns the `Handouts`; called with each request, as the page is complete only then.
     """
 
     def __init__(self, app, handouts: Callable[[], Handouts]):
@@ -152,7 +157,7 @@ class Door:
             return
         if path.endswith("/upload") and scope["method"] == "POST":
             send = self._noting(send, visitor)
-        # With the page or a client's first request, which nothing runs beside; two cookies at once would get mixed up.
+        # Only with the page or a client's first request, which runs alone; two cookies at once would get mixed up.
         elif visitor is None and scope["method"] == "GET":
             send = _greeting(send, path, _is_https(scope))
         await self.app(scope, receive, send)
@@ -172,12 +177,12 @@ class Door:
 
 
 def visitor_of(scope) -> str | None:
-    """The value of the visitor's cookie in a request, or None."""
+    """Returns the value of the visitor's cookie in a request, or None."""
     return cookie_of(b"; ".join(value for name, value in scope["headers"] if name == b"cookie").decode("latin-1"))
 
 
 def cookie_of(header: str) -> str | None:
-    """The same from the text of a `Cookie` header."""
+    """Returns the value of the visitor's cookie from the text of a `Cookie` header, or None."""
     try:
         found = SimpleCookie(header).get(COOKIE)
     except CookieError:
@@ -199,7 +204,7 @@ def _greeting(send, path: str, https: bool):
             headers = list(message.get("headers", []))
             kind = next((value for name, value in headers if name.lower() == b"content-type"), b"")
             if kind.startswith(b"text/html") or path.endswith("/config"):
-                # A Space is shown within another site's page, where only such a cookie comes back.
+                # A Space is shown within the page of another site; browsers send only such a cookie from there.
                 rules = "SameSite=None; Secure; Partitioned" if https else "SameSite=Lax"
                 cookie = f"{COOKIE}={secrets.token_urlsafe(24)}; Path=/; HttpOnly; Max-Age=86400; {rules}"
                 message = {**message, "headers": [*headers, (b"set-cookie", cookie.encode())]}

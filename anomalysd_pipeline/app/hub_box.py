@@ -1,4 +1,4 @@
-"""Publishing an adaptation with the visitor's own sign-in."""
+"""The box in the tab Teach that publishes an adaptation with the visitor's own sign-in."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOCALLY = (
 
 
 def hub_box(desk: Desk, key: gr.State) -> None:
-    """The part of the tab Teach that publishes."""
+    """Builds the box."""
     with gr.Accordion("Publish on the Hugging Face Hub", open=False):
         gr.Markdown(_ON_SPACE if is_space() else _LOCALLY, elem_classes="help")
         if is_space():
@@ -78,7 +78,7 @@ def _publish(desk: Desk, visit: Visit, repo: str, part: str, private: bool, toke
         try:
             url = push(folder, repo, private=bool(private), token=token)
         except ValueError as error:
-            # Neither the place on the server nor, whatever a library may write, the token.
+            # A library's message may hold the place on the server, or the token.
             text = str(error).replace(str(folder), "adaptation").replace(token, "***")
             raise ValueError(re.sub(r"hf_[A-Za-z0-9]+", "***", text)) from None
     return visit.key, views.verdict(f"Published “{part}”.", False, url)

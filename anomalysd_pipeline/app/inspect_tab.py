@@ -1,4 +1,4 @@
-"""The tab Inspect: one picture, its verdict, where the defect is, and what to take home."""
+"""The tab Inspect: one picture, its verdict and heatmap, and the files to take home."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ ANY_PART = "Any part"
 
 @dataclass(frozen=True)
 class InspectTab:
-    """Components that other tabs change."""
+    """Names the components that other tabs change."""
 
     picture: gr.Image
     part: gr.Dropdown
 
 
 def build(desk: Desk, key: gr.State) -> InspectTab:
-    """The contents of the tab, and the function `inspect` for programs."""
+    """Builds the contents of the tab, and the function `inspect` for programs."""
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
             picture = gr.Image(
@@ -115,9 +115,9 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
             preset: "fast" or "paper".
 
         Returns:
-            `{"verdict", "is_defective", "score", "threshold", "times_threshold", "seconds", "settings", ...}`, where
-            `threshold` and what follows from it are null for a part that has none; and the files: map as 16-bit PNG
-            and .npy, report as PNG and PDF.
+            `{"verdict", "is_defective", "score", "threshold", "times_threshold", "seconds", "settings", ...}`; the
+            threshold, its multiple and the verdict are null for a part without one. Then the files: map as 16-bit
+            PNG and .npy, report as PNG and PDF.
         """
         visit = desk.visit(key, request)
         found = _inspect(desk, visit, part, picture, preset)
@@ -162,7 +162,7 @@ def _compared(desk: Desk, visit: Visit, result) -> tuple[str, str]:
 
 
 def _masks(desk: Desk, visit: Visit, found) -> list[tuple[str, str]]:
-    """The proposed and the predicted region, as light on the darkened picture."""
+    """Draws the cells, and the proposed and the predicted region, as light on the darkened picture."""
     scales = found.settings["mask_scales"]
     folder = desk.new_folder(visit)
     cells = folder / "cells.webp"
@@ -181,7 +181,7 @@ def _masks(desk: Desk, visit: Visit, found) -> list[tuple[str, str]]:
 
 
 def grid(image, scales):
-    """A picture with the borders of the multi-scale masks, thinner the finer they are."""
+    """Draws the borders of the multi-scale masks on a picture, thinner for finer ones."""
     from PIL import ImageDraw
 
     small = views.shrunk(image)
@@ -197,11 +197,14 @@ def grid(image, scales):
 
 
 def lit(image, region):
-    """A picture that is dark outside of a region.
+    """Darkens a picture outside of a region.
 
     Args:
         image: RGB, W x H.
         region: bool [H, W].
+
+    Returns:
+        An RGB picture, as large as `views.shrunk` makes it.
     """
     from PIL import Image
 

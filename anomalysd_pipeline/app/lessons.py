@@ -1,4 +1,4 @@
-"""One part taught: prototypes and threshold, and on request a fine-tuning, step by step and with its progress."""
+"""Lessons: prototypes, threshold and, on request, a fine-tuning of one part, with progress."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ LENGTHS = {
 }
 TIMES = {"standard": 1, "thorough": 3}
 STEPS = {"steps": 200, "decoder_steps": 100}
-"""Of a base whose config does not say how long it takes to fine-tune it."""
+"""Optimizer steps for a base whose config gives none."""
 
 PICTURES = 8
-"""Validation pictures in the course of each stage."""
+"""Validation pictures during each stage."""
 
 CALIBRATION = 0.2
-"""How long the threshold takes, where a fine-tuning of the length "standard" takes 1."""
+"""Time for the threshold, as a share of the time for a fine-tuning of the length "standard"."""
 
 
 class Canceled(Exception):
-    """The visitor has canceled a teaching."""
+    """Ends a teaching that its visitor has canceled."""
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What is to be taught.
+    """Describes a part to be taught.
 
-    name: of the part.
-    pictures: 1 or more of good parts, RGB.
-    prompts: {"coarse": [...], "fine": [...]}, or None: the generic ones.
-    length: one of `LENGTHS`.
-    steps: optimizer steps of the denoiser and the decoder; None: by the length.
+    Attributes:
+        name: name of the part.
+        pictures: 1 or more of good parts, RGB.
+        prompts: {"coarse": [...], "fine": [...]}, or None: the generic ones.
+        length: one of `LENGTHS`.
+        steps: optimizer steps of the denoiser and the decoder; None: by the length.
     """
 
     name: str
@@ -58,15 +59,16 @@ class Lesson:
 
 @dataclass(frozen=True)
 class LessonState:
-    """How a teaching goes.
+    """Tells the progress of a teaching.
 
-    stage: "waiting", "preparing", "denoiser", "decoder", "calibrating" or "done".
-    step, steps: of the stage, 0 where it has none.
-    share: of the whole that is done, in [0, 1].
-    seconds_left: estimate for the whole; None where nothing is known yet.
-    losses: stage to the loss of each step so far.
-    picture: the latest validation picture, a good part beside itself with its middle repainted.
-    facts: of the taught part, in the last state.
+    Attributes:
+        stage: "waiting", "preparing", "denoiser", "decoder", "calibrating" or "done".
+        step, steps: steps done and in all of the stage, 0 where it has none.
+        share: share of the whole that is done, in [0, 1].
+        seconds_left: estimate for the whole; None where nothing is known yet.
+        losses: stage to the loss of each step so far.
+        picture: the latest validation picture, a good part beside itself with its middle repainted.
+        facts: facts of the taught part, in the last state.
     """
 
     stage: str = "waiting"
@@ -82,17 +84,17 @@ class LessonState:
 def make_lesson(
     name: object, pictures: Sequence[Image.Image], coarse: object, fine: object, length: object, limits: Limits
 ) -> Lesson:
-    """A lesson from what a visitor has given.
+    """Makes a lesson of the values that a visitor has given.
 
     Args:
-        name: of the part.
-        pictures: of good parts, RGB, at the model's resolution.
+        name: name of the part.
+        pictures: pictures of good parts, RGB, at the model's resolution.
         coarse, fine: prompts, one on a line.
         length: one of `LENGTHS`.
-        limits: the app's.
+        limits: the app's bounds.
 
     Raises:
-        ValueError: one of them is none; the sentence names it.
+        ValueError: a value is of the wrong kind or out of bounds; the sentence names it.
     """
     from ..method.prompts import check_category, readable_name
 
@@ -133,14 +135,13 @@ def _gpu_seconds_of_lesson(carried: Carried, lesson: Lesson, cancel, turns) -> f
 def learn_on_gpu(
     carried: Carried, lesson: Lesson, cancel: threading.Event | None, turns: Turns | None
 ) -> Iterator[LessonState | Knowledge]:
-    """Teaches a copy of the pipeline; yields how it goes, then what the copy knows, which is for the caller to give to
-    the pipeline.
+    """Teaches a copy of the pipeline; yields its progress, then its knowledge for the caller to keep.
 
     Raises:
         Canceled: `cancel` was set.
         ValueError: the lesson cannot be taught.
     """
-    left = threading.Event()  # nobody asks for the next state any more
+    left = threading.Event()  # set when nobody asks for the next state any more
     told: queue.Queue = queue.Queue()
 
     def ended() -> bool:
@@ -159,7 +160,7 @@ def learn_on_gpu(
         yield LessonState()
         while True:
             item = told.get()
-            # What has been overtaken by later news need not be drawn; the facts come once, in the last state.
+            # States that later ones have overtaken need not be drawn; the facts come once, in the last state.
             while isinstance(item, LessonState) and not item.facts and not told.empty():
                 item = told.get()
             if isinstance(item, BaseException):
@@ -173,7 +174,7 @@ def learn_on_gpu(
 
 
 def lesson_steps(pipe, lesson: Lesson) -> dict[str, int]:
-    """How many optimizer steps a lesson takes."""
+    """Counts the optimizer steps of a lesson, by the names of the adaptation's settings."""
     if lesson.steps is not None:
         return {"steps": lesson.steps[0], "decoder_steps": lesson.steps[1]}
     given = {**STEPS, **{k: v for k, v in pipe.config.adaptation.items() if k in STEPS and v is not None}}
@@ -181,13 +182,13 @@ def lesson_steps(pipe, lesson: Lesson) -> dict[str, int]:
 
 
 class _Teaching:
-    """The work of one lesson, in a thread of its own."""
+    """Does the work of one lesson, in a thread of its own."""
 
     def __init__(self, pipe, lesson: Lesson, tell: Callable, ended: Callable[[], bool], turns: Turns | None):
         self.pipe, self.lesson, self.tell, self.ended, self.turns = own_pipeline(pipe), lesson, tell, ended, turns
         self.state = LessonState()
         self.began = 0.0
-        # Share of the whole that comes before the threshold.
+        # Share of the whole before the threshold is set.
         times = TIMES.get(lesson.length, 0.02)
         self.before = times / (times + CALIBRATION)
 
@@ -211,7 +212,7 @@ class _Teaching:
             return Knowledge.of(self.pipe)
 
     def step(self, stage: str, step: int, steps: int, share: float, **changes) -> None:
-        """Tells how far it is; ends the work where it was canceled, and lets others go first."""
+        """Tells the progress, ends canceled work, and gives way to inspections that wait."""
         if self.ended():
             raise Canceled
         elapsed = time.monotonic() - self.began
@@ -256,10 +257,10 @@ class _Teaching:
         return None if self.lesson.prompts is None else {self.lesson.name: self.lesson.prompts}
 
     def validation(self, module, stage) -> Image.Image:
-        """A good part, and beside it the same with its middle repainted by the weights in training."""
+        """Draws a good part, and beside it the same with its middle repainted by the weights in training."""
         from ..adaptation.preview import validation_pictures
 
-        self.pipe.use_adaptation(None)  # somebody else's inspection may have switched the shared decoder
+        self.pipe.use_adaptation(None)  # an inspection in between may have switched the shared decoder
         book = self.pipe.prompt_book
         book.add(self.lesson.name, self.lesson.prompts)
         texts = book.prompts(self.lesson.name)
@@ -277,14 +278,14 @@ class _Teaching:
 
         @contextlib.contextmanager
         def counted(total: int):
-            """Stands in for the progress bar, the only place where the work of a calibration can be followed."""
+            """Stands in for the progress bar, through which alone a calibration tells its progress."""
             done = [0]
 
             def update(count: int) -> None:
                 done[0] += count
                 share = (rounds[0] + done[0] / total) / len(pictures)
                 self.step("calibrating", round(100 * share), 100, self.before + (0.99 - self.before) * share)
-                pipe.use_adaptation_of(name)  # who went first may have switched the shared weights
+                pipe.use_adaptation_of(name)  # an inspection in between may have switched the shared weights
 
             yield SimpleNamespace(update=update)
             rounds[0] += 1

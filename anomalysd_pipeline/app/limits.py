@@ -8,30 +8,32 @@ from dataclasses import dataclass, fields
 
 _PREFIX = "ANOMALYSD_MAX_"
 _HIGHEST = {"pixels": 100_000_000, "name_length": 64, "prompt_length": 300}
-"""What the package itself allows; not imported from there, because that would import torch."""
+"""Bounds of the package itself; repeated here, because importing them would import torch."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What one visitor may use. A field `x_y` is set by the environment variable `ANOMALYSD_MAX_X_Y`.
+    """Bounds the use of the app by its visitors.
+
+    The environment variable `ANOMALYSD_MAX_X_Y` sets the field `x_y`.
 
     Attributes:
-        upload_bytes: of one uploaded file, and of one picture in a zip.
-        unpacked_bytes: of all pictures of one batch that come out of zips.
-        adaptation_bytes: of an adaptation that comes out of a zip.
-        zip_entries: of one zip, folders and hidden files included.
-        pictures: of one batch.
-        pixels: of one picture in its file; at most what `data.load_image` allows.
-        side: of a picture after reading, in pixels; larger ones are scaled down to it, since the model looks at far
-            smaller ones and heatmaps of that size are drawn in memory.
-        parts: of one session.
+        upload_bytes: bytes of one uploaded file, and of one picture in a zip.
+        unpacked_bytes: bytes of all pictures in the zips of one batch, unpacked.
+        adaptation_bytes: bytes of an adaptation in a zip, unpacked.
+        zip_entries: entries of one zip, folders and hidden files included.
+        pictures: pictures of one batch.
+        pixels: pixels of one picture in its file; at most the bound of `data.load_image`.
+        side: longest side of a picture after reading, in pixels. Larger ones are scaled down to it: the model looks at
+            far smaller ones, and heatmaps of that size are drawn in memory.
+        parts: parts of one session.
         part_pictures: normal pictures of one part.
-        sessions: at a time.
+        sessions: sessions at a time.
         idle_seconds: time to live of a session, counted from its last use.
-        disk_bytes: of one session's folder.
-        name_length: characters of a part's name; at most what `prompts.check_category` allows.
-        prompt_length: characters of one prompt; at most what `prompts.PromptBook` allows.
-        prompts: of one part and level (coarse or fine).
+        disk_bytes: bytes of one session's folder.
+        name_length: characters of a part's name; at most the bound of `prompts.check_category`.
+        prompt_length: characters of one prompt; at most the bound of `prompts.PromptBook`.
+        prompts: prompts of one part and level (coarse or fine).
     """
 
     upload_bytes: int = 20_000_000
@@ -60,10 +62,10 @@ class Limits:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Limits:
-        """The defaults, changed by the variables `ANOMALYSD_MAX_...`, such as `ANOMALYSD_MAX_SESSIONS=16`.
+        """Reads the bounds from the variables `ANOMALYSD_MAX_...`, such as `ANOMALYSD_MAX_SESSIONS=16`.
 
         Raises:
-            ValueError: for a variable of that prefix that stands for no bound, or a value that is none.
+            ValueError: a variable of that prefix names no bound, or its value is no whole number in range.
         """
         names = {_PREFIX + field.name.upper(): field.name for field in fields(cls)}
         values = {}

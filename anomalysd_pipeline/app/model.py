@@ -1,4 +1,4 @@
-"""The bases that all sessions share: loaded once, in the background, and what a session keeps beside them."""
+"""The bases that all sessions share, and the knowledge that each session keeps beside them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ FULL_ID = "stable-diffusion-v1-5/stable-diffusion-inpainting"
 
 
 def has_gpu() -> bool:
-    """Whether a CUDA GPU can be expected, told without importing PyTorch, so that a page can be drawn at once."""
+    """Tells whether to expect a CUDA GPU, without the time that importing PyTorch takes."""
     return bool(os.environ.get("SPACES_ZERO_GPU")) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a visitor is told of a base.
+    """Describes a base for visitors.
 
-    name: key of the base.
-    title: for a person.
-    state: "loading", "ready", "not loaded" or "failed".
-    device: such as "CPU" or "GPU (NVIDIA ...)"; "" until it is loaded.
-    resolution: side in pixels at which it inspects; 0 until it is loaded.
-    parameters: how many weights it has; 0 until it is loaded.
-    error: a sentence where it failed.
+    Attributes:
+        name: key of the base.
+        title: words for a person.
+        state: "loading", "ready", "not loaded" or "failed".
+        device: such as "CPU" or "GPU (NVIDIA ...)"; "" until it is loaded.
+        resolution: side in pixels of the pictures it inspects; 0 until it is loaded.
+        parameters: number of its weights; 0 until it is loaded.
+        error: a sentence where it failed.
     """
 
     name: str
@@ -43,21 +44,21 @@ class ModelFacts:
 
 @functools.cache
 def shared_models() -> Models:
-    """The bases of this process."""
+    """Returns the bases of this process."""
     return Models()
 
 
 class Models:
-    """Bases by name, each loaded once however many ask for it.
+    """Loads bases by name, each once for all threads.
 
     Args:
-        checkpoint: Hub id or folder that is offered in place of the embedded checkpoint; None: `ANOMALYSD_MODEL`.
+        checkpoint: Hub id or folder to offer in place of the embedded checkpoint; None: `ANOMALYSD_MODEL`.
         full: whether to offer Stable Diffusion too; None: where there is a GPU.
     """
 
     def __init__(self, checkpoint: str | None = None, full: bool | None = None):
         checkpoint = checkpoint or os.environ.get("ANOMALYSD_MODEL") or None
-        # Of a folder its name alone: the page must not tell where things lie on the server.
+        # Only the name of a folder: the page must not tell places on the server.
         shown = Path(checkpoint).name if checkpoint and os.path.isdir(checkpoint) else checkpoint
         self._ids: dict[str, str | None] = {EMBEDDED_BASE: checkpoint}
         self.titles = {EMBEDDED_BASE: shown or "Embedded (small)"}
@@ -71,14 +72,14 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """Those on offer; the first is everybody's at first."""
+        """Names of the bases on offer; a new session starts with the first."""
         return list(self._ids)
 
     def base(self, name: str = EMBEDDED_BASE):
-        """The shared pipeline of a base, which nobody may change; waits until it is loaded.
+        """Returns the shared pipeline of a base, which nobody may change; waits until it is loaded.
 
         Raises:
-            ValueError: there is none of that name, or it cannot be loaded.
+            ValueError: there is no base of that name, or it cannot be loaded.
         """
         if name not in self._ids:
             raise ValueError(f"`base` must be one of {', '.join(map(repr, self.names))}, got {name!r}.")
@@ -87,18 +88,18 @@ class Models:
                 try:
                     self._bases[name] = _load(self._ids[name])
                     self._errors.pop(name, None)
-                # Whatever a hub, a disk or a GPU may come up with; the visitor is told, and the log has it all.
+                # A hub, a disk or a GPU may raise anything; the visitor gets a sentence, the log the whole.
                 except Exception as error:
                     self._errors[name] = f"{self.titles[name]} could not be loaded; try again later."
                     raise ValueError(self._errors[name]) from error
             return self._bases[name]
 
     def pipeline(self, name: str = EMBEDDED_BASE):
-        """A new session's own pipeline on a base; see `own_pipeline`."""
+        """Makes a new session's own pipeline on a base; see `own_pipeline`."""
         return own_pipeline(self.base(name))
 
     def warm_up(self) -> threading.Thread:
-        """Starts to load the first base in the background."""
+        """Loads the first base in the background; returns the thread."""
         thread = threading.Thread(target=self._try, name="load the model", daemon=True)
         thread.start()
         return thread
@@ -107,10 +108,10 @@ class Models:
         try:
             self.base()
         except ValueError:
-            return  # whoever needs it will be told
+            return  # told to the visitor who needs it
 
     def facts(self, name: str = EMBEDDED_BASE) -> ModelFacts:
-        """What is known of a base now; never waits for it."""
+        """Describes a base as it is now, without waiting for it."""
         title, base = self.titles[name], self._bases.get(name)
         if base is None:
             if name in self._errors:
@@ -137,25 +138,26 @@ def _device_words(device) -> str:
 
 @dataclass(frozen=True)
 class Knowledge:
-    """A copy of all that a session has taught its pipeline, without the shared weights; can be pickled.
+    """Holds a copy of a session's knowledge, without the shared weights; can be pickled.
 
-    known: see `knowledge.Knowledge`.
+    Attributes:
+        known: a `knowledge.Knowledge`.
     """
 
     known: object
 
     @classmethod
     def of(cls, pipe) -> Knowledge:
-        """Copies what a pipeline knows."""
+        """Copies the knowledge of a pipeline."""
         return cls(pipe.knowledge.copy())
 
     def give(self, pipe) -> None:
-        """Puts it in the place of what a pipeline of the same base knows."""
+        """Replaces the knowledge of a pipeline of the same base."""
         pipe.knowledge = self.known
 
 
 def own_pipeline(base):
-    """A pipeline with the weights of `base`, but a bank, adaptations and settings of its own."""
+    """Makes a pipeline with the weights of `base` and a bank, adaptations and settings of its own."""
     own = {"bank": copy.deepcopy(base.bank), "adapters": copy.deepcopy(base.adapters)}
     components = {**base.components, **own}
     accepted = inspect.signature(type(base)).parameters
@@ -168,7 +170,7 @@ def own_pipeline(base):
 
 @dataclass
 class Carried:
-    """A session's pipeline as an argument: itself within this process, without the shared weights to another one."""
+    """Carries a session's pipeline as an argument, to another process without the shared weights."""
 
     pipe: object
     base: str = EMBEDDED_BASE

@@ -1,4 +1,4 @@
-"""The whole page: its tabs, its sessions, and how it is served."""
+"""The whole page: its tabs and sessions, and the way it is served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Finds defects on industrial parts from zero to a handful of normal pictures: the
 and where the picture differs from that, something is likely to be wrong."""
 HOUR = 3600
 WARM_UP_SECONDS = 1.5
-"""The page comes first: loading the model takes the processor for seconds."""
+"""Delay of loading the model, which takes the processor for seconds: the page comes first."""
 WELCOME_BACK = (
     "**Welcome back.** Each page is a session of its own: parts that you taught on another one, or before a reload, "
     "are not here. Those of a page that you have left wait for {minutes:.0f} minutes."
@@ -32,15 +32,15 @@ UNUSABLE = (
 
 
 class Page(gr.Blocks):
-    """Blocks that are served as this app must be, whoever calls `launch`: an app file, a Space or a test."""
+    """Serves the page as this app must be served, whether an app file, a Space or a test launches it."""
 
     desk: Desk
 
     def launch(self, *args, **kwargs):
-        """As `gr.Blocks.launch`, with our defaults: look, bounds, the door before the files, no server-side rendering.
+        """Launches the page as `gr.Blocks.launch` does, with the look, the bounds and the door of this app.
 
         Args:
-            root_path: where a proxy serves the app, such as "/anomalysd"; `GRADIO_ROOT_PATH` says the same.
+            root_path: path at which a proxy serves the app, such as "/anomalysd"; or set `GRADIO_ROOT_PATH`.
         """
         app_kwargs = dict(kwargs.pop("app_kwargs", None) or {})
         door = Middleware(Door, handouts=lambda: self.desk.handouts)
@@ -53,7 +53,7 @@ class Page(gr.Blocks):
             "ssr_mode": False,
             "max_threads": 64,
             "footer_links": ["api"],
-            # Else gradio opens its own page first, and gives up where a busy machine takes 3 seconds for it.
+            # Otherwise gradio opens its own page first, and fails where a busy machine takes 3 seconds for it.
             "_frontend": False,
         }
         self.desk.sweep()
@@ -63,27 +63,27 @@ class Page(gr.Blocks):
         return super().launch(*args, **{**defaults, **kwargs, "app_kwargs": app_kwargs})
 
     async def preprocess_data(self, *args, **kwargs):
-        """As `gr.Blocks.preprocess_data`, but what it refuses, it refuses with a sentence."""
+        """Checks a call's values as `gr.Blocks.preprocess_data` does, and refuses them with a sentence."""
         try:
             return await super().preprocess_data(*args, **kwargs)
         except gr.Error:
             raise
-        # Whatever a stranger's values cause in gradio's own checks, whose words may name paths of the server.
+        # A stranger's values can cause any error in gradio's checks, and its words may name paths of the server.
         except Exception as error:
             raise gr.Error(UNUSABLE, print_exception=False) from error
 
 
 def build(limits: Limits | None = None, models: Models | None = None) -> Page:
-    """The page.
+    """Builds the page.
 
     Args:
-        limits: None: those of the environment.
-        models: None: those of this process.
+        limits: bounds; None: those of the environment.
+        models: bases; None: those of this process.
     """
     desk = Desk(limits, models)
     with Page(title="AnomalySD: find defects", analytics_enabled=False, delete_cache=(HOUR, 2 * HOUR)) as page:
         page.desk = desk
-        # The key of the session alone; what it opens stays on the server, and so does the state itself.
+        # Only the key of the session; both the session and this state stay on the server.
         key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=desk.leave)
         gr.Markdown(TITLE, elem_id="title")
         with gr.Row(elem_id="note", visible=False) as note:

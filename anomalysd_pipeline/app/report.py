@@ -28,14 +28,14 @@ _PICTURE_HEIGHT = 460
 
 @dataclass(frozen=True)
 class ReportFacts:
-    """What a report says besides the result.
+    """Holds the facts of a report besides the result.
 
     Attributes:
         part: name of the part.
         file: the visitor's name for the picture.
         model: words for the base, such as "embedded (small)".
-        settings: of the inspection, `InspectionSettings.to_dict()` or any names and values.
-        date: as it is to be read; None: now, in UTC.
+        settings: settings of the inspection, `InspectionSettings.to_dict()` or any names and values.
+        date: date as text; None: now, in UTC.
     """
 
     part: str
@@ -46,12 +46,12 @@ class ReportFacts:
 
 
 def verdict_words(score: float, threshold: float | None) -> str:
-    """ "Defect likely: 2.3 × the threshold", "Looks normal: 0.6 × the threshold" or that there is no verdict."""
+    """Puts the verdict in words, such as "Defect likely: 2.3 × the threshold"."""
     return "No verdict: this part has no threshold yet" if threshold is None else verdict_text(score, threshold)
 
 
 def gauge(score: float, threshold: float | None, width: int = 600, height: int = 60) -> Image.Image:
-    """The score on a scale from 0 to twice the threshold, which is marked; an empty scale without a threshold.
+    """Draws the score on a scale from 0 to twice the threshold; without a threshold, an empty scale.
 
     Args:
         score: 0 or more; one beyond the scale stands at its end.
@@ -76,12 +76,14 @@ def gauge(score: float, threshold: float | None, width: int = 600, height: int =
 
 
 def report(result: Inspection, facts: ReportFacts) -> Image.Image:
-    """One page, A4 portrait at 150 dots per inch (1240 x 1754 pixels, RGB): verdict, score, gauge, the four pictures
-    (given, heatmap, contour, repainted) and all settings.
+    """Draws the page: verdict, score, gauge, pictures (given, heatmap, contour, repainted), settings.
 
     Args:
-        result: an `Inspection`, or anything with its attributes.
-        facts: see `ReportFacts`.
+        result: an `Inspection`, or an object with its attributes.
+        facts: further facts.
+
+    Returns:
+        One page, A4 portrait at 150 dots per inch: RGB, 1240 x 1754 pixels.
     """
     page = Image.new("RGB", PAGE, "white")
     width = PAGE[0] - 2 * _MARGIN
@@ -108,21 +110,21 @@ def report(result: Inspection, facts: ReportFacts) -> Image.Image:
 
 
 def report_png(page: Image.Image) -> bytes:
-    """A report as a PNG that knows its size on paper."""
+    """Encodes a report as a PNG with its size on paper."""
     data = io.BytesIO()
     page.save(data, "PNG", dpi=(DPI, DPI))
     return data.getvalue()
 
 
 def report_pdf(page: Image.Image) -> bytes:
-    """A report as a PDF of one page, A4."""
+    """Encodes a report as a PDF of one page, A4."""
     data = io.BytesIO()
     page.save(data, "PDF", resolution=DPI, quality=92, title="AnomalySD inspection report")
     return data.getvalue()
 
 
 def _pictures(page: Image.Image, result: Inspection, y: int) -> int:
-    """Draws the four pictures in two rows from `y` on; returns where they end."""
+    """Draws the four pictures in two rows from `y` on; returns the y where they end."""
     if result.threshold is None:
         from ..inspection.result import UNCALIBRATED_MAXIMUM
 
@@ -152,7 +154,7 @@ def _pictures(page: Image.Image, result: Inspection, y: int) -> int:
 
 
 def _settings(page: Image.Image, settings: dict, y: int) -> None:
-    """Three columns of names and values; those that the page has no room for are left out."""
+    """Writes names and values in three columns, as many as the page has room for."""
     width = (PAGE[0] - 2 * _MARGIN) // 3
     for index, (name, value) in enumerate(settings.items()):
         row, column = divmod(index, 3)
@@ -169,7 +171,7 @@ def _rule(page: Image.Image, y: int) -> int:
 
 
 def _write(page: Image.Image, text: str, x: int, y: int, size: int, color: tuple, width: int) -> int:
-    """Writes a line, cut where it is wider than `width`; returns where the next may begin."""
+    """Writes a line, cut at `width` pixels; returns the y of the next line."""
     font = _font(size)
     text = "".join(_drawable(font, character) for character in text[:500])
     if font.getlength(text) > width:
@@ -191,7 +193,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=4096)
 def _drawable(font: ImageFont.FreeTypeFont, character: str) -> str:
-    """The character, or a stand-in for one that the font does not have."""
+    """Returns the character, or a stand-in where the font lacks it."""
     if character.isspace():
         return " "
     # A noncharacter, which no font has.

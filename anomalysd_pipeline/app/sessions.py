@@ -1,4 +1,4 @@
-"""What each visitor has: a key, a folder, a pipeline of their own on shared weights, and their parts."""
+"""Sessions: each visitor's key, folder, parts, and own pipeline on the shared weights."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ IDLE_ENOUGH = 300
 """Seconds after which an idle session makes room for a new visitor where all places are taken."""
 
 EMPTY_ENOUGH = 1
-"""The same of one that holds no parts and so can be replaced: a program may open as many of these as it likes."""
+"""The same for a session without parts: nothing is lost with it, and a program may open many of them."""
 
 
 @dataclass
 class Part:
-    """A part that a visitor has taught.
+    """Describes a part that a visitor has taught.
 
     Attributes:
         name: its category in the session's pipeline.
-        pictures: normal ones, RGB, at the model's resolution; none where it came as a file.
+        pictures: normal pictures, RGB, at the model's resolution; none where the part came as a file.
         prompts: as `PromptBook.add` takes them; None: the generic ones.
         taught: whether an adaptation was fine-tuned for it, beyond prototypes and threshold.
-        facts: whatever the page shows of it, JSON-serializable.
+        facts: facts that the page shows, JSON-serializable.
     """
 
     name: str
@@ -45,14 +45,14 @@ class Part:
 
 
 class Session:
-    """What one visitor has; made by `SessionStore.get`.
+    """Keeps the parts, files and pipeline of one visitor; made by `SessionStore.get`.
 
     Attributes:
-        key: the secret that stands for the session; in no path and no address. `SessionStore.renew` changes it.
-        folder: readable by the owner of the process alone; its name tells nothing of the key.
+        key: secret that opens the session; it is in no path and no address. `SessionStore.renew` changes it.
+        folder: readable only by the owner of the process; its name tells nothing of the key.
         parts: name to part.
-        lock: to be held while `parts` or `pipe` change.
-        limits: the app's.
+        lock: held while `parts` or `pipe` change.
+        limits: the app's bounds.
     """
 
     def __init__(self, folder: Path, limits: Limits, make_pipeline: Callable[[], object], clock=time.monotonic):
@@ -72,7 +72,7 @@ class Session:
 
     @property
     def pipe(self):
-        """The session's own pipeline, made at first use: that may have to wait for the base to be loaded."""
+        """Pipeline of the session, made at first use, which may have to wait until the base is loaded."""
         with self._pipe_lock:
             if self._pipe is None:
                 self._pipe = self._make_pipeline()
@@ -80,28 +80,28 @@ class Session:
 
     @property
     def idle(self) -> float:
-        """Seconds since it was last used; 0 while it is `in_use`."""
+        """Seconds since the last use; 0 while the session is `in_use`."""
         with self._state:
             return 0.0 if self._users else self._clock() - self._last_used
 
     @property
     def may_leave(self) -> bool:
-        """Whether it has been idle for long enough to make room for another."""
+        """Whether the session has been idle for long enough to make room for another."""
         return self.idle > (IDLE_ENOUGH if self.parts else EMPTY_ENOUGH)
 
     @property
     def dropped(self) -> bool:
-        """Whether the visitor has left: what still runs for them may end."""
+        """Whether the session has ended, so that work still running for it may end too."""
         return self._dropped
 
     def touch(self) -> None:
-        """Says that the visitor is there."""
+        """Counts as a use."""
         with self._state:
             self._last_used = self._clock()
 
     @contextmanager
     def in_use(self) -> Iterator[Session]:
-        """To be held during work: the session is neither idle nor are its files deleted before the end of the block.
+        """Keeps the session from being idle, and its files from being deleted, to the end of the block.
 
         Raises:
             ValueError: the session has ended.
@@ -121,7 +121,7 @@ class Session:
                 self._delete()
 
     def disk_used(self) -> int:
-        """Bytes of all files in its folder; links count as themselves."""
+        """Sums the bytes of all files in its folder; links count as themselves."""
         total = 0
         for root, folders, files in os.walk(self.folder):
             for name in folders + files:
@@ -132,10 +132,10 @@ class Session:
         return total
 
     def require_room(self, size: int) -> None:
-        """To be called before `size` bytes are written to the folder.
+        """Checks that `size` more bytes fit into the folder; call it before they are written.
 
         Raises:
-            ValueError: they would exceed what a session may have.
+            ValueError: they would exceed the session's bound.
         """
         used, allowed = self.disk_used(), self.limits.disk_bytes
         if used + size > allowed:
@@ -145,10 +145,10 @@ class Session:
             )
 
     def require_part(self, name: str) -> None:
-        """To be called before a part of that name is added or replaced.
+        """Checks that there is room for a part; call it before one of that name is added or replaced.
 
         Raises:
-            ValueError: the session has as many parts as it may have.
+            ValueError: the session is full.
         """
         if name not in self.parts and len(self.parts) >= self.limits.parts:
             raise ValueError(
@@ -157,7 +157,7 @@ class Session:
             )
 
     def new_folder(self) -> Path:
-        """A new empty folder within the session's, for the files of one result.
+        """Makes an empty folder within the session's, for the files of one result.
 
         Raises:
             ValueError: the session has ended.
@@ -176,19 +176,19 @@ class Session:
 
     def _delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
-        # No lock: whoever still holds one of them must not hold up the visitor whose call came across this session.
+        # Without a lock: work that still holds one must not hold up the visitor whose call ended this session.
         self.parts = {}
         self._pipe = None
 
 
 class SessionStore:
-    """All sessions; safe to use from many threads.
+    """Keeps all sessions; safe to use from many threads.
 
     Args:
-        limits: the app's.
-        make_pipeline: gives a new session its pipeline, called at first use and by one thread at a time for a session.
+        limits: the app's bounds.
+        make_pipeline: makes a session's pipeline; called at first use, by one thread at a time for each session.
         root: folder of all sessions' folders, made if missing; None: a new one, deleted at the end of the process.
-        clock: seconds, only ever growing.
+        clock: returns seconds that never decrease.
     """
 
     def __init__(
@@ -215,10 +215,13 @@ class SessionStore:
             return len(self._sessions)
 
     def get(self, key: str | None) -> Session:
-        """The session of a key, or a new one for a key that is None, unknown or expired. Counts as a use.
+        """Returns the session of a key, which counts as a use, or a new one.
+
+        Args:
+            key: None, or an unknown or expired key, for a new session.
 
         Raises:
-            ValueError: there is no place for a new one.
+            ValueError: there is no place for a new session.
         """
         self.sweep()
         leaving = None
@@ -228,7 +231,7 @@ class SessionStore:
                 session.touch()
                 return session
             if len(self._sessions) >= self.limits.sessions:
-                # Those without parts first, and among equals the one idle longest.
+                # Sessions without parts leave first, and among equals the one that was idle longest.
                 leaving = max(self._sessions.values(), key=lambda one: (one.may_leave, not one.parts, one.idle))
                 if not leaving.may_leave:
                     raise ValueError(
@@ -242,7 +245,7 @@ class SessionStore:
         return session
 
     def renew(self, key: str) -> Session | None:
-        """The session of a key under a new one, the old one then opening nothing; None where there is none."""
+        """Gives a session a new key in place of the old; returns the session, or None for an unknown key."""
         with self._lock:
             session = self._sessions.pop(key, None)
             if session is not None:
@@ -252,7 +255,7 @@ class SessionStore:
         return session
 
     def drop(self, key: str | None) -> None:
-        """Ends a session: its files are deleted, at once or when what runs for it has ended. Any other key is none."""
+        """Ends a session and deletes its files, once its running work has ended; ignores unknown keys."""
         with self._lock:
             session = self._sessions.pop(key, None) if isinstance(key, str) else None
         if session is not None:
@@ -262,7 +265,7 @@ class SessionStore:
         """Ends the sessions whose time to live is over.
 
         Returns:
-            How many those were.
+            Their number.
         """
         with self._lock:
             over = [session for session in self._sessions.values() if session.idle > self.limits.idle_seconds]

@@ -1,7 +1,7 @@
-"""What is different on a Hugging Face Space: its GPU, which is lent for seconds at a time, and who is signed in.
+"""Hugging Face Spaces: a GPU that is lent for seconds at a time, and visitors who sign in.
 
-With ZeroGPU a function that needs the GPU runs in another process, which gets copies of its arguments, and whose
-results are copied back. Elsewhere `on_gpu` changes nothing.
+With ZeroGPU a function that needs the GPU runs in another process: its arguments are copied there, and its results
+back. Elsewhere `on_gpu` changes nothing.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from collections.abc import Callable, Iterator
 from ..common.memory import share_arenas
 
 LONGEST = 300
-"""Seconds of GPU that one call may ask for."""
+"""Most seconds of GPU for one call."""
 
 
 def is_space() -> bool:
-    """Whether this runs on a Hugging Face Space."""
+    """Tells whether this runs on a Hugging Face Space."""
     return bool(os.environ.get("SPACE_ID"))
 
 
 def is_zero_gpu() -> bool:
-    """Whether a GPU is lent call by call."""
+    """Tells whether a GPU is lent call by call."""
     return bool(os.environ.get("SPACES_ZERO_GPU")) and importlib.util.find_spec("spaces") is not None
 
 
 @contextlib.contextmanager
 def prepared() -> Iterator[None]:
-    """To be held while the app is built, before anything imports PyTorch: on ZeroGPU its package must come first.
+    """Prepares the process for building the app in this block, before PyTorch is imported.
 
-    Meanwhile no garbage is collected: looking again and again through what was just imported, where there is none,
-    takes a seventh of the time to the page.
+    On ZeroGPU its package must be imported first. No garbage is collected meanwhile: modules that were just imported
+    hold none, and searching them again and again would delay the page.
     """
     share_arenas()
     if is_zero_gpu():
@@ -51,10 +51,13 @@ def prepared() -> Iterator[None]:
 
 
 def on_gpu(seconds: Callable[..., float]):
-    """Decorates a function, or a generator, that computes with the model; its arguments and results can be pickled.
+    """Decorates a function or generator that computes with the model.
 
     Args:
-        seconds: how long it takes on a GPU, from the same arguments; at most `LONGEST` are asked for.
+        seconds: estimates its time on a GPU from the same arguments; at most `LONGEST` are asked for.
+
+    Returns:
+        A decorator for functions whose arguments and results can be pickled.
     """
 
     def decorate(function):
@@ -72,11 +75,11 @@ def on_gpu(seconds: Callable[..., float]):
 
 
 def local_token(host: str | None, forwarded: bool) -> str | None:
-    """The Hub token of the environment, for a visitor who sits at this machine: others must not publish with it.
+    """Returns the Hub token of the environment for a visitor at this machine, and None for all others.
 
     Args:
         host: the visitor's address.
-        forwarded: whether the request came through a proxy, so that the address says nothing.
+        forwarded: whether the request came through a proxy, whose address `host` then is.
     """
     at_this_machine = host in ("127.0.0.1", "::1", "localhost") and not forwarded
     return os.environ.get("HF_TOKEN") or None if at_this_machine and not is_space() else None

@@ -1,4 +1,4 @@
-"""How the page looks: one quiet theme, no fonts from elsewhere, nothing that moves while it loads."""
+"""The look of the page: one quiet theme, no fonts from elsewhere, nothing that moves while it loads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"]
 
 
 def theme() -> gr.themes.Base:
-    """Gradio's plain theme in our colors; with the system's fonts, so that no visitor is reported to a font server."""
+    """Makes gradio's plain theme in our colors, with system fonts: a font server would learn of visitors."""
     return gr.themes.Base(primary_hue="teal", neutral_hue="slate", radius_size="md", font=_FONT, font_mono=_MONO).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="*neutral_950",

@@ -1,4 +1,4 @@
-"""The tab Teach: a part from a few pictures of good ones, live; what was learned can go home and come back."""
+"""The tab Teach: teaches a part live from a few pictures, and takes adaptations out and in."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ KEEP = (
     "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
     "without use: download the adaptation to keep it."
 )
-SHOW_SECONDS = 0.4
-"""Between two drawings of the progress."""
-
-LOSS_HEIGHT = 200
-"""Pixels, with or without a curve: nothing below may move when the first loss arrives."""
+SHOW_SECONDS = 0.4  # between two drawings of the progress
+LOSS_HEIGHT = 200  # pixels, also without a curve, so that nothing below moves when the first loss arrives
 
 
 def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
-    """The contents of the tab, and the function `teach` for programs.
+    """Builds the contents of the tab, and the functions `teach` and `load_adaptation` for programs.
 
     Args:
-        parts: lists of parts on other tabs, which a new one is added to and chosen in.
+        desk: gives sessions and turns.
+        key_state: state that holds the key of the page's session.
+        parts: lists of parts on other tabs; a new part is added and chosen there.
     """
     from .lessons import LENGTHS
 
@@ -176,12 +175,12 @@ def build(desk: Desk, key_state: gr.State, parts: list[gr.Dropdown]) -> None:
 
 
 def choices(visit: Visit) -> list[str]:
-    """What lists of parts offer."""
+    """Lists the parts that a visitor can choose."""
     return [ANY_PART, *sorted(visit.session.parts)]
 
 
 def _lesson(desk: Desk, visit: Visit, name, pictures, coarse, fine, length):
-    """Reads and checks all that a visitor has given."""
+    """Reads and checks the values that a visitor has given."""
     from PIL import Image
 
     from .lessons import make_lesson
@@ -241,21 +240,21 @@ def _loaded(desk: Desk, visit: Visit, file) -> list[str]:
 
 
 def _add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
-    """The functions `teach` and `load_adaptation` for programs."""
+    """Adds the functions `teach` and `load_adaptation` for programs."""
 
     @sentences
     def teach(key, name, pictures, coarse, fine, length, request: gr.Request):
         """Teaches a part from pictures of good ones; it can then be inspected by the same client.
 
         Args:
-            name: of the part.
+            name: name of the part.
             pictures: 1 to 8 picture files of good parts.
             coarse: short descriptions, one on a line, or "".
-            fine: descriptions of how a good one looks, one on a line, or "".
+            fine: descriptions of a good one's details, one on a line, or "".
             length: "quick", "standard" or "thorough".
 
         Returns:
-            While it goes on `{"stage", "step", "steps", "share", "seconds_left", "loss"}`; at last `{"stage": "done",
+            `{"stage", "step", "steps", "share", "seconds_left", "loss"}` while it learns; at last `{"stage": "done",
             "part", "parts", "threshold", ...}`, and the adaptation as a zip, or null for "quick".
         """
         from .lessons import Canceled
@@ -279,13 +278,13 @@ def _add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
 
     @sentences
     def load_adaptation(key, file, request: gr.Request):
-        """Takes in an adaptation, as `teach` gave it.
+        """Takes in an adaptation.
 
         Args:
-            file: a zip.
+            file: the zip that `teach` returned.
 
         Returns:
-            `{"parts": [...]}`, those it brought.
+            `{"parts": [...]}`, the names of its parts.
         """
         visit = desk.visit(key, request)
         return visit.key, {"parts": _loaded(desk, visit, file)}

@@ -1,4 +1,4 @@
-"""Whose turn it is at the model: first come, first served, and a long piece of work gives way between its steps."""
+"""Turns at the model: first come, first served, and long work gives way between its steps."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ Result = TypeVar("Result")
 
 
 class Turns:
-    """A fair lock around the one model that all sessions share.
+    """Locks the one model that all sessions share, fairly.
 
-    A turn belongs to whoever entered `turn()`, not to a thread: it may end in another one. It must not be held while a
-    generator is suspended, because nobody knows when that goes on.
+    A turn belongs to its block, not to a thread: it may end in another thread. It must not be held while a generator
+    is suspended, because that may never go on.
     """
 
     def __init__(self):
         self._condition = threading.Condition()
-        self._tickets: deque[object] = deque()  # those who wait, in the order they came
+        self._tickets: deque[object] = deque()  # of those who wait, in the order of arrival
         self._taken = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     @property
     def waiting(self) -> int:
-        """How many wait for a turn now."""
+        """Number of those who wait for a turn now."""
         with self._condition:
             return len(self._tickets)
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Waits for everybody who came before, then holds the model to the end of the block, errors included."""
+        """Waits for all who came before, then holds the model to the end of the block, errors included."""
         with self._condition:
             self._take()
         try:
@@ -45,8 +45,9 @@ class Turns:
                 self._condition.notify_all()
 
     def give_way(self) -> None:
-        """Called by the holder of a turn between two steps: everybody who waits now goes first, then the next turn is
-        the caller's. Those who come later wait for the caller's step. Returns at once where nobody waits.
+        """Lets all who wait now go first; called by the holder of a turn between two steps.
+
+        The next turn is then the caller's: those who come later wait for its step. Returns at once where nobody waits.
 
         Raises:
             RuntimeError: nobody holds a turn.
@@ -60,14 +61,16 @@ class Turns:
                 try:
                     self._take()
                 except BaseException:
-                    # The caller's block ends with this, and must then have a turn to give back.
+                    # The caller's block ends with this error, and must then have a turn to give back.
                     self._condition.wait_for(lambda: not self._taken)
                     self._taken = True
                     raise
 
     def compute(self, function: Callable[..., Result], *arguments) -> Result:
-        """Calls a function within a turn, in a thread that is the same for all: PyTorch keeps working memory and
-        helpers for each thread that ever computed, and a server has many."""
+        """Calls a function within a turn, in one thread for all calls.
+
+        PyTorch keeps working memory and helpers for each thread that ever computed, and a server has many threads.
+        """
         context = contextvars.copy_context()
         with self.turn():
             return self._worker.submit(context.run, function, *arguments).result()
@@ -80,6 +83,6 @@ class Turns:
             self._condition.wait_for(lambda: not self._taken and self._tickets[0] is ticket)
             self._taken = True
         finally:
-            # Also of one who is interrupted while waiting, for whom nobody must wait.
+            # Also for a caller interrupted while waiting: nobody must wait for it.
             self._tickets.remove(ticket)
             self._condition.notify_all()

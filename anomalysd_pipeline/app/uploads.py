@@ -1,4 +1,4 @@
-"""What visitors send: pictures, zips of pictures and texts, none of it trusted."""
+"""Uploads of visitors: pictures, zips of pictures and texts, none of them trusted."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _PACKED = (".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip")
 _SMALLEST_SIDE = 8
 _LARGE = 16_000_000
 _ONE_LARGE = threading.Lock()
-"""Pictures of more pixels than `_LARGE` are decoded one at a time: each takes up to a gigabyte meanwhile."""
+"""Pictures of more pixels than `_LARGE` are decoded one at a time: each takes up to a gigabyte."""
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One row of a batch: a picture that can be read, or why it cannot.
+    """Describes one row of a batch: a picture, or the reason why it cannot be read.
 
     Attributes:
-        shown_name: the visitor's name for it, fit to be shown; no two of one batch are equal.
-        opener: reads it; None where `error` is set.
+        shown_name: the visitor's name for it, fit to be shown; unique within a batch.
+        opener: reads the picture; None where `error` is set.
         error: a sentence, or None.
     """
 
@@ -41,7 +41,7 @@ class Upload:
     error: str | None = None
 
     def load(self) -> Image.Image:
-        """The picture, RGB; see `read_picture`.
+        """Reads the picture, RGB; see `read_picture`.
 
         Raises:
             ValueError: it cannot be read; the sentence names it as the visitor does.
@@ -52,12 +52,12 @@ class Upload:
 
 
 def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits: Limits | None = None) -> Image.Image:
-    """Reads an uploaded picture, see `data.load_image`, scaled down to at most `limits.side` pixels a side.
+    """Reads an uploaded picture, see `data.load_image`, and scales it down to `limits.side` pixels a side.
 
     Args:
-        path: where it lies on the server; no error says so.
-        shown_name: what the visitor calls it; None: the file's own name.
-        limits: None: the defaults.
+        path: its place on the server, which no error tells.
+        shown_name: the visitor's name for it; None: the file's own name.
+        limits: bounds; None: the defaults.
 
     Returns:
         An RGB picture.
@@ -86,11 +86,11 @@ def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits:
 
 
 def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> list[Upload]:
-    """The pictures of a batch: files as they are, zips as the pictures in them, in the given order.
+    """Lists the pictures of a batch, files themselves and those in zips, in the given order.
 
-    Nothing is unpacked to a name from a zip, and sizes are counted while reading. What cannot be read is a row with a
-    sentence; folders and hidden files in zips are left out without one. Where there are more than `limits.pictures`,
-    the last row says how many were left out.
+    Nothing is unpacked to a name from a zip, and sizes are counted while reading. A file that cannot be read becomes a
+    row with a sentence; folders and hidden files in zips are left out silently. With more than `limits.pictures`, the
+    last row tells the number left out.
 
     Raises:
         ValueError: `paths` is empty.
@@ -120,7 +120,7 @@ def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> 
 
 
 def visible_name(name: str | os.PathLike, length: int = 80) -> str:
-    """A file's name fit to be shown: invisible characters removed, "<" and ">" replaced, cut in its middle."""
+    """Makes a file's name fit to be shown: no invisible characters, no "<" and ">", cut in its middle."""
     text = os.fspath(name)
     if len(text) > 4 * length:
         text = text[: 2 * length] + text[-2 * length :]
@@ -132,22 +132,24 @@ def visible_name(name: str | os.PathLike, length: int = 80) -> str:
 
 
 def safe_name(text: str, fallback: str = "part") -> str:
-    """A file name without suffix, made of any text: letters, digits, "-" and "_", at most 100 bytes, valid on every
-    system."""
+    """Makes a file name without suffix of any text, valid on every system.
+
+    It has letters, digits, "-" and "_", and at most 100 bytes.
+    """
     kept = unicodedata.normalize("NFKC", text[:200])
     kept = "".join(c if c.isalnum() or c in "-_" or unicodedata.category(c) in ("Mn", "Mc") else "_" for c in kept)
     kept = re.sub("_+", "_", kept).encode("utf-8", "ignore")[:100].decode("utf-8", "ignore").strip("_-")
-    # Windows knows these as devices, whatever suffix follows.
+    # Windows takes these for devices, with any suffix.
     return f"{kept}_" if _RESERVED.fullmatch(kept) else kept or fallback
 
 
 def clean_text(text: str | None, field: str, limit: int, required: bool = False) -> str:
-    """A line of text from a visitor: invisible characters removed, white space as single spaces.
+    """Cleans a line of text from a visitor: no invisible characters, white space as single spaces.
 
     Args:
-        text: None counts as empty.
-        field: what an error calls it.
-        limit: of its length, in characters.
+        text: the text; None counts as empty.
+        field: its name in errors.
+        limit: most characters.
         required: whether it must not be empty.
 
     Raises:
@@ -165,13 +167,13 @@ def clean_text(text: str | None, field: str, limit: int, required: bool = False)
 
 
 def _visible(text: str) -> str:
-    """Without control characters, surrogates, and marks that reorder or hide what follows."""
+    """Removes control characters, surrogates, and marks that reorder or hide the text after them."""
     spaced = "".join(" " if c.isspace() else c for c in unicodedata.normalize("NFC", text))
     return " ".join("".join(c for c in spaced if c.isprintable()).split())
 
 
 def _pixels(path: str | os.PathLike) -> int:
-    """Of a picture, as its header claims; 0 for what is none."""
+    """Counts the pixels that a picture's header claims; 0 for other files."""
     from ..data.images import FORMATS
 
     try:
@@ -179,7 +181,7 @@ def _pixels(path: str | os.PathLike) -> int:
             warnings.simplefilter("ignore")
             with Image.open(path, formats=FORMATS) as image:
                 return image.width * image.height
-    # What is wrong with it is found again, and said, by `open_image`.
+    # `open_image` meets the fault again and tells it.
     except Exception:
         return 0
 
@@ -202,7 +204,7 @@ def _unique(name: str, taken: set[str]) -> str:
 
 
 def _rows_of(path: Path, limits: Limits, budget: Budget) -> Iterator[tuple[str, Callable | None, str | None]]:
-    """Name, opener (called with the name that is shown) and error of each picture in a file."""
+    """Yields name, opener (called with the name to show) and error of each picture in a file."""
     name = visible_name(path.name)
     if not path.is_file():
         yield name, None, f"'{name}' is not there anymore; upload it again."

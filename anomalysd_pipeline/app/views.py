@@ -1,5 +1,7 @@
-"""What the page shows, as HTML: everything that a visitor typed is escaped, and every picture is in the text itself,
-so that none of it has an address."""
+"""Contents of the page: results as HTML, and losses as tables.
+
+Texts of visitors are escaped. Pictures are part of the HTML, so that none of them has an address.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from .model import ModelFacts
 
 SHOWN = 768
-"""Longest side in pixels of a picture on the page; files to take home have all of it."""
+"""Longest side in pixels of a picture on the page; files to take home keep the full size."""
 
 STAGES = {
     "waiting": "Waiting for a turn",
@@ -33,7 +35,7 @@ _SMOOTHING, _POINTS = 0.85, 200
 
 
 def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
-    """The verdict in words, in the color of what it says."""
+    """Shows the verdict in words, colored by the verdict."""
     kind = {True: "defective", False: "normal", None: "open"}[is_defective]
     sign = {True: "▲", False: "✓", None: "○"}[is_defective]
     text = f"<p class='note'>{html.escape(note)}</p>" if note else ""
@@ -44,14 +46,14 @@ def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
 
 
 def waiting(text: str) -> str:
-    """What stands where a verdict will be."""
+    """Shows a text in the place of a later verdict."""
     return (
         f"<div class='verdict empty' role='status' aria-live='polite'><p class='words'>{html.escape(text)}</p></div>"
     )
 
 
 def gauge(score: float | None = None, threshold: float | None = None) -> str:
-    """The score on a scale from 0 to twice the threshold, which is its middle."""
+    """Shows the score on a scale from 0 to twice the threshold, with the threshold in its middle."""
     if score is None:
         words, values, place = "No score yet", "Score –", None
     elif threshold is None:
@@ -71,12 +73,14 @@ def gauge(score: float | None = None, threshold: float | None = None) -> str:
 
 
 def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None, maximum: float | None = None) -> str:
-    """The picture, the heatmap over it in an opacity that the page sets, and the outline of the predicted region.
+    """Shows the picture under its heatmap, and the outline of the predicted region.
+
+    The page sets the opacity of the heatmap.
 
     Args:
         image: RGB, W x H.
         anomaly_map: float [H, W], 0 or more.
-        threshold, maximum: of the color scale, see `visualize.heatmap`.
+        threshold, maximum: ends of the color scale, see `drawing.heatmap`.
     """
     from ..common.drawing import contour
     from ..common.drawing import heatmap as colored
@@ -84,7 +88,7 @@ def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None
     small = shrunk(image)
     values = np.asarray(Image.fromarray(np.asarray(anomaly_map, dtype=np.float32)).resize(small.size))
     top = 2 * threshold if threshold is not None else maximum
-    # As in `visualize.overlay`: nothing is seen up to a quarter of the scale, everything from its middle on.
+    # As in `drawing.overlay`: invisible up to a quarter of the scale, opaque from its middle on.
     alpha = np.clip(values / top * 4 - 1, 0, 1)
     heat = colored(values.clip(0), threshold, maximum)
     heat.putalpha(Image.fromarray(np.rint(alpha * 255).astype(np.uint8)))
@@ -104,7 +108,7 @@ def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None
 
 
 def no_heatmap(text: str = "The heatmap will appear here.") -> str:
-    """What stands in its place, as high as it."""
+    """Shows a text in the place of a later heatmap, at the same height."""
     return (
         f"<figure class='heat-view'><div class='stack empty'><p>{html.escape(text)}</p></div><figcaption>"
         "<div class='colors' aria-hidden='true'></div><div class='labels'><span>0</span><span>threshold</span>"
@@ -113,7 +117,7 @@ def no_heatmap(text: str = "The heatmap will appear here.") -> str:
 
 
 def progress(state: LessonState | None = None, text: str = "") -> str:
-    """How far a teaching or a batch is."""
+    """Shows the progress of a teaching, or a text where nothing is known of it."""
     if state is None:
         return bar(0.0, text or "Nothing is being taught.")
     words = STAGES[state.stage]
@@ -125,7 +129,7 @@ def progress(state: LessonState | None = None, text: str = "") -> str:
 
 
 def bar(share: float, words: str) -> str:
-    """A progress bar and what it says."""
+    """Shows a progress bar and words under it."""
     percent = round(100 * share)
     return (
         f"<div class='progress'><div class='track' role='progressbar' aria-valuemin='0' aria-valuemax='100' "
@@ -135,7 +139,7 @@ def bar(share: float, words: str) -> str:
 
 
 def time_left(seconds: float) -> str:
-    """Rounded as far as an estimate deserves."""
+    """Puts an estimated time in words, rounded as far as an estimate deserves."""
     if seconds < 60:
         return f"about {max(5, 5 * round(seconds / 5))} s left"
     return f"about {seconds / 60:.0f} min left" if seconds >= 180 else f"about {seconds / 60:.1f} min left"
@@ -162,7 +166,7 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
 
 
 def validation(picture: Image.Image | None = None) -> str:
-    """The latest validation picture."""
+    """Shows the latest validation picture."""
     if picture is None:
         shown = "<div class='stack empty'><p>A good part with its middle repainted will appear here.</p></div>"
     else:
@@ -172,7 +176,7 @@ def validation(picture: Image.Image | None = None) -> str:
 
 
 def model_card(facts: ModelFacts, is_embedded: bool) -> str:
-    """What is loaded, where, and what to expect of it."""
+    """Shows the facts of a base: its state, device, resolution and size."""
     state = {
         "ready": "Loaded",
         "loading": "Loading …",
@@ -187,7 +191,7 @@ def model_card(facts: ModelFacts, is_embedded: bool) -> str:
 
 
 def shrunk(image: Image.Image, side: int = SHOWN) -> Image.Image:
-    """At most that long, proportions kept."""
+    """Scales a picture down to at most `side` pixels a side, as RGB, proportions kept."""
     if max(image.size) <= side:
         return image.convert("RGB")
     ratio = side / max(image.size)
@@ -196,7 +200,7 @@ def shrunk(image: Image.Image, side: int = SHOWN) -> Image.Image:
 
 
 def data_uri(image: Image.Image) -> str:
-    """The picture itself, where its address would be."""
+    """Encodes a picture as an address that holds the picture itself."""
     data = io.BytesIO()
     image.save(data, "WEBP", quality=88, method=2)
     return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

@@ -1,4 +1,4 @@
-"""What the tabs do with the model, without their components: inspect, teach, inspect a batch."""
+"""Work of the tabs with the model, without their components: inspect, inspect a batch, teach."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 
 PRESETS = ("fast", "paper")
 ANY_PART = "Any part"
-"""What the page calls a part that was not taught."""
+"""The page's name for no part in particular."""
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """A picture's inspection and what is said of it.
+    """Holds the inspection of a picture and the words for it.
 
     Attributes:
-        part: the name it was inspected as.
+        part: name of the part as which it was inspected.
         file: the visitor's name for the picture.
         result: the inspection.
-        proposed: bool [H, W], where the prototypes proposed to repaint; None for a part without them.
-        settings: of the inspection.
-        remedy: what to do where there is no verdict, or "".
+        proposed: bool [H, W], the region that the prototypes proposed to repaint; None for a part without them.
+        settings: settings of the inspection.
+        remedy: advice where there is no verdict, or "".
     """
 
     part: str
@@ -52,13 +52,13 @@ class Inspected:
 
     @property
     def sentence(self) -> str:
-        """The verdict for a person."""
+        """Puts the verdict in words."""
         from .report import verdict_words
 
         return verdict_words(self.result.score, self.result.threshold)
 
     def values(self) -> dict:
-        """JSON-serializable, as the function for programs gives it."""
+        """Returns the result for programs, JSON-serializable."""
         result = self.result
         ratio = None if result.threshold is None else result.score / result.threshold
         return {
@@ -76,7 +76,7 @@ class Inspected:
 
 @dataclass(frozen=True)
 class BatchItem:
-    """One picture of a batch: `inspected` or an `error`; the `number`-th of `total`."""
+    """Describes the `number`-th of `total` pictures of a batch: `inspected`, or refused with an `error`."""
 
     number: int
     total: int
@@ -86,17 +86,17 @@ class BatchItem:
 
 
 def check_preset(preset: object) -> str:
-    """Raises ValueError for anything but one of `PRESETS`."""
+    """Returns a preset, or raises ValueError unless it is one of `PRESETS`."""
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be 'fast' or 'paper', got {str(preset)[:40]!r}.")
     return preset
 
 
 def check_part(part: object, session: Session) -> str | None:
-    """The name of a part as the pipeline takes it; None for `ANY_PART` or nothing.
+    """Cleans the name of a part for the pipeline; None for `ANY_PART` or no name.
 
     Raises:
-        ValueError: it is no such name.
+        ValueError: it cannot be the name of a part.
     """
     from ..method.prompts import check_category
 
@@ -115,9 +115,9 @@ def inspect_one(
     """Inspects one picture when it is this visitor's turn.
 
     Args:
-        session: whose pipeline does it.
-        turns: of everybody.
-        part: one that was taught; any other name guides the repainting by its words; None: neither.
+        session: the visitor's, with the pipeline.
+        turns: turns of all visitors.
+        part: a taught part; the words of any other name guide the repainting; None: neither.
         picture: RGB.
         file: the visitor's name for it.
         preset: one of `PRESETS`.
@@ -128,8 +128,8 @@ def inspect_one(
     check_preset(preset)
     part = check_part(part, session)
     with session.in_use(), _own_turn(session):
-        pipe = session.pipe  # may wait for the base; nobody's turn meanwhile
-        # A GPU that is lent is nobody else's meanwhile, and computes in another process.
+        pipe = session.pipe  # may wait for the base; takes nobody's turn meanwhile
+        # A lent GPU serves one call alone, and computes in another process.
         compute = inspect_on_gpu if is_zero_gpu() else functools.partial(turns.compute, inspect_on_gpu)
         result, proposed = compute(Carried(pipe), picture, part, preset)
         settings = pipe.settings(preset=preset, category=part).to_dict()
@@ -162,16 +162,18 @@ def inspect_on_gpu(
     carried: Carried, picture: Image.Image, part: str | None, preset: str
 ) -> tuple[Inspection, np.ndarray | None]:
     """The inspection itself."""
-    from ..inspection.result import inspect_whole
+    from ..inspection.result import inspect
 
-    return inspect_whole(carried.pipe, picture, part, preset=preset)
+    (found,) = inspect(carried.pipe, [picture], part, preset=preset)
+    return found, found.region
 
 
 def batch(
     session: Session, turns: Turns, part: str | None, uploads: Sequence[Upload], preset: str = "fast"
 ) -> Iterator[BatchItem]:
-    """Inspects pictures one after another, each in a turn of its own; one that cannot be read is an item with a
-    sentence.
+    """Inspects pictures one after another, each in a turn of its own.
+
+    A picture that cannot be read becomes an item with a sentence.
 
     Raises:
         ValueError: for a bad name or preset, or a session that has ended.
@@ -193,16 +195,16 @@ def batch(
 
 
 def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Event) -> Iterator[LessonState]:
-    """Teaches a part: prototypes and threshold, and by the lesson's length a fine-tuning; yields how it goes.
+    """Teaches a part (prototypes, threshold and, by the length, a fine-tuning); yields its progress.
 
-    The last state has the stage "done". Until then, and after a cancellation, an error, or where nobody asks for the
-    next state any more, the session is as it was.
+    The last state has the stage "done". Until then the session is as it was, and it stays so after a cancellation, an
+    error, or when nobody asks for the next state any more.
 
     Args:
-        session: whose pipeline learns.
-        turns: of everybody; the teaching gives way between its steps.
-        lesson: what to teach.
-        cancel: ends it at the next step, from any thread.
+        session: the visitor's, with the pipeline that learns.
+        turns: turns of all visitors; the teaching gives way between its steps.
+        lesson: the part and its pictures.
+        cancel: ends the teaching at its next step, from any thread.
 
     Raises:
         Canceled: as asked.
@@ -212,7 +214,7 @@ def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Even
         session.require_part(lesson.name)
         pipe = session.pipe
         knowledge = last = None
-        # Neither can go to another process: there the GPU is nobody else's, and closing the generator cancels.
+        # Neither can go to the other process of a lent GPU; there nobody waits, and closing the generator cancels.
         shared = (None, None) if is_zero_gpu() else (cancel, turns)
         states = learn_on_gpu(Carried(pipe), lesson, *shared)
         with contextlib.closing(states):
@@ -235,7 +237,7 @@ def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Even
 
 
 def cancel_lesson(session: Session) -> bool:
-    """Asks the session's teaching to end; False where there is none."""
+    """Asks the session's teaching to end; returns False where there is none."""
     with _guard:
         cancel = _lessons.get(session)
     if cancel is None:
@@ -264,7 +266,7 @@ def _only_lesson(session: Session, cancel: threading.Event):
 
 @contextlib.contextmanager
 def _own_turn(session: Session):
-    """One visitor waits for the model once at a time, however many calls they send: the others come between."""
+    """Lets only one call of a session wait for the model at a time, so that other visitors come between."""
     with _guard:
         lock = _waiting.setdefault(session, threading.Lock())
     with lock:

@@ -1,4 +1,4 @@
-"""Zips from strangers: checked entry by entry, read into memory within bounds, never unpacked by their own names."""
+"""Zips from strangers: checked by entry, read into memory within bounds, never unpacked by name."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _ENTRY_BYTES = 1024
 
 
 class Refused(ValueError):
-    """A sentence of ours, told apart from what zipfile raises over damaged bytes."""
+    """Refuses an entry with a sentence of ours, told apart from the errors of zipfile."""
 
 
 class Budget:
-    """Bytes that may still come out of zips; counted while reading, whatever their headers say.
+    """Counts the bytes read from zips against a bound, whatever their headers claim.
 
     Args:
-        size: in bytes.
-        sentence: what the error says once it is exceeded.
+        size: bound in bytes.
+        sentence: message of the error beyond it.
     """
 
     def __init__(self, size: int, sentence: str):
@@ -35,7 +35,7 @@ class Budget:
         self._lock = threading.Lock()
 
     def spend(self, size: int) -> None:
-        """Raises `Refused`, a ValueError, if less than `size` was left."""
+        """Takes `size` bytes from the budget; raises `Refused`, a ValueError, if fewer were left."""
         with self._lock:
             self._left -= size
             if self._left < 0:
@@ -43,7 +43,7 @@ class Budget:
 
 
 def is_zip(path: str | os.PathLike, name: str) -> bool:
-    """Whether a file is a zip by its first bytes, or by its name."""
+    """Tells whether a file is a zip by its first bytes or its name."""
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\x03\x04", _END) or name.lower().endswith(".zip")
 
@@ -53,12 +53,12 @@ def open_zip(path: str | os.PathLike, name: str, most: int) -> Iterator[zipfile.
     """Opens a zip.
 
     Args:
-        path: of the zip.
-        name: what an error calls it.
-        most: entries that it may have.
+        path: path of the zip.
+        name: its name in errors.
+        most: bound on its entries.
 
     Raises:
-        ValueError: it is damaged, has too many entries, or entries that share bytes.
+        ValueError: it is damaged, or has too many entries, or entries that share bytes.
     """
     try:
         with open(path, "rb") as file:
@@ -66,7 +66,7 @@ def open_zip(path: str | os.PathLike, name: str, most: int) -> Iterator[zipfile.
         # Before zipfile reads it: some megabytes of directory become hundreds of megabytes of objects.
         crowded = directory > most * _ENTRY_BYTES
         archive = None if crowded else zipfile.ZipFile(path)
-    # zipfile meets damaged bytes with nearly every exception there is.
+    # zipfile raises nearly every kind of exception over damaged bytes.
     except Exception as error:
         raise ValueError(f"'{name}' is damaged or not a zip; pack it anew.") from error
     if archive is None:
@@ -80,7 +80,7 @@ def open_zip(path: str | os.PathLike, name: str, most: int) -> Iterator[zipfile.
 
 
 def entry_fault(info: zipfile.ZipInfo, largest: int) -> str | None:
-    """Why an entry is refused before it is read, as the rest of a sentence; None for one that may be read."""
+    """Tells why an entry is refused, as the rest of a sentence; None for one that may be read."""
     parts = re.split(r"[/\\]", info.orig_filename)
     if "\0" in info.orig_filename or ".." in parts or not parts[0] or re.match(r"[A-Za-z]:", info.orig_filename):
         return "has a name that leads out of the zip; pack it anew with plain names"
@@ -97,7 +97,7 @@ def entry_fault(info: zipfile.ZipInfo, largest: int) -> str | None:
 
 
 def is_incidental(info: zipfile.ZipInfo) -> bool:
-    """Whether an entry is a folder or what systems add on their own, such as `.DS_Store`; to be left out silently."""
+    """Tells whether an entry is a folder or a system's own file, such as `.DS_Store`, to be left out."""
     parts = re.split(r"[/\\]", info.filename)
     hidden = any(part.startswith(".") and part != ".." for part in parts)
     return info.is_dir() or hidden or parts[0] == "__MACOSX" or parts[-1].lower() in ("thumbs.db", "desktop.ini")
@@ -106,13 +106,13 @@ def is_incidental(info: zipfile.ZipInfo) -> bool:
 def read_entry(
     archive: zipfile.ZipFile, info: zipfile.ZipInfo, name: str, largest: int, spend: Callable[[int], None]
 ) -> bytes:
-    """The bytes of an entry.
+    """Reads the bytes of an entry.
 
     Args:
-        archive: from `open_zip`.
-        info: one that `entry_fault` finds nothing in.
-        name: what an error calls the entry.
-        largest: bytes that it may have.
+        archive: opened by `open_zip`.
+        info: an entry without an `entry_fault`.
+        name: its name in errors.
+        largest: bound on its bytes.
         spend: `Budget.spend`, called with the size of each piece.
 
     Raises:
@@ -136,10 +136,10 @@ def read_entry(
 
 
 def _directory_bytes(file) -> int:
-    """Size of a zip's directory as zipfile will read it.
+    """Finds the size in bytes of a zip's directory, as zipfile will read it.
 
     Raises:
-        ValueError: there is none, or one for sizes that no upload has.
+        ValueError: there is no directory, or one for sizes beyond those of uploads.
     """
     file.seek(0, os.SEEK_END)
     length = file.tell()
@@ -156,7 +156,7 @@ def _directory_bytes(file) -> int:
 
 
 def _overlap(archive: zipfile.ZipFile) -> bool:
-    """Whether entries share compressed bytes, by which a small zip unpacks to a huge one."""
+    """Tells whether entries share compressed bytes, by which a small zip unpacks to a huge one."""
     end = 0
     for info in sorted(archive.infolist(), key=lambda one: one.header_offset):
         if info.header_offset < end:
