@@ -1,7 +1,7 @@
 """Drawings of results: heatmaps on a fixed scale, overlays, contours, figures and a verdict in words.
 
-Colors depend on a value and the threshold alone, never on the other pixels or pictures: 0 is coldest, the threshold is
-the middle of the scale, twice the threshold and above is hottest. A normal part stays calm.
+Colors depend on a value and the threshold alone, never on other pixels or pictures: 0 is coldest, the threshold is the
+middle of the scale, and twice the threshold and more is hottest. So the map of a normal part stays calm.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def overlay(
 def contour(
     image: Image.Image | np.ndarray, pred_mask: np.ndarray, color: tuple[int, int, int] = (255, 70, 60), width: int = 2
 ) -> Image.Image:
-    """Draws the outline of a predicted region: a bright line just inside it and a dark one around it.
+    """Draws the outline of a predicted region: a bright line just inside it, a dark line around it.
 
     Args:
         image: PIL picture, or HWC uint8 in [0, 255].
         pred_mask: bool [H, W] of the picture's size.
         color: RGB in [0, 255] of the bright line.
-        width: of each of the two lines, in pixels, at least 1.
+        width: width of each of the two lines, in pixels, at least 1.
 
     Returns:
         An RGB picture of the input's size; unchanged where there is no region.
@@ -105,7 +105,7 @@ def contour(
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"`pred_mask` must be bool [H, W], but {mask.dtype} of shape {mask.shape} was given.")
     _check_same_size(pixels, mask, "pred_mask")
-    # Beyond the picture counts as outside, so that a region cut by the border keeps a closed outline.
+    # Padding counts as outside, so that a region cut by the border keeps a closed outline.
     inner = mask & _dilated(~np.pad(mask, width), width)[width:-width, width:-width]
     pixels[_dilated(mask, width) & ~mask] = (15, 15, 20)
     pixels[inner] = color
@@ -118,13 +118,13 @@ def montage(
     labels: Sequence[str] | None = None,
     cell: int = 192,
 ) -> Image.Image:
-    """A figure: pictures in a grid on white, a title over each column, a label beside each row.
+    """Draws pictures in a grid on white, with a title over each column and a label beside each row.
 
     Args:
         rows: lists of pictures, `None` for an empty place; shorter rows are filled up with empty places.
         titles: one text for each column.
         labels: one text for each row.
-        cell: side in pixels of the square that each picture is fitted into, its proportions kept; at least 32.
+        cell: side in pixels of the square into which each picture is fitted, proportions kept; at least 32.
 
     Returns:
         An RGB picture.
@@ -184,7 +184,7 @@ def montage(
 
 
 def verdict_text(score: float, threshold: float | None) -> str:
-    """One line on an image score; a defect is likely where the score is above the threshold.
+    """Puts an image score in words; a defect is likely where the score is above the threshold.
 
     Args:
         score: image score, finite.
@@ -199,7 +199,7 @@ def verdict_text(score: float, threshold: float | None) -> str:
         return f"Score {score:.3f} (not calibrated: no threshold yet)"
     _check_positive(threshold, "threshold")
     ratio = score / threshold
-    # One decimal would read "1.0 × the threshold" on either side of it.
+    # With one decimal, both sides of the threshold would read "1.0 × the threshold".
     times = f"{ratio:.2f}" if 0.95 <= ratio < 1.05 else f"{ratio:.1f}"
     return f"{'Defect likely' if score > threshold else 'Looks normal'}: {times} × the threshold"
 
@@ -218,7 +218,7 @@ def _check_same_size(pixels: np.ndarray, values: np.ndarray, argument: str) -> N
 
 
 def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
-    """A writable RGB copy, HWC uint8."""
+    """Copies an image to writable RGB, HWC uint8."""
     if isinstance(image, Image.Image):
         return np.array(image.convert("RGB"))
     if not isinstance(image, np.ndarray) or image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -227,7 +227,7 @@ def _pixels(image: Image.Image | np.ndarray) -> np.ndarray:
 
 
 def _scaled(anomaly_map: np.ndarray, threshold: float | None, maximum: float | None) -> np.ndarray:
-    """Positions on the color scale, [H, W] in [0, 1]."""
+    """Finds the positions on the color scale, [H, W] in [0, 1]."""
     values = np.asarray(anomaly_map, dtype=np.float64)
     if values.ndim != 2 or not np.isfinite(values).all():
         raise ValueError(f"`anomaly_map` must be a finite array [H, W], but one of shape {values.shape} was given.")
@@ -241,13 +241,13 @@ def _scaled(anomaly_map: np.ndarray, threshold: float | None, maximum: float | N
 
 
 def _colors(position: np.ndarray) -> np.ndarray:
-    """[H, W] in [0, 1] to [H, W, 3] in [0, 255]."""
+    """Maps [H, W] in [0, 1] to colors [H, W, 3] in [0, 255]."""
     stops = np.linspace(0, 1, len(_ANCHORS))
     return np.stack([np.interp(position, stops, channel) for channel in _ANCHORS.T], axis=-1)
 
 
 def _dilated(mask: np.ndarray, radius: int) -> np.ndarray:
-    """Dilation by a square of side 2 radius + 1."""
+    """Dilates a mask by a square of side 2 radius + 1."""
     for axis in (0, 1):
         padded = np.pad(mask, [(radius, radius) if a == axis else (0, 0) for a in (0, 1)])
         windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * radius + 1, axis=axis)

@@ -1,1 +1,1 @@
-"""Pictures in: files, folders, data sets and streams."""
+"""Readers of pictures: files, folders, data sets and streams."""

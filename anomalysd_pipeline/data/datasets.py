@@ -1,4 +1,4 @@
-"""Data sets: MVTec-AD's layout, VisA's, plain folders; their masks; few-shot draws, and the file that keeps them."""
+"""Data sets (MVTec-AD's layout, VisA, plain folders), their masks, and few-shot draws in a file."""
 
 import csv
 import json
@@ -17,16 +17,20 @@ from .images import SUFFIXES, flatten, list_images, open_image
 VISA_SPLIT = "split_csv/1cls.csv"
 
 Shots = dict[int, dict[int, dict[str, list[Path]]]]
-"""Number of shots, then seed, then category to the pictures drawn."""
+"""Maps number of shots, then seed, then category to the drawn pictures."""
 
 
 @dataclass(frozen=True)
 class TestImage:
-    """A test picture.
+    """Describes a test picture.
 
-    `label`: True where defective. `defect`: the kind of defect, "good" for a normal part. `mask_path`: the ground
-    truth, a file or a folder of files to be united; None for a normal part, and where the data set has no mask for the
-    picture. `indexed`: the mask's values are classes of defects rather than shades, see `load_mask`.
+    Attributes:
+        path: file of the picture.
+        label: True for a defective part.
+        defect: kind of the defect, "good" for a normal part.
+        mask_path: ground truth, a file or a folder of files to be united; None for a normal part, and where the data
+            set has no mask for the picture.
+        indexed: whether the mask's values are classes of defects rather than shades, see `load_mask`.
     """
 
     __test__ = False  # the name is the field's, not a pytest class
@@ -38,13 +42,13 @@ class TestImage:
     indexed: bool = False
 
     def mask(self, size: int | tuple[int, int] | None = None) -> np.ndarray | None:
-        """The ground truth as `load_mask` reads it, bool `[H, W]`; None where there is no `mask_path`."""
+        """Reads the ground truth with `load_mask`, bool `[H, W]`; None where there is no `mask_path`."""
         return None if self.mask_path is None else load_mask(self.mask_path, size, self.indexed)
 
 
 @dataclass(frozen=True)
 class Category:
-    """One category of a data set: normal `train` pictures and labeled `test` pictures, each in path order."""
+    """Lists a category's normal `train` pictures and labeled `test` pictures, each in path order."""
 
     name: str
     train: list[Path]
@@ -52,15 +56,18 @@ class Category:
 
 
 def read_dataset(root: str | os.PathLike, categories: Iterable[str] | None = None) -> dict[str, Category]:
-    """Lists a data set whose layout is recognized by what is there.
+    """Lists a data set; recognizes its layout by its files.
 
     Args:
         root: a folder with `split_csv/1cls.csv` (VisA as published, see `read_visa`), or with folders of the form
-            `<category>/train/good` (MVTec-AD and all that share its layout, see `read_mvtec`).
-        categories: which to read, in this order; None: all, by name.
+            `<category>/train/good` (MVTec-AD and others of its layout, see `read_mvtec`).
+        categories: names to read, in this order; None: all, sorted.
+
+    Returns:
+        Name to category.
 
     Raises:
-        ValueError: neither layout is there, a category is unknown, or one cannot be read.
+        ValueError: the folder has neither layout, or a category is unknown or cannot be read.
     """
     root = Path(root)
     if not root.is_dir():
@@ -84,9 +91,9 @@ def read_dataset(root: str | os.PathLike, categories: Iterable[str] | None = Non
 
 
 def read_mvtec(root: str | os.PathLike, category: str) -> Category:
-    """Lists a category in MVTec-AD's layout, which MVTec LOCO and the converted VisA share.
+    """Lists a category in MVTec-AD's layout, shared by MVTec LOCO and the converted VisA.
 
-    Normal pictures are `train/good/*` and test pictures `test/<type>/*`, where any type but "good" is a defect. The
+    Normal pictures are `train/good/*` and test pictures `test/<type>/*`; every type but "good" is a defect. The
     mask of `test/<type>/<stem>.*` is `ground_truth/<type>/<stem>_mask.png` (MVTec-AD), `<stem>.png` (VisA, as its
     script prepares it), either with another of `SUFFIXES`, or the folder `<stem>` (MVTec LOCO).
 
@@ -114,13 +121,13 @@ def read_mvtec(root: str | os.PathLike, category: str) -> Category:
 
 
 def read_visa(root: str | os.PathLike, category: str) -> Category:
-    """Lists a category of VisA as published, divided as its `split_csv/1cls.csv` says.
+    """Lists a category of VisA as published, divided by its `split_csv/1cls.csv`.
 
     The table's columns are object, split (train or test), label (normal or anomaly), image and mask, the last two
-    relative to `root`. Masks hold classes of defects (1, 2, ...) on 0. A mask that is missing is None.
+    relative to `root`. Masks hold classes of defects (1, 2, ...) on 0. A missing mask is None.
 
     Raises:
-        ValueError: the table is missing or not of that form, it has no such object, or pictures it names are missing.
+        ValueError: the table is missing or of another form, lacks the object, or names missing pictures.
     """
     rows = _read_split(Path(root))
     _check_known("category", category, sorted(rows), root)
@@ -137,16 +144,16 @@ def read_folder(
     """Lists plain folders of pictures, each searched with its subfolders, as one category.
 
     Args:
-        name: of the category.
+        name: name of the category.
         normal_dir: normal pictures. Without `normal_test_dir` they are divided in two halves, the larger for training,
             by a draw that depends on their names alone: it is the same for every number of shots and every seed.
         abnormal_dir: defective test pictures; the kind of defect is the first subfolder's name, else "abnormal".
         mask_dir: their masks, at the same place as in `abnormal_dir`, named `<stem>_mask.*` or `<stem>.*`, or a folder
-            `<stem>` of masks to be united. Pictures may be without.
-        normal_test_dir: normal test pictures; `normal_dir` is then for training alone.
+            `<stem>` of masks to be united. Masks may be missing, but not all of them.
+        normal_test_dir: normal test pictures; `normal_dir` then serves training alone.
 
     Raises:
-        ValueError: a folder is missing or empty, a picture is in two of them, `normal_dir` cannot be divided, or
+        ValueError: a folder is missing or empty, two folders share a picture, `normal_dir` cannot be divided, or
             `mask_dir` has no mask of any picture.
     """
     if mask_dir is not None and abnormal_dir is None:
@@ -181,7 +188,7 @@ def load_mask(path: str | os.PathLike, size: int | tuple[int, int] | None = None
     Args:
         path: a picture file, or a folder of them, which are united.
         size: a square's side, or `(H, W)`: the binary mask is resized with antialiasing and binarized at 0.5 again.
-        indexed: the values are classes: every one but 0 is defect; where there is a palette, every index but 0.
+        indexed: whether the values are classes: defects are then all values but 0, or all palette indices but 0.
 
     Raises:
         ValueError: as `load_image`; a folder without pictures, or with pictures of different sizes.
@@ -196,10 +203,10 @@ def load_mask(path: str | os.PathLike, size: int | tuple[int, int] | None = None
 
 
 def draw_shots(paths: Iterable[str | os.PathLike], shots: int, seed: int) -> list[Path]:
-    """Draws `shots` pictures without replacement, the same for the same names and seed on every machine.
+    """Draws `shots` pictures without replacement, equal for equal names and seed on every machine.
 
-    The paths are sorted first, so their order does not matter, and draws of one seed are nested: the first two of
-    four shots are the two shots.
+    The paths are sorted first, so their order does not matter. Draws of a seed are nested: the first two of four shots
+    are the two shots.
 
     Raises:
         ValueError: `shots` is negative or exceeds the number of pictures, or `seed` is negative.
@@ -213,7 +220,7 @@ def draw_shots(paths: Iterable[str | os.PathLike], shots: int, seed: int) -> lis
 
 
 def draw_all(categories: Mapping[str, Category], shots: Sequence[int], seeds: Sequence[int]) -> Shots:
-    """Draws the normal pictures of every category, for every number of shots and every seed, with `draw_shots`.
+    """Draws normal pictures of every category for every number of shots and seed, with `draw_shots`.
 
     Raises:
         ValueError: a number of shots is negative or exceeds a category's training pictures, or a seed is negative.
@@ -232,10 +239,13 @@ def draw_all(categories: Mapping[str, Category], shots: Sequence[int], seeds: Se
 
 
 def write_shots(path: str | os.PathLike, shots: Shots, root: str | os.PathLike) -> None:
-    """Writes draws as JSON, complete or not at all: `{"K": {"seed": {"category": ["path below root", ...]}}}`.
+    """Writes draws as JSON, completely or not at all.
+
+    Its form is `{"K": {"seed": {"category": ["path below root", ...]}}}`.
 
     Args:
         path: the file to write; its folder is made.
+        shots: the draws, as `draw_all` returns them.
         root: the folder of the data set. Paths are written relative to it and with "/", for other machines to read.
 
     Raises:
@@ -261,15 +271,16 @@ def write_shots(path: str | os.PathLike, shots: Shots, root: str | os.PathLike) 
 
 
 def read_shots(path: str | os.PathLike, root: str | os.PathLike, categories: Mapping[str, Category]) -> Shots:
-    """Reads draws from the file `path`, which `write_shots` wrote or somebody put together.
+    """Reads draws from a file of the form that `write_shots` writes.
 
     Args:
+        path: the file.
         root: the folder of the data set.
-        categories: the data set, as read. The file may have others too; they are left out.
+        categories: the data set, as read. Further categories of the file are left out.
 
     Raises:
-        ValueError: the file is not of that form or lacks a category, a list has not as many different pictures as its
-            number of shots says, or a picture is outside `root`, missing or one of the test pictures.
+        ValueError: the file has another form or lacks a category, the different pictures of a list are not as many as
+            its shots, or a picture is outside `root`, missing or a test picture.
     """
     try:
         table = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -312,12 +323,12 @@ def _binarize(path: str | os.PathLike, indexed: bool) -> np.ndarray:
     if not indexed:
         gray = np.asarray(flatten(image, name, "black").convert("L"))
         return gray > 0.5 * (255 if gray.max() > 1 else 1)
-    # A dark color, such as class 1 in one channel, would be lost in the mean that gray is.
+    # Gray is a mean of channels, in which a dark color, such as class 1 in one channel, would be lost.
     return np.asarray(image) > 0 if image.mode == "P" else np.asarray(flatten(image, name, "black")).max(axis=2) > 0
 
 
 def _read_split(root: Path) -> dict[str, list[dict[str, str]]]:
-    """The rows of VisA's table by object."""
+    """Reads the rows of VisA's table by object."""
     path = root / VISA_SPLIT
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -370,7 +381,7 @@ def _check_apart(found: Mapping[str, list[Path]], mask_dir: str | os.PathLike | 
 
 
 def _is_below(text: str) -> bool:
-    """Whether a relative path stays below the folder it starts from."""
+    """Tells whether a relative path stays below its folder."""
     return bool(text) and not Path(text).anchor and ".." not in Path(text).parts
 
 

@@ -1,4 +1,4 @@
-"""Load pictures safely, from files, folders, arrays and tensors."""
+"""Safe loading of pictures from files, folders, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from torch import Tensor
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
-"""Pixels of a TIFF's tile that a small picture may be stored in; a decoder makes room for a whole one."""
+"""Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-# Pillow knows dozens of formats, some of which start other programs (EPS); an upload may only reach these decoders.
+# Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
 
 
 def load_image(source) -> Image.Image:
-    """Turns whatever a person calls a picture into an 8-bit RGB PIL image.
+    """Turns a file, PIL image, array or tensor into an 8-bit RGB PIL image.
 
     Args:
-        source: one of
+        source: either
             - a path to a BMP, GIF, JPEG, PNG, TIFF or WebP file, recognized by its content and not by its suffix;
             - a PIL image of any mode;
             - a NumPy array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`: uint8, uint16, or float in [0, 1];
             - a tensor `[C, H, W]` or `[1, C, H, W]` with 1, 3 or 4 channels, of the same types and ranges.
 
     The rotation noted in EXIF is applied, an animation gives its first frame, and transparency is laid over white.
-    16-bit gray, whose real depth no file states, is divided by 65535 where any value exceeds 255 and otherwise read as
-    8-bit; a PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
+    Files do not tell the real depth of 16-bit gray: it is divided by 65535 where any value exceeds 255, and otherwise
+    read as 8-bit. A PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
 
     Returns:
-        A new image in mode RGB, at least 8 x 8 and at most 100 megapixels (`MAX_PIXELS`, checked before decoding, as
-        are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`).
+        A new image in mode RGB, at least 8 x 8 pixels and at most `MAX_PIXELS` (100 megapixels). The size is checked
+        before decoding, and so are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`.
 
     Raises:
         ValueError: the source is missing, a folder, damaged, no picture, too small, too large, of a wrong shape or
@@ -60,11 +60,11 @@ def load_image(source) -> Image.Image:
 
 
 def open_image(path: str | os.PathLike, name: str) -> Image.Image:
-    """Decodes a file's first frame with the checks of `load_image`: upright, in the mode it has in the file.
+    """Decodes a file's first frame with the checks of `load_image`: upright, in the mode of the file.
 
     Args:
         path: a picture file.
-        name: what an error calls it, such as "`path` 'mask.png'".
+        name: its name in errors, such as "`path` 'mask.png'".
 
     Raises:
         ValueError: as `load_image`.
@@ -74,13 +74,13 @@ def open_image(path: str | os.PathLike, name: str) -> Image.Image:
 
 
 def _open(path: str | os.PathLike, name: str) -> Image.Image:
-    """Reads the header only."""
+    """Opens a file and reads its header only."""
     if os.path.isdir(path):
         raise ValueError(f"{name} is a folder; give a picture file, or list the folder with `list_images`.")
     if not os.path.isfile(path):
         raise ValueError(f"{name} does not exist; check the path and its spelling.")
     with warnings.catch_warnings():
-        # Pillow warns about large and odd headers on stderr; what matters of it is said in our own sentence.
+        # Pillow warns about large and odd headers on stderr; our own sentences tell the faults that matter.
         warnings.simplefilter("ignore")
         try:
             return Image.open(path, formats=FORMATS)
@@ -92,13 +92,13 @@ def _open(path: str | os.PathLike, name: str) -> Image.Image:
             ) from error
         except PermissionError as error:
             raise ValueError(f"{name} may not be read by this user; change its permissions.") from error
-        # Decoders meet damaged bytes with nearly every exception there is: OSError, SyntaxError, struct.error, ...
+        # Decoders raise nearly every kind of exception over damaged bytes: OSError, SyntaxError, struct.error, ...
         except Exception as error:
             raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {_RESAVE}.") from error
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
-    """Checks the size before any pixel is decoded, then decodes the current frame and turns it upright."""
+    """Checks the size before decoding, then decodes the current frame and turns it upright."""
     width, height = image.size
     if min(width, height) < MIN_SIDE:
         raise ValueError(_too_small(name, width, height))
@@ -119,7 +119,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
 
 
 def _tile_pixels(image: Image.Image, name: str) -> int:
-    """Of each tile of a TIFF, as its header claims; 0 for what has none."""
+    """Counts the pixels of a TIFF's tile, as its header claims; 0 for pictures without tiles."""
     tags = getattr(image, "tag_v2", {})
     try:
         return int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
@@ -139,7 +139,7 @@ def _too_large(name: str, size: str = "") -> str:
 
 
 def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
-    """Any mode to RGB, gray of any depth as `load_image` reads it; transparent pixels show the `background` color.
+    """Converts an image of any mode and depth to RGB; transparent pixels show the `background` color.
 
     Raises:
         ValueError: gray values are not finite or out of range; the sentence starts with `name`.
@@ -157,7 +157,7 @@ def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
 
 
 def _from_gray(values: np.ndarray, name: str, full: int) -> Image.Image:
-    """Gray of uncertain depth: values up to `full` (1 or 65535) or up to 255, told apart by the largest."""
+    """Converts gray of uncertain depth: up to `full` (1 or 65535) or up to 255, by the largest value."""
     if not np.isfinite(values).all():
         raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
     highest = values.max()
@@ -172,7 +172,7 @@ def _from_gray(values: np.ndarray, name: str, full: int) -> Image.Image:
 
 
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
-    """Tensor `[C, H, W]` or `[1, C, H, W]` to an array `[H, W, C]`."""
+    """Converts a tensor `[C, H, W]` or `[1, C, H, W]` to an array `[H, W, C]`."""
     plane = tensor.detach().cpu()
     if plane.ndim == 4 and plane.shape[0] == 1:
         plane = plane[0]
@@ -215,11 +215,11 @@ def list_images(source) -> list[Path]:
 
     Args:
         source: a folder (searched with its subfolders, links to folders not followed), a picture file, or an iterable
-            of those. In folders, files count that end in one of `SUFFIXES`, in upper or lower case, and hidden files
+            of those. In folders, files count by their suffix, see `SUFFIXES`, in upper or lower case, and hidden files
             and folders are skipped; a file given by name is taken as it is.
 
     Returns:
-        Paths, those of each folder sorted by their relative path as text; a path reached twice is listed once.
+        Paths without repetition, those of each folder sorted by their relative path as text.
 
     Raises:
         ValueError: a path does not exist, or there is no picture at all.
@@ -254,8 +254,8 @@ def load_images(
 
     Args:
         paths: picture files.
-        on_error: called with the path and the sentence of each picture that cannot be loaded, which is then skipped.
-            Without it the first such picture raises.
+        on_error: called with path and sentence of each picture that cannot be loaded, which is then skipped; without
+            it the first such picture raises.
 
     Returns:
         Pairs of path and RGB image.
@@ -275,14 +275,17 @@ def load_images(
 
 
 def load_pictures(images, name: str) -> list[Image.Image]:
-    """A picture, or a list of pictures, of any kind that `load_image` takes.
+    """Loads a picture, or a list of pictures, of any kind that `load_image` takes.
 
     Args:
         images: one or several; an array or tensor with a leading batch dimension counts as several.
-        name: the argument's name, for the error.
+        name: the argument's name in errors.
+
+    Returns:
+        RGB images.
 
     Raises:
-        ValueError: for none, or one that cannot be read.
+        ValueError: there is no picture, or a picture cannot be read.
     """
     if isinstance(images, (np.ndarray, Tensor)):
         images = [images] if images.ndim < 4 else list(images)

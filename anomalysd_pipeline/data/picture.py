@@ -1,4 +1,4 @@
-"""A picture before it is decoded: a file, the bytes of one, or the address of one."""
+"""A picture before decoding: the path, the bytes or the address of a file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .images import FORMATS, load_image
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a source, not decoded yet.
+    """Describes a picture of a source, not decoded yet.
 
     Attributes:
-        file: what a table of results calls it; no two pictures of one listing share it.
-        name: of its outputs: a relative path without suffix, "/" between its parts, that never leaves its folder.
+        file: its name in a table of results, unique within a listing.
+        name: name of its outputs: a relative path without suffix, "/" between its parts, that never leaves its folder.
         source: the source as it was given.
-        shard, row: where in the source; a shard is a data file of a dataset.
+        shard, row: place in the source; a shard is a data file of a dataset.
         content: bytes of a file, a path, an address (`hf://...`), or None where a dataset has an empty cell.
     """
 
@@ -31,7 +31,7 @@ class Picture:
     content: bytes | str | None
 
     def load(self) -> Image.Image:
-        """The picture as RGB, see `load_image`.
+        """Reads the picture as RGB, see `load_image`.
 
         Raises:
             ValueError: it cannot be read; the sentence names it and the remedy.
@@ -52,7 +52,7 @@ def _fetch(address: str, name: str) -> bytes:
     try:
         with fsspec.open(address, "rb") as file:
             return file.read()
-    except Exception as error:  # every kind of storage has its own
+    except Exception as error:  # every kind of storage raises its own
         raise ValueError(f"`source` '{name}' cannot be fetched ({cause(error)}); try again later.") from error
 
 
@@ -61,7 +61,7 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-    # Decoders meet damaged bytes with nearly every exception there is.
+    # Decoders raise nearly every kind of exception over damaged bytes.
     except Exception as error:
         raise ValueError(
             f"`source` '{name}' is damaged, too large, or not a picture in a format we read (BMP, GIF, JPEG, PNG, "
@@ -74,5 +74,5 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
 
 
 def cause(error: Exception) -> str:
-    """What went wrong, in part of a sentence."""
+    """Puts an error into part of a sentence."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""Pictures wherever they lie: in files and folders, and in Hugging Face datasets; and who inspects which."""
+"""Sources of pictures: files, folders and Hugging Face datasets, and their division among processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from .picture import Picture
 from .streamed import StreamedDataset, is_dataset
 
 MAX_NORMALS = 64
-"""How many normal pictures are taken of a dataset; a folder is a choice that a person made, and counts in full."""
+"""Most normal pictures from a dataset; folders are a person's choice and count in full."""
 
 
 class Source(Protocol):
-    """Pictures in a fixed order, in one part or several (`shards`) that can be read on their own. `given`: what a
-    person wrote."""
+    """Gives pictures in a fixed order.
+
+    Attributes:
+        given: the source as a person wrote it.
+        shards: number of parts that can be read on their own.
+    """
 
     given: str
     shards: int
@@ -30,7 +34,7 @@ class Source(Protocol):
 
 
 class Files:
-    """Picture files of one folder, with the names of their outputs."""
+    """Gives the picture files of a folder, with the names of their outputs."""
 
     shards = 1
 
@@ -43,11 +47,11 @@ class Files:
 
 
 class Listing:
-    """What there is to inspect: sources in the order they were given.
+    """Lists the sources to inspect, in the order in which they were given.
 
     Attributes:
-        sources: number of the source to the source.
-        errors: number of a source without pictures to the source as it was given, and the sentence that says why.
+        sources: number of a source to the source.
+        errors: number of a source without pictures to the source as it was given, and the sentence with the reason.
     """
 
     def __init__(self, sources: Mapping[int, Source], errors: Mapping[int, tuple[str, str]]):
@@ -55,7 +59,7 @@ class Listing:
 
     @property
     def total(self) -> int | None:
-        """How many pictures there are; None where a dataset does not tell before it is read."""
+        """Number of pictures; None where a dataset does not tell it before it is read."""
         if not all(isinstance(source, Files) for source in self.sources.values()):
             return None
         return sum(len(source.paths) for source in self.sources.values())
@@ -68,22 +72,22 @@ class Listing:
         read: Callable[[str, int], bool] = lambda source, shard: False,
         at_end: Callable[[str, int, int], None] = lambda source, shard, pictures: None,
     ) -> Iterator[Picture]:
-        """The pictures that one of several processes is to inspect.
+        """Yields the pictures that this one of several processes is to inspect.
 
-        Where a dataset has a data file for every process, each process reads files of its own; otherwise, every
-        process takes each `world`-th picture of those that are left.
+        Where a dataset has a data file for every process, each process reads files of its own. Otherwise every process
+        takes each `world`-th of the remaining pictures.
 
         Args:
-            rank, world: number of the process, and how many there are.
-            done: whether a picture is left out.
-            read: whether a shard, by source and number, is left out unread.
+            rank, world: number of the process, and number of processes.
+            done: tells whether to leave out a picture.
+            read: tells whether to leave out a shard, by source and number, unread.
             at_end: called with source, shard and number of pictures after the last picture of a shard.
 
         Folders have no shards in the sense of `read` and `at_end`.
         """
         turn = 0  # goes on from one source to the next, so that small ones do not all fall to the first process
         for source in self.sources.values():
-            # A folder may have got more pictures since; what a data file holds is settled.
+            # A folder may have got more pictures since; a data file does not change.
             settled = not isinstance(source, Files)
             left = [shard for shard in range(source.shards) if not (settled and read(source.given, shard))]
             apart = 1 < source.shards >= world
@@ -101,8 +105,10 @@ class Listing:
                     at_end(source.given, shard, pictures)
 
     def places(self) -> Callable[[Mapping], tuple[int, int, int] | None]:
-        """A function from a row, see `results.ResultFolder`, to its place in this listing: source, shard and row, or
-        None for a picture that is not in it."""
+        """Returns a function from a row of a result folder to its place in this listing.
+
+        A place is source, shard and row; None for a picture that is not listed.
+        """
         files, numbers = {}, {}
         for number, source in self.sources.items():
             if isinstance(source, Files):
@@ -123,15 +129,15 @@ def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, s
 
     Args:
         given: folders, searched with their subfolders; files; datasets.
-        skip: a folder whose pictures are left out: where results go, which may lie in one of the folders.
+        skip: a folder whose pictures are left out: the folder of results, which may lie in a given folder.
         names: file to name for pictures that have outputs already; no other picture gets such a name.
 
     Returns:
-        The listing. A file reached twice is in it once. The name of a file starts below its source and carries what
-        else is needed to be unlike every other one (the suffix, then a number).
+        The listing, without repetition. The name of a file starts below its source; a suffix, then a number is added
+        where it would equal another name.
 
     Raises:
-        ValueError: for a dataset that cannot be opened.
+        ValueError: a dataset cannot be opened.
     """
     skip, names = skip.resolve(), names or {}
     sources: dict[int, Source] = {}
@@ -178,15 +184,15 @@ def _candidates(given: str | None, plain: str, relative: str) -> Iterator[str]:
 
 
 def read_normals(given: Sequence[str | os.PathLike], report: Callable[[str], None]) -> list[Image.Image]:
-    """The normal pictures of folders, files and datasets that can be read, as RGB.
+    """Reads the normal pictures of folders, files and datasets as RGB, and skips unreadable ones.
 
     Args:
         given: as in `gather`.
-        report: called with a sentence about each picture that cannot be read, and about each dataset of which only
-            the first `MAX_NORMALS` pictures are taken.
+        report: called with a sentence about each picture that cannot be read, and about each dataset with more than
+            `MAX_NORMALS` pictures, of which the first are taken.
 
     Raises:
-        ValueError: a source does not exist, or there is no picture at all that can be read.
+        ValueError: a source does not exist, or no picture can be read.
     """
     given = [os.fspath(source) for source in given]
     plain = [source for source in given if not is_dataset(source)]

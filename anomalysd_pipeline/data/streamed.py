@@ -1,8 +1,8 @@
 """Hugging Face datasets on the Hub or on disk, streamed.
 
 A dataset is written as `hf://user/name?split=test&column=image&name=CONFIG&revision=REVISION`, or as the path of a
-`.parquet` or `.arrow` file, of a folder of those, or of a folder that `save_to_disk` wrote; a path takes `?split=`,
-`&column=` and `&name=` too. What is left out is chosen where there is only one choice.
+`.parquet` or `.arrow` file, of a folder of those, or of a folder that `save_to_disk` wrote. A path takes `?split=`,
+`&column=` and `&name=` too. Options may be left out where there is only one choice.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _BINARY = ("binary", "large_binary")
 
 
 class StreamedDataset:
-    """The pictures of a Hugging Face dataset, read from beginning to end and never kept.
+    """Reads the pictures of a Hugging Face dataset from beginning to end, and keeps none.
 
     Args:
-        given: see the top of this module.
+        given: the dataset, see the top of this module.
 
     Raises:
         ValueError: the package `datasets` is missing, or the dataset, its split or its column cannot be found; the
-            sentence lists what there is.
+            sentence lists the choices.
     """
 
     def __init__(self, given: str):
@@ -58,7 +58,7 @@ class StreamedDataset:
         self._folder = f"{plain}-{hashlib.sha256(given.encode()).hexdigest()[:6]}"
 
     def pictures(self, shard: int) -> Iterator[Picture]:
-        """The pictures of one shard.
+        """Yields the pictures of one shard.
 
         Raises:
             ValueError: the storage cannot be read any further.
@@ -69,7 +69,7 @@ class StreamedDataset:
             place = f"{shard}/{row}" if self.shards > 1 else str(row)
             try:
                 found = next(rows, None)
-            except Exception as error:  # readers and connections fail in their own ways each
+            except Exception as error:  # readers and connections all fail in their own ways
                 raise ValueError(
                     f"`source` '{self.given}' could not be read from its picture {place} on ({cause(error)}); try "
                     "again later."
@@ -92,7 +92,7 @@ class StreamedDataset:
 
 
 def is_dataset(given: str) -> bool:
-    """Whether a source is a Hugging Face dataset: by its form, or because a folder holds tables and no pictures."""
+    """Tells a Hugging Face dataset by its form, or by tables without pictures in a folder."""
     if given.startswith(_SCHEME):
         return True
     if os.path.isfile(given):
@@ -111,7 +111,7 @@ def is_dataset(given: str) -> bool:
 
 
 def _parse(given: str) -> tuple[str, dict[str, str]]:
-    """Path, with its scheme, and options."""
+    """Splits a source into its path, with the scheme, and its options."""
     path, _, query = (given, "", "") if os.path.exists(given) else given.partition("?")
     options = dict(parse_qsl(query, keep_blank_values=True))
     known = _OPTIONS if path.startswith(_SCHEME) else _OPTIONS[:-1]
@@ -129,7 +129,7 @@ def _parse(given: str) -> tuple[str, dict[str, str]]:
 
 
 def _load(given: str, path: str, options: Mapping[str, str]) -> dict:
-    """Split to streamed dataset."""
+    """Opens the dataset; returns name of a split to streamed dataset."""
     try:
         import datasets
     except ImportError as error:
@@ -153,7 +153,7 @@ def _load(given: str, path: str, options: Mapping[str, str]) -> dict:
                     f"a folder of that name is here and would be read instead of the Hub: {where['path']}"
                 )
         return dict(datasets.load_dataset(**where, name=options.get("name"), streaming=True))
-    except Exception as error:  # the package and the Hub's client have a class for each thing that can be wrong
+    except Exception as error:  # the package and the Hub's client have many kinds of errors
         raise ValueError(
             f"`source` '{given}' cannot be opened as a dataset ({cause(error)}); check its name and its files, and "
             "for a private one on the Hub log in with `hf auth login`."
@@ -161,7 +161,7 @@ def _load(given: str, path: str, options: Mapping[str, str]) -> dict:
 
 
 def _choose_column(given: str, features: Mapping | None, column: str | None):
-    """The column with the pictures, and the feature it is to be cast to; None where it holds plain bytes."""
+    """Chooses the column of pictures, and the feature to cast it to; None where it holds plain bytes."""
     import datasets
 
     images = [name for name, kind in (features or {}).items() if isinstance(kind, datasets.Image)]
@@ -169,7 +169,7 @@ def _choose_column(given: str, features: Mapping | None, column: str | None):
     if column is None:
         column = "image" if "image" in images else images[0] if len(images) == 1 else None
     if column in images:
-        return column, datasets.Image(decode=False)  # what decodes them is ours: it trusts less
+        return column, datasets.Image(decode=False)  # decoded by `load_image`, which trusts less
     if column in binary:
         return column, None
     there = ", ".join([*images, *binary]) or f"none; its columns: {', '.join(features or {}) or 'unknown'}"

@@ -1,4 +1,4 @@
-"""Pictures between PIL images and tensors: resizing, augmentation, stacking."""
+"""Conversions between PIL images and tensors: resizing, augmentation, stacking."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from torch import Tensor
 
 
 def to_tensor(image: Image.Image, size: int | tuple[int, int]) -> torch.Tensor:
-    """An RGB image as float32 `[3, H, W]` in [-1, 1].
+    """Converts an RGB image to float32 `[3, H, W]` in [-1, 1].
 
-    Resized with Lanczos, which antialiases when it shrinks; the aspect ratio is not kept. `size` is a square's side or
-    `(H, W)`, in pixels.
+    Args:
+        image: in mode RGB; resized with Lanczos, which antialiases, without keeping the aspect ratio.
+        size: a square's side or `(H, W)`, in pixels.
 
     Raises:
         ValueError: `image` is not in mode RGB.
@@ -35,19 +36,19 @@ def augment(
     degrees: float = 15.0,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Varies a normal picture: contrast, brightness, scaling and rotation, as the paper does with the few shots.
+    """Varies contrast, brightness, scale and rotation of a normal picture, as the paper does with shots.
 
     Args:
         image: float `[3, H, W]` in [-1, 1].
-        generator: the source of the four draws, each uniform between minus and plus its limit.
+        generator: source of the four draws, each uniform between minus and plus its limit.
         brightness: limit of the shift, as a share of the full range from black to white.
         contrast: limit of the relative change of each pixel's difference to the picture's mean.
         scale: limit of the relative change in size, below 1.
-        degrees: limit of the rotation about the center. What comes in at the edges is the picture reflected.
+        degrees: limit of the rotation about the center; the picture is reflected beyond its edges.
         mask: bool `[H, W]`, scaled and turned along with the picture (nearest neighbor), or None.
 
     Returns:
-        float `[3, H, W]` in [-1, 1]; with `mask`, the pair of it and the mask, bool `[H, W]`.
+        float `[3, H, W]` in [-1, 1]; with `mask`, a pair of picture and mask, bool `[H, W]`.
 
     Raises:
         ValueError: `image` has another shape, or `scale` is not in [0, 1).
@@ -74,13 +75,13 @@ def augment(
 
 
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
-    """Maps `[N, h, w]` to `[N, H, W]`, `mode` "bilinear" or "nearest"."""
+    """Resizes maps `[N, h, w]` to `[N, H, W]`; `mode` is "bilinear" or "nearest"."""
     corners = {"align_corners": False} if mode == "bilinear" else {}
     return torch.nn.functional.interpolate(maps[:, None], size=size, mode=mode, **corners)[:, 0]
 
 
 def stack(maps: list[Tensor], output_type: str):
-    """One array or tensor `[N, H, W]` where all maps have one size, else a list; `output_type` "np" or "pt"."""
+    """Stacks maps of equal size to an array ("np") or tensor ("pt") `[N, H, W]`, else returns a list."""
     if output_type == "np":
         maps = [m.cpu().numpy() for m in maps]
     if len({tuple(m.shape) for m in maps}) > 1:
@@ -89,6 +90,6 @@ def stack(maps: list[Tensor], output_type: str):
 
 
 def to_pil(image: Tensor, size: tuple[int, int]) -> Image.Image:
-    """`[3, h, w]` in [-1, 1] to an RGB image of `size` (H, W)."""
+    """Converts `[3, h, w]` in [-1, 1] to an RGB image of `size` (H, W)."""
     array = ((image.permute(1, 2, 0).cpu().numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
     return Image.fromarray(array).resize((size[1], size[0]), Image.Resampling.BICUBIC)

@@ -1,6 +1,6 @@
 """Procedurally drawn industrial parts with defects and exact masks.
 
-Seeded and fast; nothing is needed but numpy, scipy and PIL.
+Seeded and fast; needs only numpy, scipy and PIL.
 """
 
 from .dataset import (

@@ -1,8 +1,8 @@
 """Drawing primitives shared by all synthetic pictures.
 
-Coordinates run over [-1, 1] in x (right) and y (down); all fields are float32 arrays of shape [size, size], colors are
-float32 [size, size, 3] in [0, 1]. Shapes are signed distance functions (negative inside), so that edges come out
-anti-aliased without drawing at a higher resolution.
+Coordinates run over [-1, 1] in x (right) and y (down). Fields are float32 [size, size], colors float32 [size, size, 3]
+in [0, 1]. Shapes are signed distance functions (negative inside), so that edges are anti-aliased without drawing at a
+higher resolution.
 """
 
 from __future__ import annotations
@@ -17,12 +17,17 @@ from PIL import Image, ImageFilter
 
 @dataclass(frozen=True)
 class Light:
-    """One picture's light and camera.
+    """Describes the light and the camera of one picture.
 
-    `direction` is the unit vector towards the light (z towards the viewer), `ambient` the share of light without a
-    direction, `tint` the white balance, `slope` the brightness gradient over the picture, `vignette` the darkening of
-    the corners, `noise` the sensor noise (standard deviation in gray levels, 0-255) and `soft` the lens blur in
-    256ths of the picture's width.
+    Attributes:
+        direction: float32 [3], unit vector towards the light; z points to the viewer.
+        strength: factor of the brightness, about 1.
+        ambient: share of light without a direction, in [0, 1].
+        tint: float32 [3], white balance as factors of red, green and blue.
+        slope: float32 [2], brightness gradient over the picture in x and y.
+        vignette: darkening of the corners.
+        noise: standard deviation of the sensor noise in gray levels of 0 to 255.
+        soft: radius of the lens blur in 256ths of the picture's width.
     """
 
     direction: np.ndarray
@@ -37,7 +42,7 @@ class Light:
 
 @lru_cache(maxsize=8)
 def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pixel centers as two read-only fields x and y, each [size, size] in [-1, 1]."""
+    """Makes two read-only fields of the pixel centers' x and y, each [size, size] in [-1, 1]."""
     axis = (np.arange(size, dtype=np.float32) + 0.5) * np.float32(2.0 / size) - 1
     x, y = np.meshgrid(axis, axis)
     x.flags.writeable = y.flags.writeable = False
@@ -45,7 +50,7 @@ def grid(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def frame(size: int, shift=(0.0, 0.0), angle: float = 0.0, scale: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
-    """The part's own coordinates of every pixel, for a part moved by `shift`, turned by `angle` (radians), scaled."""
+    """Makes the part's own coordinates of every pixel, for a part moved, turned (radians) and scaled."""
     x, y = grid(size)
     cos, sin = np.float32(np.cos(angle) / scale), np.float32(np.sin(angle) / scale)
     x, y = x - np.float32(shift[0]), y - np.float32(shift[1])
@@ -53,19 +58,22 @@ def frame(size: int, shift=(0.0, 0.0), angle: float = 0.0, scale: float = 1.0) -
 
 
 def resize(field: np.ndarray, size: int, how=Image.Resampling.BICUBIC) -> np.ndarray:
-    """A float32 field [h, w] resampled to [size, size]."""
+    """Resamples a float32 field [h, w] to [size, size]."""
     return np.asarray(Image.fromarray(field).resize((size, size), how))
 
 
 def smooth_noise(rng: np.random.Generator, size: int, columns: float, rows: float | None = None) -> np.ndarray:
-    """Smooth Gaussian noise of about unit variance with `columns` x `rows` independent values over the picture."""
+    """Draws smooth Gaussian noise of about unit variance from `columns` x `rows` independent values."""
     columns = max(2, round(columns))
     rows = columns if rows is None else max(2, round(rows))
     return resize(rng.standard_normal((rows, columns), dtype=np.float32), size)
 
 
 def fractal(rng: np.random.Generator, size: int, columns: float, octaves: int = 4, gain: float = 0.5, rows=None):
-    """Fractal noise: octaves of `smooth_noise`, each twice as fine and `gain` times as strong; about unit variance."""
+    """Draws fractal noise of about unit variance.
+
+    It sums octaves of `smooth_noise`, each twice as fine and `gain` times as strong as the one before.
+    """
     rows = columns if rows is None else rows
     total = smooth_noise(rng, size, columns, rows)
     weight = 1.0
@@ -76,10 +84,11 @@ def fractal(rng: np.random.Generator, size: int, columns: float, octaves: int = 
 
 
 def worley(rng: np.random.Generator, size: int, cells: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cellular noise of cells x cells jittered points.
+    """Draws cellular noise of cells x cells jittered points.
 
-    Returns the distances to the nearest and to the second nearest point (in cell widths), and a random value in [0, 1]
-    for each cell.
+    Returns:
+        Distances to the nearest and to the second nearest point in cell widths, and a random value in [0, 1] for each
+        cell, all [size, size].
     """
     half = max(size // 2, 32)
     points = rng.random((2, cells + 2, cells + 2), dtype=np.float32) * np.float32(0.8) + np.float32(0.1)
@@ -108,29 +117,29 @@ def worley(rng: np.random.Generator, size: int, cells: int) -> tuple[np.ndarray,
 
 
 def step(low: float, high: float, field: np.ndarray) -> np.ndarray:
-    """Smooth step from 0 at `low` to 1 at `high` (`low` may be the larger one)."""
+    """Steps smoothly from 0 at `low` to 1 at `high`; `low` may be the larger."""
     t = np.clip((field - np.float32(low)) * np.float32(1 / (high - low)), 0, 1)
     return t * t * (3 - 2 * t)
 
 
 def cover(sdf: np.ndarray, size: int, scale: float = 1.0) -> np.ndarray:
-    """Anti-aliased coverage in [0, 1] of a signed distance in part coordinates that were scaled by `scale`."""
+    """Turns a signed distance in part coordinates, scaled by `scale`, into smooth coverage in [0, 1]."""
     return np.clip(np.float32(0.5) - sdf * np.float32(scale * size / 2.6), 0, 1)
 
 
 def dome(sdf: np.ndarray, width: float, rise: float = 1.0) -> np.ndarray:
-    """Height of a rounded edge: a quarter circle of radius `width` from the outline inwards, flat after it."""
+    """Rounds an edge: height of a quarter circle of radius `width` inwards, flat after it."""
     t = np.clip(1 + sdf * np.float32(1 / width), 0, 1)
     return np.sqrt(np.maximum(1 - t * t, 0)) * np.float32(width * rise)
 
 
 def disc(u, v, radius: float) -> np.ndarray:
-    """Signed distance to a disc around the origin."""
+    """Measures the signed distance to a disc around the origin."""
     return np.sqrt(u * u + v * v) - np.float32(radius)
 
 
 def box(u, v, half_width: float, half_height: float, corner: float = 0.0) -> np.ndarray:
-    """Signed distance to a rectangle around the origin with rounded corners."""
+    """Measures the signed distance to a rectangle around the origin with rounded corners."""
     a = np.abs(u) - np.float32(half_width - corner)
     b = np.abs(v) - np.float32(half_height - corner)
     outside = np.sqrt(np.maximum(a, 0) ** 2 + np.maximum(b, 0) ** 2)
@@ -138,14 +147,14 @@ def box(u, v, half_width: float, half_height: float, corner: float = 0.0) -> np.
 
 
 def hexagon(u, v, radius: float, corner: float = 0.0) -> np.ndarray:
-    """Signed distance (exact inside) to a regular hexagon with the given inner radius and rounded corners."""
+    """Measures the signed distance, exact inside, to a hexagon of an inner radius with rounded corners."""
     a, b = np.abs(u), np.abs(v)
     edge = np.maximum(a * np.float32(0.8660254) + b * np.float32(0.5), b)
     return np.maximum(edge - np.float32(radius), np.sqrt(a * a + b * b) - np.float32(radius * (1.1547 - corner)))
 
 
 def segment(u, v, start, end) -> np.ndarray:
-    """Distance to the straight line between two points."""
+    """Measures the distance to the straight line between two points."""
     du, dv = end[0] - start[0], end[1] - start[1]
     a, b = u - np.float32(start[0]), v - np.float32(start[1])
     t = np.clip((a * np.float32(du) + b * np.float32(dv)) * np.float32(1 / max(du * du + dv * dv, 1e-9)), 0, 1)
@@ -153,7 +162,7 @@ def segment(u, v, start, end) -> np.ndarray:
 
 
 def wobble(rng: np.random.Generator, theta: np.ndarray, terms: int, amount: float) -> np.ndarray:
-    """A smooth periodic field of the angle, about `amount` strong: the outline of an irregular body."""
+    """Draws a smooth periodic function of the angle, about `amount` strong: an irregular outline."""
     weights = rng.normal(0, amount, terms) / np.arange(1, terms + 1)
     phases = rng.uniform(0, 2 * np.pi, terms)
     turns = np.linspace(-np.pi, np.pi, 721)
@@ -163,26 +172,31 @@ def wobble(rng: np.random.Generator, theta: np.ndarray, terms: int, amount: floa
 
 
 def color(hue: float, saturation: float, value: float) -> np.ndarray:
-    """RGB float32 [3] of a hue (0-1, wraps), saturation and value."""
+    """Converts a hue (0-1, wraps), saturation and value to RGB float32 [3]."""
     return np.asarray(
         colorsys.hsv_to_rgb(hue % 1.0, min(max(saturation, 0), 1), min(max(value, 0), 1)), dtype=np.float32
     )
 
 
 def paint(size: int, base: np.ndarray) -> np.ndarray:
-    """A picture filled with one color."""
+    """Fills a picture with a color."""
     return np.broadcast_to(base.astype(np.float32), (size, size, 3)).copy()
 
 
 def over(under: np.ndarray, top: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """`top` (a picture or one color) over `under` with the coverage `alpha`."""
+    """Lays `top`, a picture or a color, over `under` with the coverage `alpha`."""
     return under + alpha[..., None] * (top - under)
 
 
 def shade(base: np.ndarray, height: np.ndarray, light: Light, gloss: float = 0.0, power: float = 24.0) -> np.ndarray:
-    """A colored relief under the light: Lambert shading, so that level ground keeps its color, and a highlight.
+    """Lights a colored relief: Lambert shading, under which level ground keeps its color, and a highlight.
 
-    `gloss` is the strength of the highlight and `power` its narrowness. `height` is in the units of the coordinates.
+    Args:
+        base: color of the relief.
+        height: its height in units of the coordinates.
+        light: the light.
+        gloss: strength of the highlight.
+        power: narrowness of the highlight.
     """
     scale = np.float32(height.shape[0] / 4)
     slope_x, slope_y = np.zeros_like(height), np.zeros_like(height)
@@ -201,7 +215,7 @@ def shade(base: np.ndarray, height: np.ndarray, light: Light, gloss: float = 0.0
 
 
 def shadow(ground: np.ndarray, alpha: np.ndarray, light: Light, depth: float, strength: float = 0.5) -> np.ndarray:
-    """The ground darkened by the soft shadow of a body `depth` high (in coordinate units) with coverage `alpha`."""
+    """Darkens the ground by the soft shadow of a body of coverage `alpha`, `depth` coordinate units high."""
     size = alpha.shape[0]
     small = Image.fromarray((alpha * 255).astype(np.uint8)).resize((64, 64), Image.Resampling.BOX)
     lx, ly, lz = light.direction
@@ -214,7 +228,7 @@ def shadow(ground: np.ndarray, alpha: np.ndarray, light: Light, depth: float, st
 
 
 def finish(picture: np.ndarray, light: Light, rng: np.random.Generator) -> np.ndarray:
-    """The photo of a lit scene: light falloff, white balance, lens blur and sensor noise; uint8 [size, size, 3]."""
+    """Photographs a lit scene: falloff, white balance, lens blur, sensor noise; uint8 [size, size, 3]."""
     size = picture.shape[0]
     x, y = grid(size)
     sx, sy = light.slope
@@ -230,7 +244,7 @@ def finish(picture: np.ndarray, light: Light, rng: np.random.Generator) -> np.nd
 
 
 def sample_setup(rng: np.random.Generator) -> dict:
-    """The camera and lamps of one product's inspection station."""
+    """Draws the camera and the lamps of a product's inspection station."""
     return {
         "light_angle": rng.uniform(0, 2 * np.pi),
         "light_tilt": rng.uniform(0.5, 0.95),
@@ -244,7 +258,7 @@ def sample_setup(rng: np.random.Generator) -> dict:
 
 
 def sample_light(rng: np.random.Generator, setup: dict) -> Light:
-    """One picture's light: the station's, with its natural changes of direction, strength and white balance."""
+    """Draws a picture's light: the station's, a little changed in direction, strength and white balance."""
     angle = setup["light_angle"] + rng.normal(0, 0.2)
     tilt = float(np.clip(setup["light_tilt"] + rng.normal(0, 0.05), 0.35, 1.1))
     direction = np.array([np.cos(angle) * np.sin(tilt), np.sin(angle) * np.sin(tilt), np.cos(tilt)], np.float32)

@@ -1,4 +1,4 @@
-"""Pictures of synthetic parts, normal and defective, one by one or as a folder in the layout of MVTec-AD."""
+"""Pictures of synthetic parts, normal and defective: single ones, or a folder in MVTec-AD's layout."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SMALLEST = 16
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and the truth about it.
+    """Holds a picture and its ground truth.
 
     Attributes:
         image: uint8 [S, S, 3], RGB.
-        mask: bool [S, S], the defect; all False on a normal picture.
-        foreground: bool [S, S], the part; all True for textures.
+        mask: bool [S, S], True on the defect; all False on a normal picture.
+        foreground: bool [S, S], True on the part; all True for textures.
         family: one of `FAMILIES`, or "surface".
         defect: one of `DEFECTS`, or None on a normal picture.
     """
@@ -47,10 +47,10 @@ class Sample:
 
 
 def sample_style(family: str, rng: np.random.Generator) -> dict:
-    """Draw one product of a family: its colors, proportions and counts, its ground and its inspection station.
+    """Draws a product of a family: colors, proportions and counts, its ground and inspection station.
 
     Raises:
-        ValueError: an unknown family.
+        ValueError: the family is unknown.
     """
     _check_family(family)
     style = {"family": family, **sample_setup(rng)}
@@ -60,16 +60,16 @@ def sample_style(family: str, rng: np.random.Generator) -> dict:
 
 
 def draw_normal(family: str, rng: np.random.Generator, size: int = 256, style: dict | None = None) -> Sample:
-    """Draw a normal picture of a family.
+    """Draws a normal picture of a family.
 
     Args:
         family: one of `FAMILIES`.
-        rng: the only source of chance: the same state gives a bit-equal picture.
+        rng: the only source of chance: equal states give bit-equal pictures.
         size: height and width in pixels, at least 16.
         style: a product from `sample_style`; None draws one first.
 
     Raises:
-        ValueError: an unknown family, a size that is too small, or the style of another family.
+        ValueError: the family is unknown, the size too small, or the style that of another family.
     """
     _check_family(family)
     _check_size(size)
@@ -85,10 +85,10 @@ def draw_normal(family: str, rng: np.random.Generator, size: int = 256, style: d
 
 
 def draw_surface(rng: np.random.Generator, size: int = 256) -> Sample:
-    """Draw a normal picture of nothing in particular (family "surface"): a random pattern, or a random body on one.
+    """Draws a normal picture of the family "surface": a random pattern, or a random body on a pattern.
 
     Raises:
-        ValueError: a size below 16.
+        ValueError: the size is below 16.
     """
     _check_size(size)
     light = sample_light(rng, sample_setup(rng))
@@ -99,13 +99,17 @@ def draw_surface(rng: np.random.Generator, size: int = 256) -> Sample:
 def draw_defective(
     family: str, rng: np.random.Generator, size: int = 256, defect: str | None = None, style: dict | None = None
 ) -> Sample:
-    """Draw a picture with one defect on the part.
+    """Draws a picture with one defect on the part.
 
     The picture without its defect is `draw_normal(family, rng, size, style)` from the same state of `rng`; the two are
-    bit-equal outside the mask. Arguments as for `draw_normal`; `defect` is one of `DEFECTS`, None draws one.
+    bit-equal outside the mask.
+
+    Args:
+        family, rng, size, style: as for `draw_normal`.
+        defect: one of `DEFECTS`; None draws one.
 
     Raises:
-        ValueError: an unknown family or defect, a size that is too small, or the style of another family.
+        ValueError: the family or defect is unknown, the size too small, or the style that of another family.
     """
     _check_defect(defect)
     normal = draw_normal(family, rng, size, style)
@@ -114,10 +118,10 @@ def draw_defective(
 
 
 def normal_images(family: str, count: int, seed: int, size: int = 256) -> list[Image.Image]:
-    """`count` normal pictures (RGB) of the one product that `seed` stands for; a larger count only adds pictures.
+    """Draws `count` normal pictures (RGB) of a seed's product; a larger count only adds pictures.
 
     Raises:
-        ValueError: an unknown family, a negative count, or a size that is too small.
+        ValueError: the family is unknown, the count negative, or the size too small.
     """
     style = _product(family, seed)
     _check_count("count", count)
@@ -128,12 +132,12 @@ def normal_images(family: str, count: int, seed: int, size: int = 256) -> list[I
 
 
 def test_samples(family: str, good: int, defective: int, seed: int, size: int = 256) -> list[Sample]:
-    """Test pictures of the product of `normal_images(family, ..., seed)`: first the good, then the defective ones.
+    """Draws test pictures of the product of `normal_images(family, ..., seed)`, good before defective.
 
     None of them is among the normal images. The defects take turns in the order of `DEFECTS`.
 
     Raises:
-        ValueError: an unknown family, a negative count, or a size that is too small.
+        ValueError: the family is unknown, a count negative, or the size too small.
     """
     style = _product(family, seed)
     _check_count("good", good)
@@ -161,14 +165,22 @@ def write_dataset(
     size: int = 256,
     progress: Callable[[str], None] | None = None,
 ) -> None:
-    """Write synthetic families as PNG files in the layout of MVTec-AD.
+    """Writes synthetic families as PNG files in the layout of MVTec-AD.
 
-    `<family>/train/good`, `<family>/test/good`, `<family>/test/<defect>` and `<family>/ground_truth/<defect>` (masks,
-    0 or 255), each numbered from 000. `progress` is called with a family's name when its pictures are written.
+    The folders are `<family>/train/good`, `<family>/test/good`, `<family>/test/<defect>` and, for masks of 0 and 255,
+    `<family>/ground_truth/<defect>`; the files in each are numbered from 000.
+
+    Args:
+        out: folder of the data set.
+        families: families to draw, from `FAMILIES`.
+        train, good, defective: pictures of each family for training, and normal and defective ones for testing.
+        seed: stands for the products.
+        size: height and width in pixels, at least 16.
+        progress: called with a family's name when its pictures are written.
 
     Raises:
-        ValueError: an unknown family, a negative count, a size that is too small, or a folder in `out` that
-            already has files under a family's name.
+        ValueError: a family is unknown, a count negative, the size too small, or `out` already has files under a
+            family's name.
     """
     out, families = Path(out), list(families)
     for family in families:
@@ -207,7 +219,7 @@ def _write(image: Image.Image, folder: Path, name: str) -> None:
 
 
 def _stream(family: str, seed: int, purpose: int, index: int = 0) -> np.random.Generator:
-    """The chance behind one picture of one product: independent of how many others are drawn."""
+    """Makes the random generator of one picture, independent of the number of other pictures."""
     return np.random.default_rng([seed, zlib.crc32(family.encode()), purpose, index])
 
 

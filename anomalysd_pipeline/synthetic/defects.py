@@ -1,7 +1,6 @@
 """Defects with exact masks, for any picture: `apply_defect`.
 
-Every defect draws a changed picture; what it changes visibly is the mask, and every pixel outside of it is put back to
-its old value.
+Every defect draws a changed picture. The visibly changed pixels are its mask; all others get their old values back.
 """
 
 from __future__ import annotations
@@ -17,14 +16,14 @@ ATTEMPTS = 12
 
 
 def _spot(foreground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A random foreground pixel as coordinates in [-1, 1] (x, y)."""
+    """Draws a random foreground pixel, as coordinates (x, y) in [-1, 1]."""
     places = np.flatnonzero(foreground)
     row, column = divmod(int(places[rng.integers(len(places))]), foreground.shape[1])
     return (np.array([column, row]) + 0.5) * 2 / foreground.shape[0] - 1
 
 
 def _blob(size: int, rng: np.random.Generator, center, radius: float, irregular: float = 0.25, edge: float = 0.02):
-    """Coverage of an irregular rounded spot; its edge is `edge` soft."""
+    """Draws the coverage of an irregular rounded spot with an edge of softness `edge`."""
     u, v = frame(size, center, rng.uniform(0, 2 * np.pi))
     v = v * np.float32(rng.uniform(1.0, 1.6))
     outline = radius * (1 + wobble(rng, np.arctan2(v, u), 7, irregular))
@@ -33,13 +32,13 @@ def _blob(size: int, rng: np.random.Generator, center, radius: float, irregular:
 
 
 def _contrast(picture: np.ndarray, where: np.ndarray, amount: float, rng: np.random.Generator) -> float:
-    """+amount or -amount: the direction in which the picture at `where` can still change visibly."""
+    """Chooses +amount or -amount, by the direction in which the picture can still change visibly."""
     level = float((picture.mean(2) * where).sum() / (where.sum() + 1e-3))
     return amount if level < 70 or (level < 170 and rng.random() < 0.5) else -amount
 
 
 def _path(rng: np.random.Generator, start, length: float, steps: int, bend: float) -> list[np.ndarray]:
-    """A wandering line of `steps` straight pieces around `start`."""
+    """Draws a wandering line of `steps` straight pieces around `start`."""
     angle = rng.uniform(0, 2 * np.pi)
     points = [np.asarray(start) - 0.5 * length * np.array([np.cos(angle), np.sin(angle)])]
     for _ in range(steps):
@@ -49,7 +48,7 @@ def _path(rng: np.random.Generator, start, length: float, steps: int, bend: floa
 
 
 def _stroke(size: int, points: list, width: float) -> np.ndarray:
-    """Coverage of a line that is thickest in its middle."""
+    """Draws the coverage of a line that is thickest in its middle."""
     u, v = frame(size)
     alpha = np.zeros((size, size), np.float32)
     pieces = len(points) - 1
@@ -61,8 +60,9 @@ def _stroke(size: int, points: list, width: float) -> np.ndarray:
     return alpha
 
 
-# The effects share one signature: the picture (float32 [S, S, 3] in 0-255), the foreground, the chance and the force
-# (1, and more with every attempt that was too faint) go in; the changed picture and where it may change come out.
+# The effects share one signature. They take the picture (float32 [S, S, 3] in 0-255), the foreground, the random
+# generator and the force (1, and more after every attempt that was too faint). They return the changed picture, and
+# the region in which it may change.
 
 
 def _scratch(picture, foreground, rng, force):
@@ -224,14 +224,14 @@ def _rust(picture, foreground, rng, force):
 
 
 def _grain(picture: np.ndarray, rng: np.random.Generator, where: np.ndarray) -> np.ndarray:
-    """Noise as strong as the picture's own, so that new material does not look painted on."""
+    """Draws noise as strong as the picture's own, so that new material does not look painted on."""
     rough = np.abs(np.diff(picture.mean(2), axis=1))[where[:, 1:]]
     level = min(float(np.median(rough)) if rough.size else 2.0, 12.0) * 1.3
     return rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(level)
 
 
 def _sample(picture: np.ndarray, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
-    """The picture displaced by a field in pixels (bilinear)."""
+    """Displaces the picture by a field in pixels (bilinear)."""
     size = len(picture)
     index = np.arange(size, dtype=np.float32)
     x = np.clip(index[None, :] + dx, 0, size - 1.001)
@@ -261,21 +261,21 @@ DEFECTS: tuple[str, ...] = tuple(_EFFECTS)
 def apply_defect(
     image: np.ndarray, foreground: np.ndarray, rng: np.random.Generator, defect: str | None = None
 ) -> tuple[np.ndarray, np.ndarray, str]:
-    """Put one defect on the foreground of a picture.
+    """Puts one defect on the foreground of a picture.
 
     Args:
         image: uint8 [S, S, 3], square.
-        foreground: bool [S, S], where the part is; at least one pixel.
+        foreground: bool [S, S], True on the part; at least one pixel.
         rng: the only source of chance.
         defect: one of `DEFECTS`; None draws one.
 
     Returns:
-        The changed picture (uint8 [S, S, 3]), the mask of what changed visibly (bool [S, S], between 0.2 % and 12 % of
+        The changed picture (uint8 [S, S, 3]), the mask of the visible change (bool [S, S], between 0.2 % and 12 % of
         the picture wherever the foreground leaves room for it) and the defect's name. Outside the mask the picture is
         bit-equal to `image`; inside, nearly all pixels differ.
 
     Raises:
-        ValueError: an unknown defect, a picture of the wrong shape or type, or an empty foreground.
+        ValueError: the defect is unknown, the picture of a wrong shape or type, or the foreground empty.
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[0] != image.shape[1] or image.shape[2] != 3:
         raise ValueError(
@@ -308,7 +308,7 @@ def apply_defect(
 
 
 def _visible(before: np.ndarray, after: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, float]:
-    """The mask of the visible change inside `region`, without stray pixels, and its mean strength in gray levels."""
+    """Masks the visible change in `region` without stray pixels; also returns its mean in gray levels."""
     difference = np.abs(before.astype(np.int16) - after).max(2).astype(np.float32)
     mask = (ndimage.uniform_filter(difference, 3) > VISIBLE) & (difference > 0) & region
     if before.shape[0] >= 128:

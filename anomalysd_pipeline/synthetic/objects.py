@@ -1,7 +1,7 @@
 """Synthetic parts, first half: metal and machined parts, each lying once in the picture.
 
-Every family is a pair of functions: one draws the style of a product (plain numbers), the other one picture of it,
-which comes back as the lit scene and the part's coverage in [0, 1].
+Every family is a pair of functions. The first draws the style of a product, plain numbers. The second draws a picture
+of it, and returns the lit scene and the part's coverage in [0, 1].
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ PI = float(np.pi)
 
 
 def ground_style(rng: np.random.Generator) -> dict:
-    """What the part lies on: a plain, grainy or brushed plate of any brightness."""
+    """Draws the style of the ground: a plain, grainy or brushed plate of any brightness."""
     value = rng.choice([rng.uniform(0.03, 0.13), rng.uniform(0.32, 0.7), rng.uniform(0.75, 0.95)])
     return {
         "ground": color(rng.random(), rng.uniform(0, 0.3), value),
@@ -26,7 +26,7 @@ def ground_style(rng: np.random.Generator) -> dict:
 
 
 def ground(rng: np.random.Generator, style: dict, size: int) -> np.ndarray:
-    """The plate under the part, unlit; [size, size, 3]."""
+    """Draws the plate under the part, unlit; [size, size, 3]."""
     mottle = np.float32(style["ground_cloud"]) * fractal(rng, size, 3, 3)
     if style["ground_grain"] > 0:
         mottle = mottle + np.float32(style["ground_grain"]) * fractal(rng, size, style["ground_cells"], 2, 0.6)
@@ -34,14 +34,14 @@ def ground(rng: np.random.Generator, style: dict, size: int) -> np.ndarray:
 
 
 def lay(rng: np.random.Generator, size: int, turn: float = PI, shift: float = 0.05, zoom: float = 0.03):
-    """Part coordinates of a part laid by hand, turned by up to `turn`; and its scale."""
+    """Draws the coordinates and the scale of a part laid by hand, turned by up to `turn`."""
     scale = float(1 + np.clip(rng.normal(0, zoom), -2 * zoom, 2 * zoom))
     u, v = frame(size, rng.uniform(-shift, shift, 2), rng.uniform(-turn, turn), scale)
     return u, v, scale
 
 
 def metal(rng: np.random.Generator) -> np.ndarray:
-    """The color of steel, zinc, brass, copper or blackened steel."""
+    """Draws the color of steel, zinc, brass, copper or blackened steel."""
     kind = rng.integers(5)
     hue = (0.6, 0.6, 0.12, 0.05, 0.6)[kind] + rng.normal(0, 0.01)
     saturation = (0.05, 0.12, 0.45, 0.5, 0.08)[kind] * rng.uniform(0.6, 1.2)
@@ -49,7 +49,7 @@ def metal(rng: np.random.Generator) -> np.ndarray:
 
 
 def brushed(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, amount: float) -> np.ndarray:
-    """Turning marks: a random brightness factor that depends on the radius only."""
+    """Draws turning marks: a random brightness factor that depends on the radius only."""
     table = (1 + amount * rng.standard_normal(256)).astype(np.float32)
     radius = np.sqrt(u * u + v * v) * np.float32(120)
     index = radius.astype(np.int32) & 255
@@ -58,7 +58,7 @@ def brushed(rng: np.random.Generator, u: np.ndarray, v: np.ndarray, amount: floa
 
 
 def sweep(u: np.ndarray, v: np.ndarray, light: Light, amount: float) -> np.ndarray:
-    """The two bright fans that turned metal shows towards the light and away from it."""
+    """Draws the two bright fans that turned metal shows towards the light and away from it."""
     lx, ly, _ = light.direction
     along = (u * lx + v * ly) ** 2
     return 1 + np.float32(amount) * (2 * along / ((u * u + v * v) * np.float32(lx * lx + ly * ly) + 1e-4) - 1)
@@ -67,7 +67,7 @@ def sweep(u: np.ndarray, v: np.ndarray, light: Light, amount: float) -> np.ndarr
 def place(
     below: np.ndarray, part: np.ndarray, alpha: np.ndarray, light: Light, style: dict, depth: float
 ) -> np.ndarray:
-    """The part over its ground, with the shadow that it throws."""
+    """Lays the part over its ground, with its shadow."""
     return over(shadow(below, alpha, light, depth, style["shadow"]), part, alpha)
 
 
@@ -304,7 +304,7 @@ def circuit_board_style(rng: np.random.Generator) -> dict:
 
 
 def _window(u, v, x: float, y: float, reach_u: float, reach_v: float) -> tuple[slice, slice]:
-    """The rows and columns that hold everything within reach of a point: small details are drawn there alone."""
+    """Finds the rows and columns within reach of a point, where small details are drawn."""
     near = (np.abs(u - np.float32(x)) < reach_u) & (np.abs(v - np.float32(y)) < reach_v)
     rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
     return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)

@@ -1,4 +1,4 @@
-"""`draw_surface`: pictures of no particular part, for breadth in training.
+"""Surfaces: pictures of no particular part, for breadth in training.
 
 A random pattern in random colors fills the picture, or covers a random body on another pattern.
 """
@@ -42,7 +42,7 @@ def _brushed(rng, size):
 
 
 def _leaves(rng, size):
-    """Dead leaves: overlapping shapes whose sizes follow a power law."""
+    """Draws dead leaves: overlapping shapes whose sizes follow a power law."""
     wide = 2 * size
     image = Image.new("F", (wide, wide), float(rng.uniform(-0.5, 0.5)))
     pen = ImageDraw.Draw(image)
@@ -100,7 +100,7 @@ def _gradient(rng, size):
 
 
 def _shapes(rng, size):
-    """A regular grid of one random shape, straight or staggered."""
+    """Draws a regular grid of a random shape, straight or staggered."""
     u, v = frame(size, rng.uniform(-1, 1, 2), rng.choice([0.0, rng.uniform(0, PI)]))
     pitch, ratio = rng.uniform(0.14, 0.6), rng.choice([1.0, rng.uniform(0.5, 1.5)])
     row = np.floor(v * np.float32(1 / (pitch * ratio)))
@@ -114,7 +114,7 @@ def _shapes(rng, size):
 
 
 def _outline(rng, u, v, radius):
-    """Signed distance of a random regular shape of about the given radius."""
+    """Draws the signed distance of a random regular shape of about the given radius."""
     kind = rng.integers(5)
     if kind == 0:
         return disc(u, v, radius)
@@ -132,7 +132,7 @@ _PATTERNS = (_clouds, _brushed, _leaves, _stripes, _cellular, _woven, _speckle, 
 
 
 def _pattern(rng, size):
-    """One pattern, or two laid over each other; about [-0.5, 0.5]."""
+    """Draws a pattern, or two laid over each other; about [-0.5, 0.5]."""
     field = _PATTERNS[rng.integers(len(_PATTERNS))](rng, size)
     if rng.random() < 0.45:
         field = field + np.float32(rng.uniform(0.15, 0.5)) * _PATTERNS[rng.integers(len(_PATTERNS))](rng, size)
@@ -140,7 +140,7 @@ def _pattern(rng, size):
 
 
 def _palette(rng: np.random.Generator) -> np.ndarray:
-    """256 colors in a smooth run through two to four random ones; float32 [256, 3]."""
+    """Draws 256 colors in a smooth run through two to four random ones; float32 [256, 3]."""
     count = int(rng.integers(2, 5))
     hue, spread = rng.random(), rng.choice([0.03, 0.15, 0.5])
     vivid, middle, contrast = rng.choice([0.15, 0.4, 0.9]), rng.uniform(0.15, 0.85), rng.choice([0.08, 0.2, 0.45])
@@ -157,7 +157,7 @@ def _palette(rng: np.random.Generator) -> np.ndarray:
 
 
 def _material(rng, size, light):
-    """A lit patterned surface [size, size, 3]."""
+    """Draws a lit patterned surface [size, size, 3]."""
     field = _pattern(rng, size)
     base = _palette(rng)[np.clip((field + np.float32(0.5)) * 255, 0, 255).astype(np.uint8)]
     if rng.random() < 0.4:
@@ -170,7 +170,7 @@ def _material(rng, size, light):
 
 
 def _body(rng, size):
-    """Signed distance of a random body: a smooth or polygonal blob, a regular shape, or a bar with a head."""
+    """Draws the signed distance of a random body: a blob, polygon, regular shape, or bar with a head."""
     u, v = frame(size, rng.uniform(-0.15, 0.15, 2), rng.uniform(0, 2 * PI))
     radius = rng.uniform(0.35, 0.75)
     kind = rng.integers(4)
@@ -193,7 +193,7 @@ def _body(rng, size):
 
 
 def _features(rng, size, part, height, sdf):
-    """Dots, chips, lines, ridges and holes on a body; returns the picture, the height and the body's outline."""
+    """Adds dots, chips, lines, ridges and holes to a body; returns the picture, height and outline."""
     for _ in range(int(rng.integers(0, 4))):
         kind = rng.integers(5)
         if kind < 2:
@@ -222,7 +222,7 @@ def _features(rng, size, part, height, sdf):
 
 
 def surface(rng: np.random.Generator, size: int, light) -> tuple[np.ndarray, np.ndarray | None]:
-    """A random lit scene and its body's coverage (None: a texture without a body)."""
+    """Draws a random lit scene and its body's coverage (None: a texture without a body)."""
     if rng.random() < 0.4:
         return _material(rng, size, light), None
     if rng.random() < 0.5:

@@ -1,6 +1,6 @@
 """Synthetic textures: materials that fill the picture.
 
-Every family is a pair of functions: one draws the style of a product (plain numbers), the other one picture of it.
+Every family is a pair of functions. The first draws the style of a product, plain numbers; the second a picture of it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ PI = float(np.pi)
 
 
 def _cells(u: np.ndarray, pitch: float) -> tuple[np.ndarray, np.ndarray]:
-    """Index of the cell and the position in it, in [-0.5, 0.5], along one axis."""
+    """Splits a coordinate into the index of its cell and the position in it, in [-0.5, 0.5]."""
     t = u * np.float32(1 / pitch)
     index = np.floor(t)
     return index, t - index - np.float32(0.5)
 
 
 def _tints(rng: np.random.Generator, rows: np.ndarray, columns: np.ndarray, amount: float) -> np.ndarray:
-    """A random brightness factor for each cell of a grid."""
+    """Draws a random brightness factor for each cell of a grid."""
     table = (1 + amount * rng.standard_normal((64, 64))).astype(np.float32)
     return table[rows.astype(np.int32) & 63, columns.astype(np.int32) & 63]
 
 
 def _turned(rng: np.random.Generator, size: int, style: dict, wander: float = 0.03):
-    """Coordinates of a sheet put under the camera by hand: any shift, nearly the same angle."""
+    """Draws the coordinates of a sheet put under the camera by hand: any shift, nearly the same angle."""
     return frame(size, rng.uniform(-1, 1, 2), style["angle"] + rng.normal(0, wander), 1 + rng.normal(0, 0.015))
 
 
