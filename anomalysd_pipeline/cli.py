@@ -146,7 +146,7 @@ def _demo(args: argparse.Namespace) -> int:
             bar.set_description(f"inspecting {family}")
             results[family] = []
             for index, sample in enumerate(tests[family]):
-                result = inspect(pipe, Image.fromarray(sample.image), family, args.seed, preset=args.preset)
+                (result,) = inspect(pipe, [Image.fromarray(sample.image)], family, args.seed, preset=args.preset)
                 results[family].append(result)
                 defect = sample.defect or "good"
                 facts = {"family": family, "index": index, "defect": defect, "label": int(sample.defect is not None)}

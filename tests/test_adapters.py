@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from anomalysd_pipeline.models import adapters
 from anomalysd_pipeline.models.adapters import (
     MAX_INJECTED,
     Adapter,
@@ -110,6 +111,16 @@ class TestSwitch:
         switch_adapter(pipe.unet, Adapter(state), pipe)
         assert torch.equal(run(pipe.unet, sample), adapted)
         assert same_tensors(weights_of(pipe.unet), weights)
+
+    def test_weights_are_hashed_once(self, pipe, monkeypatch):
+        hashed = []
+        monkeypatch.setattr(adapters, "digest", lambda state: hashed.append(state) or digest(state))
+        pipe.adapters.add("nut", {"denoiser": learned("nut").denoiser})
+        for name in ("nut", None, "nut"):
+            pipe.use_adaptation(name)
+        assert len(hashed) == 1
+        pipe.adapters.add("nut", {"denoiser": drawn(1).denoiser})
+        assert pipe.adapters.adapter("nut", "denoiser").key == digest(drawn(1).denoiser)
 
     @pytest.mark.filterwarnings("error")
     def test_any_number_in_any_order(self, pipe, sample):

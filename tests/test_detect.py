@@ -13,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline import detect, synthetic
+from anomalysd_pipeline import AnomalySDPipeline, detect, synthetic
+from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
+from anomalysd_pipeline.inspection.folder import ResultFolder
+from anomalysd_pipeline.inspection.result import load_part, load_pipeline
 
 from .conftest import make_tiny_pipeline
 from .detect_driver import table
@@ -179,6 +182,26 @@ class TestResume:
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 130
         assert "--resume" in capsys.readouterr().err
         assert table(tmp_path / "out") == table(whole)[:3]
+
+
+class TestTogether:
+    def test_batches_span_pictures_and_change_no_score(self, parts, base, whole, tmp_path):
+        class Counting(AnomalySDPipeline):
+            def __call__(self, image, **options):
+                calls.append(len(image))
+                return super().__call__(image, **options)
+
+        calls, pipe = [], load_pipeline(base, "cpu")
+        pipe.__class__ = Counting
+        load_part(pipe, "ring", whole / "part.safetensors")
+        folder, listing = ResultFolder(tmp_path / "out"), gather([parts / "test"], tmp_path / "out")
+        folder.begin({}, {})
+        detect_run.inspect_pictures(pipe, listing.deal(), folder, "ring", at_once=3)
+        folder.close()
+        assert calls == [3, 1]  # of five files one is no picture
+        expected = {row["file"]: row["score"] for row in rows_of(whole) if "score" in row}
+        found = {row["file"]: row["score"] for row in rows_of(tmp_path / "out") if "score" in row}
+        assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
 
 
 @pytest.fixture(scope="module")

@@ -121,3 +121,16 @@ def test_bad_shapes(tiny_pipeline):
             tiny_pipeline.inpaint(**{**good, name: bad})
     with pytest.raises(ValueError, match="negative_prompt_embeds"):
         tiny_pipeline.inpaint(**good, guidance_scale=3.0)
+
+
+def test_offloaded_weights_go_back_after_an_error_too(tiny_pipeline):
+    class Failing(type(tiny_pipeline.vae)):
+        def decode(self, latents, **kwargs):
+            raise RuntimeError("broken")
+
+    freed = []
+    tiny_pipeline.maybe_free_model_hooks = lambda: freed.append(True)
+    tiny_pipeline.vae.__class__ = Failing
+    with pytest.raises(RuntimeError, match="broken"):
+        tiny_pipeline.inpaint(two_pictures(), two_masks(), torch.zeros(1, 77, 32))
+    assert freed == [True]

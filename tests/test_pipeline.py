@@ -195,6 +195,24 @@ class TestInspection:
         pipe.vae.__class__ = SmallMemory
         np.testing.assert_allclose(pipe(nuts[:2], batch_size=13).anomaly_maps, expected, rtol=1e-4, atol=1e-6)
 
+    def test_steps_are_counted_on_after_a_memory_shortage(self, nuts):
+        class SmallMemory(type(tiny_components()["perceptual"])):
+            """A distance that cannot take more than 3 pictures at once, when all their steps are done."""
+
+            def features(self, x):
+                if len(x) > 3:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return super().features(x)
+
+        steps, pipe = [], make_tiny_pipeline()
+        pipe.perceptual.__class__ = SmallMemory
+
+        def count(pipe, step, timestep, tensors):
+            steps.append(step)
+
+        pipe(nuts[0], callback_on_step_end=count, batch_size=13)  # 13 passes of 2 steps
+        assert steps == [0, 1, 0, 1, *range(10)]  # batches of 13 and 6 that failed, then 3, 3, 3, 3 and 1
+
     def test_other_runtime_errors_are_not_taken_for_a_shortage(self, tiny_pipeline, nuts):
         def fail(pipe, step, timestep, tensors):
             raise RuntimeError("broken")

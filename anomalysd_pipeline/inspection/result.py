@@ -1,4 +1,4 @@
-"""One part learned and one picture inspected: what `anomalysd demo`, `anomalysd detect` and the app share."""
+"""Learn a part and inspect pictures of it, as `anomalysd demo`, `anomalysd detect` and the app do."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Inspection:
         score: the image score, 0 or more.
         threshold: of the category, above 0; None where it is not calibrated.
         is_defective: `score` above `threshold`; None where it is not calibrated.
-        seconds: how long the inspection took.
+        seconds: time that the inspection took, of several together each one's share.
+        region: bool [H, W], the region that the prototypes proposed; None where there are none.
     """
 
     image: Image.Image
@@ -42,6 +43,7 @@ class Inspection:
     threshold: float | None
     is_defective: bool | None
     seconds: float
+    region: np.ndarray | None = None
 
     @property
     def verdict(self) -> str:
@@ -78,38 +80,36 @@ def register(pipe, category: str, images: Sequence[Image.Image], seed: int = 0, 
     pipe.calibrate(category, images, seed=seed, **options)
 
 
-def inspect(pipe, image: Image.Image, category: str, seed: int = 0, **options) -> Inspection:
-    """Inspects one picture; the result depends on the picture, the seed and the options alone.
+def inspect(pipe, images: Sequence[Image.Image], category: str | None, seed: int = 0, **options) -> list[Inspection]:
+    """Inspects pictures together; each result depends on its picture, the seed and the options alone.
 
     Args:
         pipe: an `AnomalySDPipeline`.
-        image: RGB.
+        images: RGB, one or more.
         category: its name; one that was never registered is inspected without prototypes and threshold.
-        seed: of the noise.
+        seed: of the noise, the same for every picture.
         options: of the pipeline's call, such as `preset`, `noise_strength` and `feature_weight`.
 
     Raises:
         ValueError: as `AnomalySDPipeline.__call__`.
     """
-    return inspect_whole(pipe, image, category, seed, **options)[0]
-
-
-def inspect_whole(
-    pipe, image: Image.Image, category: str | None, seed: int = 0, **options
-) -> tuple[Inspection, np.ndarray | None]:
-    """As `inspect`, and also the region that the prototypes proposed, bool `[H, W]`, None where there are none."""
     start = time.perf_counter()
-    out = pipe(image, category=category, generator=torch.Generator().manual_seed(seed), **options)
-    found = Inspection(
-        image=image,
-        inpainted=out.inpainted[0],
-        anomaly_map=out.anomaly_maps[0],
-        score=float(out.pred_scores[0]),
-        threshold=out.thresholds[0],
-        is_defective=out.pred_labels[0],
-        seconds=time.perf_counter() - start,
-    )
-    return found, None if out.prototype_masks is None else out.prototype_masks[0]
+    noise = [torch.Generator().manual_seed(seed) for _ in images]
+    out = pipe(list(images), category=category, generator=noise, **options)
+    seconds = (time.perf_counter() - start) / len(images)
+    return [
+        Inspection(
+            image=image,
+            inpainted=out.inpainted[index],
+            anomaly_map=out.anomaly_maps[index],
+            score=float(out.pred_scores[index]),
+            threshold=out.thresholds[index],
+            is_defective=out.pred_labels[index],
+            seconds=seconds,
+            region=None if out.prototype_masks is None else out.prototype_masks[index],
+        )
+        for index, image in enumerate(images)
+    ]
 
 
 def save_part(pipe, category: str, path: Path) -> None:
