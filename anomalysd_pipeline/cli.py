@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .common.console import run_command
+from .common.console import OptionParser, run_command
 from .evaluation import options as evaluation_options
 from .inspection import options as detect_options
 from .training import options as train_options
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="anomalysd", description="Find defects on industrial parts from zero to a handful of normal pictures."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")

@@ -17,12 +17,11 @@ Go on after an interruption:
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from accelerate import PartialState
 
-from .common.console import run_command
+from .common.console import OptionParser, run_command
 from .inspection.options import add_arguments
 from .inspection.run import run
 
@@ -39,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="anomalysd_pipeline.detect", description="Inspect any number of pictures with `accelerate launch`."
     )
     add_arguments(parser)

@@ -17,7 +17,7 @@ import sys
 
 from accelerate import PartialState
 
-from .common.console import run_command
+from .common.console import OptionParser, run_command
 from .evaluation.options import add_arguments
 
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="anomalysd_pipeline.evaluate", description="Evaluate on a data set with labels, with `accelerate launch`."
     )
     add_arguments(parser)

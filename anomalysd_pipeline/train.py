@@ -19,12 +19,11 @@ The folder of a run holds `checkpoints/`, `losses.jsonl`, `run.json`, `logs/`, `
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 from accelerate import PartialState
 
-from .common.console import run_command
+from .common.console import OptionParser, run_command
 from .training.options import add_arguments
 from .training.run import run
 
@@ -41,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
     """
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="anomalysd_pipeline.train", description="Fine-tune on a few normal pictures with `accelerate launch`."
     )
     add_arguments(parser, report_to="tensorboard")

@@ -1,10 +1,53 @@
-"""What every entry point makes of an error: one sentence and an exit status."""
+"""Parse options, turn errors into one sentence, and name arguments as a person at the command line knows them."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+
+class OptionParser(argparse.ArgumentParser):
+    """An argument parser that takes every long option with dashes and with underscores; so do its subparsers."""
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        end = args.index("--") if "--" in args else len(args)
+        return super().parse_known_args([*map(self._spelled, args[:end]), *args[end:]], namespace)
+
+    def _spelled(self, text: str) -> str:
+        """An option as it was added; other texts, and values, as they are."""
+        if not text.startswith("--"):
+            return text
+        name, equals, value = text.partition("=")
+        wanted = name.replace("_", "-")
+        known = {option.replace("_", "-"): option for option in self._option_string_actions}
+        if wanted not in known:  # an abbreviation, as argparse allows them, or an option of a subparser
+            known = {own[: len(wanted)]: option[: len(wanted)] for own, option in known.items()}
+        return known.get(wanted, name) + equals + value
+
+
+def add_device(group) -> None:
+    """Adds `--device auto|cpu|cuda` and its short form `--cpu`; they set `device` and `cpu`."""
+    group.add_argument(
+        "--device",
+        action=_Device,
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="auto: a GPU if there is one (default: %(default)s)",
+    )
+    group.add_argument(
+        "--cpu", action=_Device, nargs=0, const="cpu", help="leave GPUs alone: the same as --device cpu"
+    )
+    group.set_defaults(device="auto", cpu=False)
+
+
+class _Device(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        namespace.device = self.const or values
+        namespace.cpu = namespace.device == "cpu"
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace, remedy: str = "") -> int:
@@ -28,6 +71,25 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except KeyboardInterrupt:
         print(f"anomalysd: interrupted{remedy and f'; {remedy}'}", file=sys.stderr)
         return 130
+
+
+def renamed(sentence: object, names: Mapping[str, str]) -> str:
+    """Replaces arguments of the library, in backticks, by options.
+
+    Args:
+        sentence: such as "`steps` must be ...".
+        names: argument to option, both as they are written, such as {"steps": "--max_train_steps"}.
+    """
+    return re.sub(r"`(\w+)`", lambda m: f"`{names[m[1]]}`" if m[1] in names else m[0], str(sentence))
+
+
+@contextlib.contextmanager
+def renaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Renames arguments in each ValueError of a block, see `renamed`."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(renamed(error, names)) from error
 
 
 def positive(text: str) -> int:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
-from collections.abc import Iterator
 from pathlib import Path
 
-from ..common.console import positive
+from ..common.console import add_device, positive, renaming
 
 DEFAULT_SHOTS = (1,)
 DEFAULT_SEEDS = (0, 1, 2, 3, 4)
@@ -50,19 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_run(parser.add_argument_group("run"))
 
 
-@contextlib.contextmanager
-def named(**names: str) -> Iterator[None]:
+def named(**names: str) -> contextlib.AbstractContextManager[None]:
     """Renames the arguments in the library's errors to the options of the command line.
 
     Args:
         **names: argument to option, without the dashes; if empty, all that have an option.
     """
-    known = names or _ARGUMENTS
-    try:
-        yield
-    except ValueError as error:
-        sentence = re.sub(r"`(\w+)`", lambda m: f"`--{known[m[1]]}`" if m[1] in known else m[0], str(error))
-        raise ValueError(sentence) from error
+    return renaming({argument: f"--{option}" for argument, option in (names or _ARGUMENTS).items()})
 
 
 def _add_data(group) -> None:
@@ -124,7 +116,7 @@ def _add_model(group) -> None:
         default="no",
         help="of repainting, and of DRAEM; auto: bf16 where the processor computes in it (default: %(default)s)",
     )
-    group.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    add_device(group)
     group.add_argument(
         "--adaptation", metavar="ID|DIR", help="what `adapt` has learned; {shots} and {seed} as in --base"
     )

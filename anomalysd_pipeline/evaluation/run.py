@@ -13,10 +13,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..common.devices import own_accelerate_state
+from ..common.devices import choose_device, own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..data.datasets import write_shots
-from ..method.calibration import prediction_threshold
+from ..method.calibration import check_rate
 from ..training.run import on_cpu
 from . import costs
 from . import store as names
@@ -76,7 +76,8 @@ def check_options(args: argparse.Namespace) -> None:
     check_data_options(args)
     with named():
         check_fpr_limit(args.fpr_limit)
-        prediction_threshold([1.0, 2.0], args.false_alarm_rate)
+        check_rate(args.false_alarm_rate)
+    choose_device(args.device)
     if args.adapt and (args.peer or args.adaptation):
         raise ValueError("`--adapt` fine-tunes AnomalySD to each draw; leave out `--peer` and `--adaptation`.")
     if args.adapt and 0 in args.shots and args.shots_file is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..common.console import positive
+from ..common.console import add_device, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,10 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Adds `--base`, `--preset`, `--device`, `--mixed-precision` and `--seed`."""
+    """Adds `--base`, `--preset`, `--device`, `--cpu`, `--mixed-precision` and `--seed`."""
     parser.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
     parser.add_argument("--preset", choices=("paper", "fast", "sota"), help="default: the checkpoint's own")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add_device(parser)
     parser.add_argument(
         "--mixed-precision",
         choices=("auto", "no", "bf16", "fp16"),

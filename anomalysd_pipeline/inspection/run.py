@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -18,6 +16,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import __version__
+from ..common.console import renamed, renaming
 from ..common.devices import choose_device
 from ..data.picture import Picture
 from ..data.sources import Listing, gather, read_normals
@@ -47,12 +46,12 @@ def run(args: argparse.Namespace) -> int:
     check_category(args.category)
     normals = []
     if args.normal and state.is_main_process:
-        with _named("--normal"):
-            normals = read_normals(args.normal, lambda sentence: _report(as_option(sentence, "--normal")))
+        with renaming(_names("--normal")):
+            normals = read_normals(args.normal, lambda sentence: _report(renamed(sentence, _names("--normal"))))
     earlier = folder.earlier()
-    with _named("--test"):
+    with renaming(_names("--test")):
         listing = gather(args.test, args.out, earlier.names)
-    sentences = {number: as_option(sentence, "--test") for number, (_, sentence) in listing.errors.items()}
+    sentences = {number: renamed(sentence, _names("--test")) for number, (_, sentence) in listing.errors.items()}
     for sentence in sentences.values() if state.is_main_process else ():
         _report(sentence)
     if not listing.sources:
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         device = state.device if state.num_processes > 1 else device
         pipe = load_pipeline(args.base, device, args.mixed_precision, resolution=args.resolution)
         if args.adaptation:
-            with _named("--adaptation"):
+            with renaming(_names("--adaptation")):
                 pipe.load_adaptation(args.adaptation, overwrite=True)
     options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
     pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
@@ -92,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         )
         bar.set_description("inspecting")
         try:
-            with _named("--test"):
+            with renaming(_names("--test")):
                 inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar)
             state.wait_for_everyone()
         finally:  # an interrupted run keeps what it has found
@@ -144,7 +143,7 @@ def inspect_pictures(
         try:
             waiting.append((picture, picture.load()))
         except ValueError as error:
-            sentence = as_option(error, "--test")
+            sentence = renamed(error, _names("--test"))
             folder.fail(picture, sentence)
             with bar.external_write_mode(file=sys.stderr):
                 _report(sentence)
@@ -211,18 +210,9 @@ def _progress(state: PartialState, listing: Listing, done: int, learning: bool) 
     return tqdm(total=share, unit="picture", disable=disable, dynamic_ncols=True)
 
 
-@contextlib.contextmanager
-def _named(option: str) -> Iterator[None]:
-    """Sentences of the library with the name that a person at the command line knows."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(as_option(error, option)) from error
-
-
-def as_option(sentence: object, option: str) -> str:
-    """The library's sentence with the name that a person at the command line knows."""
-    return re.sub(r"`(source|pretrained_adaptation_name_or_path)`", f"`{option}`", str(sentence))
+def _names(option: str) -> dict[str, str]:
+    """Arguments that an option stands for."""
+    return dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option)
 
 
 def _report(sentence: str) -> None:

@@ -11,6 +11,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from ..common.console import renaming
 from .backbones import backbone_kind, create_backbone, load_weights
 
 NORMALIZATIONS = ("none", "layer")
@@ -234,13 +235,7 @@ def make_extractor(
     """Makes an extractor for pictures of `resolution`; arguments and errors are those of
     `AnomalySDPipeline.from_pretrained`."""
     timm_model = timm_model or "tf_efficientnet_b6"
-    names = {"`model_name`": "`timm_model`", "`checkpoint_path`": "`timm_checkpoint`"}
-    try:
+    with renaming({"model_name": "timm_model", "checkpoint_path": "timm_checkpoint"}):
         # A network that takes pictures of one size only is made for those that it will get.
         image_size = None if backbone_kind(timm_model, {}).any_size else resolution
         return PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint, image_size=image_size)
-    except ValueError as error:
-        message = str(error)
-        for theirs, ours in names.items():
-            message = message.replace(theirs, ours)
-        raise ValueError(message) from error

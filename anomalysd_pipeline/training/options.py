@@ -6,10 +6,9 @@ Nothing here needs torch, so that `--help` and mistyped options are answered at 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from ..common.console import positive
+from ..common.console import add_device, positive
 
 DEFAULT_SHOTS = 4
 
@@ -57,15 +56,10 @@ def given_settings(args: argparse.Namespace) -> dict:
     return given
 
 
-def as_options(sentence: object, settings: list[str]) -> str:
-    """The library's sentence with the names that a person at the command line knows.
-
-    Args:
-        sentence: such as "`steps` must be ...".
-        settings: the names of the settings that are options, `args.settings`.
-    """
+def option_names(settings: list[str]) -> dict[str, str]:
+    """Argument of the library to the option that gives it; `settings` are those that are options, `args.settings`."""
     names = {**{name: _OPTIONS.get(name, name) for name in settings}, **_ARGUMENTS}
-    return re.sub(r"`(\w+)`", lambda m: f"`--{names[m[1]]}`" if m[1] in names else m[0], str(sentence))
+    return {argument: f"--{option}" for argument, option in names.items()}
 
 
 def _add_data(group) -> None:
@@ -96,7 +90,7 @@ def _add_base(group) -> None:
     group.add_argument("--revision", help="of a checkpoint on the Hub")
     group.add_argument("--variant", help="of the weight files, such as fp16")
     group.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
-    group.add_argument("--cpu", action="store_true", help="leave GPUs alone")
+    add_device(group)
 
 
 def _add_settings(group) -> None:

@@ -25,12 +25,13 @@ from ..adaptation.checkpoints import list_checkpoints
 from ..adaptation.loop import AdaptedWeights, fine_tune
 from ..adaptation.registry import default_name
 from ..adaptation.settings import AdaptationSettings
-from ..common.devices import resolve_precision
+from ..common.console import renaming
+from ..common.devices import choose_device, resolve_precision
 from ..common.files import disk_errors, remove, written_whole
-from ..method.calibration import prediction_threshold
+from ..method.calibration import check_rate
 from ..method.prompts import check_category
 from ..pipeline import AnomalySDPipeline
-from .options import as_options, given_settings
+from .options import given_settings, option_names
 from .pictures import Shots, read_prompts, read_shots
 from .reports import FACTS, LOGS, LOSSES, VALIDATION, Reports
 
@@ -50,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
         OSError: for a base that cannot be loaded.
     """
     try:
-        return _run(args)
-    except ValueError as error:
-        raise ValueError(as_options(error, args.settings)) from error
+        with renaming(option_names(args.settings)):
+            return _run(args)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the GPU's memory does not suffice; give a smaller `--train_batch_size` with more "
@@ -117,7 +117,8 @@ def _run(args: argparse.Namespace) -> int:
 def check_options(args: argparse.Namespace) -> None:
     """Raises ValueError for whatever can be told to be wrong from the options and the disk alone."""
     AdaptationSettings.resolve([given_settings(args)])
-    prediction_threshold([1.0, 2.0], args.false_alarm_rate)
+    check_rate(args.false_alarm_rate)
+    choose_device(args.device)
     if args.name is not None:
         try:
             check_category(args.name)
