@@ -11,7 +11,7 @@ Masks are the ones inference will ask for: cells of the multi-scale grid, alone 
 foreground, and free shapes like prototype-guided masks. The last fifth of the steps sees whole pictures instead of
 crops. `--start_from` goes on from the text encoder and the denoiser of an earlier checkpoint.
 
-`--width`, `--prediction_type`, `--timesteps` and `--blocks` are for comparing (`scripts.denoiser_choices`): what they
+`--width`, `--prediction_type` and `--timesteps` are for comparing (docs/experiments.md): what they
 ask for differs from the embedded checkpoint. The evaluation's figures in pictures can be compared between all of them.
 """
 
@@ -27,7 +27,6 @@ from anomalysd_pipeline.method.inpainting import decode
 from anomalysd_pipeline.method.masks import latent_mask, training_mask
 from anomalysd_pipeline.method.prompts import PromptBook
 from anomalysd_pipeline.synthetic import apply_defect
-from scripts.block_transform import BlockTransform
 from scripts.loop import stage_arguments, train
 from scripts.pictures import SURFACE, Pool
 from scripts.recipe import CROP, RESOLUTION, make_scheduler, make_text_encoder, make_unet, seeded
@@ -118,16 +117,10 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=1.0, help="factor on the channels of the UNet")
     parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction", "sample"), default="epsilon")
     parser.add_argument("--timesteps", choices=("inference", "all"), default="inference", help="noise trained with")
-    parser.add_argument(
-        "--blocks", type=int, default=0, metavar="C", help="C coefficients of a block transform in place of the VAE"
-    )
     arguments = parser.parse_args()
     pool = Pool(arguments.work / "pool", arguments.pool, arguments.seed, RESOLUTION, arguments.pool_workers)
     held_back = Pool(arguments.work / "pool-eval", 250, 10_000 + arguments.seed, RESOLUTION, arguments.pool_workers)
-    if arguments.blocks:
-        vae = BlockTransform(arguments.blocks, to_pictures(held_back.images))
-    else:
-        vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
+    vae = AutoencoderKL.from_pretrained(arguments.work / "vae").eval().requires_grad_(False)
     channels = vae.config.latent_channels
     scheduler = make_scheduler(arguments.prediction_type)
     book = PromptBook.default()

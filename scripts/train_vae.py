@@ -9,7 +9,7 @@ would invent texture, and invented texture is what the score would then report.
 After training the latents are whitened, exactly, by folding a 4 x 4 matrix into the two 1 x 1 convolutions around
 them: every channel then has unit variance, so that a noise strength takes the same share of light, color and detail.
 
-`--factor`, `--latent_channels` and `--latents` are for comparing (`scripts.denoiser_choices`).
+`--factor`, `--latent_channels` and `--latents` are for comparing (docs/experiments.md).
 """
 
 import torch
