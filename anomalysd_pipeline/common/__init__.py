@@ -1,1 +1,1 @@
-"""Files, console, devices and drawing: knows nothing of the method."""
+"""Help with files, the console, devices and drawing; know nothing of the method."""

@@ -1,1 +1,1 @@
-"""The command `detect`."""
+"""Run the command `detect`."""

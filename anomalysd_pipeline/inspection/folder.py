@@ -1,4 +1,4 @@
-"""A folder with the results of any number of pictures, written as they come by one process or many.
+"""Write the results of any number of pictures into a folder, as they come, by one process or many.
 
 | in the folder | |
 |---|---|
@@ -41,7 +41,7 @@ _CELL = 176  # pixels, the side of a picture in the montage
 
 @dataclass(frozen=True)
 class Counts:
-    """What a table of results holds: pictures by outcome, and whether there are verdicts."""
+    """Counts the pictures of a table by outcome, and tells whether there are verdicts."""
 
     inspected: int
     defective: int
@@ -50,7 +50,7 @@ class Counts:
 
 
 class ResultFolder:
-    """A folder of results; memory does not grow with the number of pictures while they come.
+    """Holds a folder of results; memory does not grow with the number of pictures while they come.
 
     Every process has an object of its own. `begin` and `finish` are for one of them, and `finish` may be called after
     a part of the pictures too.
@@ -98,7 +98,7 @@ class ResultFolder:
 
     @property
     def part(self) -> Path:
-        """The file for what was learned from normal pictures."""
+        """Names the file for what was learned from normal pictures."""
         return self.folder / PART
 
     def begin(self, facts: Mapping[str, object], given: Mapping[str, object]) -> None:
@@ -144,7 +144,7 @@ class ResultFolder:
                 )
 
     def earlier(self) -> Earlier:
-        """What earlier runs have done; asked by every process before any of them goes on."""
+        """Reads what earlier runs have done; asked by every process before any of them goes on."""
         done: dict[str, str] = {}
         counts: Counter[tuple[str, int]] = Counter()
         lengths: dict[tuple[str, int], int] = {}
@@ -230,7 +230,7 @@ class ResultFolder:
             self._file = None
 
     def _index(self, listing: Listing) -> list[_Entry]:
-        """Where each picture's row is, in the order of the listing; of several the one with a result, or the last."""
+        """Finds each picture's row, in the order of the listing; of several that with a result, or the last."""
         place = listing.places()
         found: dict[tuple[int, int, int], _Entry] = {}
         for path, offset, row in self._rows():
@@ -243,7 +243,7 @@ class ResultFolder:
         return [found[at] for at in sorted(found)]
 
     def _rows(self) -> Iterator[tuple[Path, int, dict]]:
-        """Every row with its file and its place in it, those of earlier runs first."""
+        """Yields every row with its file and its place in it, those of earlier runs first."""
         paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / _ROWS).glob("*.jsonl")]
         for _, path in sorted(paths):
             offset = 0
@@ -285,7 +285,7 @@ class ResultFolder:
         self._file.flush()
 
     def _write(self, path: Path, save: Callable[[Path], object]) -> None:
-        """A file that is complete or not there."""
+        """Writes a file that is complete or not there."""
         partial = self.folder / _ROWS / f".{self._id}.partial"
         for folder in (partial.parent, path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ class ResultFolder:
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier runs have done.
+    """Tells what earlier runs have done.
 
     Attributes:
         names: file to the name of its outputs.
@@ -335,13 +335,13 @@ def _save_map(path: Path, anomaly_map: np.ndarray) -> None:
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
-    """A copy that fits a montage's cell."""
+    """Makes a copy that fits a montage's cell."""
     ratio = min(1.0, _CELL / max(image.size))
     return image.resize([max(1, round(length * ratio)) for length in image.size], Image.Resampling.LANCZOS)
 
 
 def _strip(images: list[Image.Image]) -> Image.Image:
-    """Pictures of one size side by side."""
+    """Puts pictures of one size side by side."""
     strip = Image.new("RGB", (len(images) * images[0].width, images[0].height))
     for index, image in enumerate(images):
         strip.paste(image, (index * image.width, 0))

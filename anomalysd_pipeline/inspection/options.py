@@ -1,4 +1,4 @@
-"""The options of an inspection of many pictures, the same for `anomalysd_pipeline.detect` and `anomalysd detect`.
+"""Define the options of an inspection, for `anomalysd_pipeline.detect` and `anomalysd detect`.
 
 Nothing here needs torch, so that `--help` and mistyped options are answered at once.
 """

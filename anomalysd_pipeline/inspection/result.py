@@ -23,7 +23,7 @@ UNCALIBRATED_MAXIMUM = 1.0
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of one picture after its inspection.
+    """Holds the result of an inspected picture.
 
     Attributes:
         image: the picture, RGB, W x H.
@@ -47,16 +47,16 @@ class Inspection:
 
     @property
     def verdict(self) -> str:
-        """One word for a table: "defective", "normal", or nothing where the category is not calibrated."""
+        """Gives a word for a table: "defective", "normal", or nothing where the category is not calibrated."""
         return _verdict(self.score, self.threshold)
 
     @property
     def sentence(self) -> str:
-        """The verdict for a person; see `visualize.verdict_text`."""
+        """Words the verdict for a person; see `drawing.verdict_text`."""
         return verdict_text(self.score, self.threshold)
 
     def overlay(self) -> Image.Image:
-        """The heatmap over the picture, with the outline of what lies above the threshold."""
+        """Lays the heatmap over the picture, and outlines what lies above the threshold."""
         if self.threshold is None:
             return overlay(self.image, self.anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
         heat = overlay(self.image, self.anomaly_map, self.threshold)
@@ -139,7 +139,7 @@ def load_part(pipe, category: str, path: Path) -> None:
 
 
 def load_pipeline(base: str | None, device: str | torch.device, mixed_precision: str = "no", **overrides):
-    """A pipeline on a device, without a progress bar of its own: one over all pictures says more than one for each.
+    """Loads a pipeline on a device, without a progress bar of its own: a bar over all pictures says more.
 
     Args:
         base: Hub id or folder; None: the embedded checkpoint.
@@ -163,7 +163,7 @@ def load_pipeline(base: str | None, device: str | torch.device, mixed_precision:
 
 
 def table_values(score: float, threshold: float | None, seconds: float) -> dict[str, str]:
-    """The columns that every table of results has: `score`, `threshold`, `verdict` and `seconds`."""
+    """Words the columns that every table of results has: `score`, `threshold`, `verdict` and `seconds`."""
     return {
         "score": f"{score:.6g}",
         "threshold": "" if threshold is None else f"{threshold:.6g}",
@@ -179,7 +179,7 @@ def _verdict(score: float, threshold: float | None) -> str:
 
 
 def caption(first: str, score: float, threshold: float | None) -> str:
-    """The text beside a row of a montage: a name, and the verdict broken where a line may end."""
+    """Words the text beside a row of a montage: a name, and the verdict broken where a line may end."""
     return f"{first}\n{verdict_text(score, threshold).replace(': ', chr(10))}"
 
 

@@ -1,4 +1,4 @@
-"""The command `detect`: a part learned, then any number of pictures inspected, by one process or many."""
+"""Learn a part, then inspect any number of pictures, by one process or many."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs an inspection with parsed options, see `detect_options.add_arguments`; on every process.
+    """Runs an inspection with parsed options, see `options.add_arguments`; on every process.
 
     Raises:
         ValueError: for input that cannot be used; in one sentence, with the names of the options.
@@ -154,7 +154,7 @@ def inspect_pictures(
 
 
 def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> dict[str, object]:
-    """Option to what it contributes to a result; two runs whose descriptions are equal give equal results."""
+    """Maps each option to what it contributes to a result; runs with equal descriptions give equal results."""
     preset = args.preset or pipe.config.default_preset
     settings = pipe.settings(args.preset, args.category, **{name: getattr(args, name) for name in _SETTINGS})
     named = {f"--{name.replace('_', '-')}" if name in _SETTINGS else name: v for name, v in settings.to_dict().items()}
@@ -173,13 +173,13 @@ def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> 
 
 
 def given(args: argparse.Namespace) -> dict[str, object]:
-    """What a person gave, for a reader of `run.json`."""
+    """Notes what a person gave, for a reader of `run.json`."""
     names = ("base", "adaptation", "normal", "test")
     return {"version": __version__, **{name: getattr(args, name) for name in names}}
 
 
 def _knowledge(pipe, category: str) -> list:
-    """What a pipeline knows of a category before it is shown normal pictures."""
+    """Lists what a pipeline knows of a category before it is shown normal pictures."""
     record = pipe.config.categories.get(category)
     known = [record, pipe.prompt_book.to_dict()["categories"].get(category)]
     if category in pipe.bank:
@@ -191,7 +191,7 @@ def _knowledge(pipe, category: str) -> list:
 
 
 def _digest(*values: object) -> str:
-    """A short mark of pictures, tensors and whatever JSON can hold."""
+    """Computes a short mark of pictures, tensors and whatever JSON can hold."""
     mark = hashlib.sha256()
     for value in values:
         if isinstance(value, Image.Image):
@@ -204,14 +204,14 @@ def _digest(*values: object) -> str:
 
 
 def _progress(state: PartialState, listing: Listing, done: int, learning: bool) -> tqdm:
-    """A bar over the pictures of this process, shown by the first."""
+    """Makes a bar over the pictures of this process, shown by the first."""
     share = None if listing.total is None else -(-max(0, listing.total - done) // state.num_processes) + learning
     disable = None if state.is_main_process else True
     return tqdm(total=share, unit="picture", disable=disable, dynamic_ncols=True)
 
 
 def _names(option: str) -> dict[str, str]:
-    """Arguments that an option stands for."""
+    """Maps the arguments that an option stands for to it."""
     return dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option)
 
 
@@ -220,7 +220,7 @@ def _report(sentence: str) -> None:
 
 
 def summary(folder: ResultFolder, counts: Counts) -> str:
-    """What was found, in one line."""
+    """Sums up the findings in a line."""
     parts = [f"{counts.inspected} inspected"]
     if counts.verdicts:
         parts.append(f"{counts.defective} defective, {counts.inspected - counts.defective} normal")

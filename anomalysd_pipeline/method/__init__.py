@@ -1,1 +1,1 @@
-"""The equations, on tensors; arXiv 2408.01960."""
+"""Compute the method's equations on tensors; arXiv 2408.01960."""

@@ -33,7 +33,7 @@ SINGLE_PICTURE_MARGIN = 2.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """A threshold and what it rests on.
+    """Holds a threshold and the scores it rests on.
 
     threshold: image and pixel scores above it are called defective.
     scores: the scores of normal pictures it was computed from.
@@ -51,12 +51,12 @@ class Calibration:
     held_out: bool
 
     def to_dict(self) -> dict:
-        """JSON-serializable, as stored in the pipeline's config."""
+        """Gives JSON-serializable values, as stored in the pipeline's config."""
         return asdict(self)
 
 
 def check_rate(false_alarm_rate: float) -> None:
-    """Raises ValueError for a `false_alarm_rate` outside (0, 0.5): a bad one is refused before minutes of work."""
+    """Raises ValueError for a `false_alarm_rate` outside (0, 0.5), before minutes of work."""
     if not 0 < false_alarm_rate < 0.5:
         raise ValueError(f"`false_alarm_rate` must be above 0 and below 0.5, got {false_alarm_rate!r}.")
 

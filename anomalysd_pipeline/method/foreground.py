@@ -56,7 +56,7 @@ def foreground_mask(image: Tensor) -> Tensor:
 
 
 def _background_distance(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Color distance to the background, `[H, W]` in [0, 1], and the frame of border pixels it was fitted on."""
+    """Measures the color distance to the background, `[H, W]` in [0, 1], and returns the border it was fitted on."""
     height, width = image.shape[1:]
     # A little smoothing: sensor noise and JPEG blocks are no objects.
     smooth = ndimage.gaussian_filter(image, (0, max(height, width) / 200, max(height, width) / 200))
@@ -77,7 +77,7 @@ def _background_distance(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _otsu_threshold(values: np.ndarray) -> float:
-    """The upper edge of the lower class in the split with the greatest variance between classes."""
+    """Finds the upper edge of the lower class in the split with the greatest variance between classes."""
     counts, edges = np.histogram(values, bins=256)
     centers = (edges[1:] + edges[:-1]) / 2
     below = np.cumsum(counts)[:-1]
@@ -88,7 +88,7 @@ def _otsu_threshold(values: np.ndarray) -> float:
 
 
 def _main_components(raw: np.ndarray) -> np.ndarray:
-    """Components of at least a tenth of the largest one's area, holes filled."""
+    """Finds components of at least a tenth of the largest one's area, holes filled."""
     labels, count = ndimage.label(raw)
     areas = np.bincount(labels.ravel(), minlength=count + 1)
     areas[0] = 0

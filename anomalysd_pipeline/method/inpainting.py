@@ -1,4 +1,4 @@
-"""Repainting in the latent space of a Stable Diffusion inpainting model.
+"""Repaint pictures in the latent space of a Stable Diffusion inpainting model.
 
 The computation is that of diffusers' `StableDiffusionInpaintPipeline` for 9-channel UNets, with the VAE's posterior
 mean as E(x), and cut into parts so that one picture's latent and noise serve all of its masks.
@@ -17,20 +17,22 @@ from .masks import latent_mask
 
 
 def encode(vae, images: Tensor) -> Tensor:
-    """E(x) in the denoiser's scale: `[N, 3, H, W]` in [-1, 1] to `[N, 4, h, w]`. For AutoencoderKL and
-    AutoencoderTiny."""
+    """Encodes pictures `[N, 3, H, W]` in [-1, 1] as E(x) `[N, 4, h, w]`, in the denoiser's scale.
+
+    Takes AutoencoderKL and AutoencoderTiny.
+    """
     encoded = vae.encode(images.to(vae.dtype))
     latents = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latents
     return latents * vae.config.scaling_factor
 
 
 def decode(vae, latents: Tensor) -> Tensor:
-    """Latents `[N, 4, h, w]` to float32 pictures `[N, 3, H, W]` in [-1, 1]."""
+    """Decodes latents `[N, 4, h, w]` to float32 pictures `[N, 3, H, W]` in [-1, 1]."""
     return vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0].float().clamp(-1, 1)
 
 
 def draw_noise(shape, generator, device, dtype) -> Tensor:
-    """One noise sample per picture, `[N, 4, h, w]`, shared by all its masks.
+    """Draws a noise sample per picture, `[N, 4, h, w]`, shared by all its masks.
 
     Args:
         shape: `[N, 4, h, w]`.

@@ -1,4 +1,4 @@
-"""Which pixels to repaint: multi-scale and prototype-guided masks to detect, foreground and random masks to train."""
+"""Draw masks to repaint: multi-scale and prototype-guided to detect, foreground and random to train."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ MASK_DESIGNS = ("foreground", "random", "detection")
 
 @dataclass(frozen=True)
 class ScalePasses:
-    """The inpainting passes of one scale.
+    """Holds the inpainting passes of a scale.
 
     scale: k, the picture being cut into k x k cells.
     masks: float32 `[P, 1, H, W]` in {0, 1}, 1 where the pass repaints; disjoint, and their sum is all ones.
@@ -63,13 +63,13 @@ def multi_scale_masks(
 
 
 def _cell_index(length: int, cells: int) -> Tensor:
-    """The cell each pixel of a row falls in, `[length]`, borders rounded to the nearest pixel."""
+    """Finds the cell that each pixel of a row falls in, `[length]`, borders rounded to the nearest pixel."""
     borders = (torch.arange(1, cells) * 2 * length + cells) // (2 * cells)
     return torch.bucketize(torch.arange(length), borders, right=True)
 
 
 def variance_threshold(values: Tensor | np.ndarray) -> float:
-    """The threshold r = argmin_r Var({E >= r}) + Var({E < r}) of Eq. 15.
+    """Finds the threshold r = argmin_r Var({E >= r}) + Var({E < r}) of Eq. (15).
 
     This is the plain sum of the two population variances, not Otsu's sum weighted by size. The minimum is exact over
     all splits of the sorted values, in O(n log n). The paper splits by `E >= r` but marks `E > r`; the two agree for
@@ -96,7 +96,7 @@ def variance_threshold(values: Tensor | np.ndarray) -> float:
 
 
 def _running_variance(values: np.ndarray) -> np.ndarray:
-    """Population variance of the first 1, 2, ..., n values.
+    """Computes the population variance of the first 1, 2, ..., n values.
 
     Welford's update written as cumulative sums: each term is nonnegative, so nothing cancels as it does in
     E[x^2] - E[x]^2.
@@ -109,7 +109,7 @@ def _running_variance(values: np.ndarray) -> np.ndarray:
 
 
 def prototype_mask(distances: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """The prototype-guided mask M^(p) = upsample(1[E > r]) (Eq. 15), with r found for each picture on its own.
+    """Makes the prototype-guided mask M^(p) = upsample(1[E > r]), Eq. (15), r found for each picture.
 
     Args:
         distances: E, float `[N, h, w]`, squared distances to the nearest prototype (Eq. 14).
@@ -130,7 +130,7 @@ def prototype_mask(distances: Tensor, size: int | tuple[int, int]) -> Tensor:
 def random_rectangle_mask(
     height: int, width: int, generator: torch.Generator, min_fraction: float = 0.125, max_fraction: float = 1.0
 ) -> Tensor:
-    """A random rectangle m_r, float32 `[1, H, W]` in {0, 1}, 1 inside.
+    """Draws a random rectangle m_r, float32 `[1, H, W]` in {0, 1}, 1 inside.
 
     Each side is uniform between `min_fraction` and `max_fraction` of the picture's side, at least one pixel, and the
     place is uniform inside the picture. The default smallest side is a cell of the finest detection scale, the largest
@@ -202,7 +202,7 @@ def training_mask(
 
 
 def iou(a: Tensor, b: Tensor) -> float:
-    """Intersection over union of two masks of one shape, bool or {0, 1}, in [0, 1]; two empty masks give 0.
+    """Computes the intersection over union of two masks, bool or {0, 1}; two empty masks give 0.
 
     Raises:
         ValueError: the shapes differ.
@@ -214,7 +214,7 @@ def iou(a: Tensor, b: Tensor) -> float:
 
 
 def latent_mask(mask: Tensor, height: int, width: int) -> Tensor:
-    """The mask m~ on the latent grid, by nearest-neighbor interpolation as in diffusers' inpainting pipeline.
+    """Shrinks masks to m~ on the latent grid, by nearest neighbor as diffusers' inpainting pipeline does.
 
     Args:
         mask: `[N, 1, H, W]`, bool or {0, 1}.

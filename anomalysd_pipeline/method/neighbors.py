@@ -11,7 +11,7 @@ _ROUNDING = 1e-10
 
 
 class NeighborSearch:
-    """Vectors prepared for searches: in float32 and centered, which loses less to rounding.
+    """Searches vectors in float32 and centered, which loses less to rounding.
 
     Args:
         vectors: [M, C], M >= 1.
@@ -69,7 +69,7 @@ class NeighborSearch:
         return found.clamp_(min=0)
 
     def _blocks(self, queries: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, their centered queries [B, C], and their squared distances less the queries' own squares, [B, M]."""
+        """Yields rows, their centered queries [B, C], and squared distances less the queries' own squares, [B, M]."""
         chunk = chunk or max(1, ENTRIES // len(self.vectors))
         for start in range(0, len(queries), chunk):
             rows = slice(start, min(start + chunk, len(queries)))

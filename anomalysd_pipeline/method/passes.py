@@ -18,7 +18,7 @@ from .workload import Workload, in_batches
 
 @dataclass(frozen=True)
 class Repainting:
-    """The outcome of all passes of N pictures at K scales.
+    """Holds the outcome of all passes of N pictures at K scales.
 
     Attributes:
         differences: float32 `[N, K + 1, R, R]`: S^(k) of Eq. (18) for each scale, then S_pg of Eq. (20); 0 where a

@@ -1,4 +1,4 @@
-"""Hierarchical prompts T_c of each category, and their averaged text embedding.
+"""Keep hierarchical prompts T_c of each category, and average their text embeddings.
 
 T_c is the union of coarse prompts ("A perfect [c].") and fine ones, which describe the normal look in detail.
 The denoiser is trained with one prompt drawn from T_c, and run with the average of τ(y) over T_c.
@@ -41,7 +41,7 @@ def check_category(category: str) -> str:
 
 
 def readable_name(category: str) -> str:
-    """Words for a category name: "metal_plate" becomes "metal plate"."""
+    """Words a category name: "metal_plate" becomes "metal plate"."""
     return " ".join(check_category(category).replace("_", " ").split()) or category
 
 
@@ -77,7 +77,7 @@ def _check_prompts(prompts, argument: str) -> dict[str, list[str]]:
 
 
 class PromptBook:
-    """The prompts of all known categories, and a generic set for every other one.
+    """Holds the prompts of all known categories, and a generic set for every other.
 
     Args:
         categories: category name to {"coarse": [...], "fine": [...]}.
@@ -95,7 +95,7 @@ class PromptBook:
 
     @classmethod
     def default(cls) -> PromptBook:
-        """The book of `prompts.json`: the MVTec-AD, VisA and synthetic categories, and the generic set."""
+        """Reads `prompts.json`: the MVTec-AD, VisA and synthetic categories, and the generic set."""
         package = Path(__file__).resolve().parents[1]
         # A wheel ships the file inside the package; in a checkout it lies at the repository root.
         path = package / "prompts.json"
@@ -105,7 +105,7 @@ class PromptBook:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """Names of the categories with prompts of their own, in the order they were added."""
+        """Lists the categories with prompts of their own, in the order they were added."""
         return tuple(self._categories)
 
     def add(self, category: str, prompts: str | list[str] | Mapping[str, list[str]] | None = None) -> None:
@@ -127,7 +127,7 @@ class PromptBook:
         self._categories[category] = _check_prompts(prompts, "prompts")
 
     def prompts(self, category: str, design: str = "hierarchical") -> list[str]:
-        """The prompt set T_c of a category, known or not.
+        """Gives the prompt set T_c of a category, known or not.
 
         Args:
             category: see `check_category`. One without prompts of its own gets the generic set.
@@ -148,12 +148,12 @@ class PromptBook:
         raise ValueError(f"`design` must be one of {', '.join(PROMPT_DESIGNS)}, but {design!r} was given.")
 
     def to_dict(self) -> dict:
-        """A JSON-serializable copy, in the format of `prompts.json`."""
+        """Gives a JSON-serializable copy, in the format of `prompts.json`."""
         return copy.deepcopy({"generic": self._generic, "categories": self._categories})
 
     @classmethod
     def from_dict(cls, data: Mapping) -> PromptBook:
-        """The inverse of `to_dict`.
+        """Inverts `to_dict`.
 
         Raises:
             ValueError: if a key is missing or a name or prompt is refused.
@@ -174,7 +174,7 @@ class PromptBook:
 
 @torch.no_grad()  # the text encoder is frozen in every stage; callers reuse the result over many training steps
 def encode_prompts(prompts: list[str], tokenizer, text_encoder) -> torch.Tensor:
-    """Text embeddings τ(y) of each prompt, as `StableDiffusionInpaintPipeline.encode_prompt` computes them.
+    """Embeds each prompt as τ(y), equal to `StableDiffusionInpaintPipeline.encode_prompt`.
 
     Args:
         prompts: P texts; the empty string is the unconditional prompt. Tokens past the tokenizer's limit are cut.
@@ -203,7 +203,7 @@ def encode_prompts(prompts: list[str], tokenizer, text_encoder) -> torch.Tensor:
 
 
 def average_embedding(prompts: list[str], tokenizer, text_encoder) -> torch.Tensor:
-    """The condition at inference: the average of τ(y) over the prompts of T_c.
+    """Averages τ(y) over the prompts of T_c, the condition at inference.
 
     Arguments and errors are those of `encode_prompts`. Returns [1, L, d].
     """

@@ -1,5 +1,4 @@
-"""From distance maps to an anomaly map: fusion of the scales, Eqs. (18) to (21) of AnomalySD (arXiv 2408.01960), and
-smoothing."""
+"""Fuse distance maps to an anomaly map, Eqs. (18) to (21) of AnomalySD (arXiv 2408.01960), and smooth it."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ScoreMaps:
-    """The maps that N pictures are scored by, at the pipeline's resolution R.
+    """Holds the maps that N pictures are scored by, at the pipeline's resolution R.
 
     Attributes:
         multi_scale: S_ms, Eq. (19), float32 `[N, R, R]`.
@@ -35,7 +34,7 @@ class ScoreMaps:
 
 
 def scale_map(masks: Tensor, distances: Tensor) -> Tensor:
-    """S^(k) of Eq. (18): at every pixel the distance of the pass that repainted it.
+    """Picks at every pixel the distance of the pass that repainted it: S^(k) of Eq. (18).
 
     Args:
         masks: [P, 1, H, W] in {0, 1}, the masks of one scale; together they cover each pixel once.
@@ -48,7 +47,7 @@ def scale_map(masks: Tensor, distances: Tensor) -> Tensor:
 
 
 def harmonic_mean(maps: Tensor) -> Tensor:
-    """S_ms of Eq. (19): the harmonic mean over the first dimension.
+    """Takes the harmonic mean over the first dimension: S_ms of Eq. (19).
 
     Args:
         maps: [K, ...], >= 0.
@@ -72,7 +71,7 @@ def fuse(
     prototype_weight: float = 0.1,
     feature_weight: float = 0.0,
 ) -> Tensor:
-    """Final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
+    """Weighs the final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
 
     The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), in units of how
     much normal parts differ, or what the picture lacks (`PrototypeBank.deviations`); the paper uses the distance only
@@ -109,7 +108,7 @@ def fuse(
 
 
 def smooth(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur, cut off at 4 sigma, the border mirrored including its edge pixel (d c b a | a b c d | d c b a).
+    """Blurs by a Gaussian cut off at 4 sigma, the border mirrored with its edge pixel (c b a | a b c | c b a).
 
     Equal to `scipy.ndimage.gaussian_filter(mode="reflect")`, on any device and for maps of any size, also smaller than
     the kernel.
@@ -145,10 +144,10 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
 
 
 def smoothing_sigma(resolution: int, sigma_at_512: float = 4.0) -> float:
-    """Standard deviation in pixels that covers the same part of the picture as the paper's 4 px at 512 px."""
+    """Finds the deviation in pixels that covers the same part of the picture as the paper's 4 px at 512 px."""
     return sigma_at_512 * resolution / 512
 
 
 def image_score(maps: Tensor) -> Tensor:
-    """Image score [N]: the maximum of each map of [N, H, W]."""
+    """Takes the maximum of each map of [N, H, W] as image score [N]."""
     return maps.flatten(start_dim=1).amax(dim=1)

@@ -1,4 +1,4 @@
-"""The knobs of one inspection: presets, what a checkpoint or category overrides, and their rules."""
+"""Settle the settings of an inspection: presets, overrides of checkpoint and category, and their rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PRESETS = {
 
 
 def checkpoint_settings(config: Mapping) -> dict:
-    """The settings that a checkpoint's config stores for all presets, as a layer of `InspectionSettings.resolve`.
+    """Reads a checkpoint's settings for all presets, as a layer of `InspectionSettings.resolve`.
 
     Its `feature_weight` of 0, the default, stands for none of its own, so that a preset can bring one.
     """
@@ -33,7 +33,7 @@ def checkpoint_settings(config: Mapping) -> dict:
 
 @dataclass(frozen=True)
 class InspectionSettings:
-    """Everything besides the picture and the noise that a score depends on.
+    """Holds everything besides the picture and the noise that a score depends on.
 
     noise_strength: lambda, in (0, 1]: the share of the noise schedule that is added and removed again.
     num_inference_steps: length of the whole schedule; about `noise_strength` of it is run.
@@ -54,7 +54,7 @@ class InspectionSettings:
 
     @classmethod
     def resolve(cls, preset: str, layers: Sequence[Mapping]) -> InspectionSettings:
-        """The preset's values overridden by each layer in turn; `None` in a layer means "not given".
+        """Overrides the preset's values by each layer in turn; `None` in a layer means "not given".
 
         Raises:
             ValueError: for an unknown preset or a value out of its range.
@@ -94,7 +94,7 @@ class InspectionSettings:
         _require_number("guidance_scale", self.guidance_scale, 1, math.inf)
 
     def to_dict(self) -> dict:
-        """JSON-serializable values, for a category's calibration record."""
+        """Gives JSON-serializable values, for a category's calibration record."""
         return {**asdict(self), "mask_scales": list(self.mask_scales)}
 
 

@@ -15,7 +15,7 @@ logger = logging.get_logger(__name__)
 
 
 class Workload:
-    """Every picture with every one of its masks, numbered 0 ... len - 1, all passes of a picture in a row.
+    """Numbers every picture with every one of its masks, 0 ... len - 1, all passes of a picture in a row.
 
     A pass belongs to a row: the index of its scale, or K (the number of scales) for the prototype-guided mask.
     Pictures whose prototype mask is empty have no pass for it.

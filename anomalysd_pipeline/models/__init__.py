@@ -1,1 +1,1 @@
-"""Networks and stores with weights."""
+"""Hold networks and stores with weights."""

@@ -1,4 +1,4 @@
-"""What adaptations have learned, kept beside one base: LoRA weights by name, and their switching in and out."""
+"""Keep the LoRA weights of adaptations beside one base, and switch them in and out."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_INJECTED = 4
 
 
 class Adapter:
-    """LoRA weights by name, and their digest as a key.
+    """Holds LoRA weights by name, and their digest as a key.
 
     Args:
         state: name in the module to weight.
@@ -28,7 +28,7 @@ class Adapter:
 
 
 class AdapterStore(ModelMixin, ConfigMixin):
-    """The LoRA weights of any number of adaptations, savable as safetensors.
+    """Stores the LoRA weights of any number of adaptations, savable as safetensors.
 
     Args:
         layouts: adaptation to part ("denoiser", "decoder") to the shape of each weight by its name in the part.
@@ -49,7 +49,7 @@ class AdapterStore(ModelMixin, ConfigMixin):
         return super()._apply(fn, recurse)
 
     def _entries(self) -> list[tuple[str, str, str, list[int]]]:
-        """(adaptation, part, name, shape) of each buffer; sorted, because a saved config is."""
+        """Lists (adaptation, part, name, shape) of each buffer; sorted, because a saved config is."""
         return [
             (adaptation, part, name, list(shape))
             for adaptation, parts in sorted(self.config.layouts.items())
@@ -59,11 +59,11 @@ class AdapterStore(ModelMixin, ConfigMixin):
 
     @property
     def names(self) -> list[str]:
-        """Names of the adaptations, alphabetically."""
+        """Lists the adaptations alphabetically."""
         return sorted(self.config.layouts)
 
     def state(self, adaptation: str) -> dict[str, dict[str, Tensor]]:
-        """Part to name to weight of an adaptation; parts that it does not change are missing."""
+        """Maps part to name to weight of an adaptation; parts that it does not change are missing."""
         state: dict[str, dict[str, Tensor]] = {}
         for index, (owner, part, name, _) in enumerate(self._entries()):
             if owner == adaptation:
@@ -71,7 +71,7 @@ class AdapterStore(ModelMixin, ConfigMixin):
         return state
 
     def adapter(self, adaptation: str, part: str) -> Adapter | None:
-        """A part of an adaptation, ready to be switched in; None for a part that it does not change."""
+        """Gives a part of an adaptation, ready to be switched in; None for a part that it does not change."""
         # Kept, because every inspection asks, and hashing megabytes of weights takes longer than switching.
         if (adaptation, part) not in self._ready:
             state = self.state(adaptation).get(part)
@@ -164,7 +164,7 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def digest(state: Mapping[str, Tensor]) -> str:
-    """A name for LoRA weights that differs when they do."""
+    """Names LoRA weights by a mark that differs when they do."""
     summary = hashlib.sha256()
     for name, weight in sorted(state.items()):
         summary.update(name.encode() + weight.detach().float().cpu().numpy().tobytes())
@@ -172,7 +172,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(components: Mapping[str, nn.Module]) -> dict[str, list[float]]:
-    """A few weights of each component, to recognize the base that an adaptation belongs to in any precision."""
+    """Takes a few weights of each component, to recognize the base that an adaptation belongs to in any precision."""
     marks = {}
     for name, module in components.items():
         # Names as in a module without adapters.
@@ -187,7 +187,7 @@ def fingerprint(components: Mapping[str, nn.Module]) -> dict[str, list[float]]:
 
 
 def same_fingerprint(ours: Mapping, theirs: Mapping) -> bool:
-    """Whether two fingerprints are of one base, up to the rounding of half precision."""
+    """Tells whether two fingerprints are of one base, up to the rounding of half precision."""
     return ours.keys() == theirs.keys() and all(
         len(ours[name]) == len(theirs[name])
         and all(abs(a - b) <= 2e-6 + 0.005 * abs(b) for a, b in zip(ours[name], theirs[name], strict=True))

@@ -1,4 +1,4 @@
-"""Backbones for the prototypes, by timm: what kind of network a name stands for, the network, and its weights."""
+"""Make backbones by timm: find the kind of network that a name stands for, create it, load its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class BackboneKind:
-    """What timm knows of a network before it is made.
+    """Holds facts that timm knows of a network before it is made.
 
     depth: number of feature levels.
     is_plain: whether all levels share one grid, as in ViT, DeiT, DINO, EVA and BEiT; else they shrink, as in CNNs and
@@ -36,11 +36,11 @@ class BackboneKind:
     is_dynamic: bool
 
     def side(self, length: int) -> int:
-        """The side nearest to `length` that fits the patches of a plain network."""
+        """Finds the side nearest to `length` that fits the patches of a plain network."""
         return max(1, round(length / self.stride)) * self.stride if self.is_plain else length
 
     def size_arguments(self, image_size: int | None) -> dict:
-        """Arguments of `timm.create_model` with which the network takes pictures of that size."""
+        """Gives arguments of `timm.create_model` with which the network takes pictures of that size."""
         if self.is_dynamic:
             return {"dynamic_img_size": True}
         if self.any_size or image_size is None or not self.is_resizable:
@@ -49,7 +49,7 @@ class BackboneKind:
 
 
 def backbone_kind(model_name: str, model_kwargs: dict) -> BackboneKind:
-    """What kind of network a timm model name stands for; makes no weights.
+    """Finds the kind of network that a timm model name stands for; makes no weights.
 
     Raises:
         ValueError: if timm does not know `model_name`, or does not give its features.
@@ -86,7 +86,7 @@ def _takes(model: nn.Module, argument: str) -> bool:
 def create_backbone(
     model_name: str, out_indices: tuple[int, ...], final_norm: bool, model_kwargs: dict, **weights
 ) -> nn.Module:
-    """A timm network from pictures to feature levels; levels after the last one asked for are left out.
+    """Creates a timm network from pictures to feature levels, without levels after the last that is asked for.
 
     Args:
         final_norm: whether a plain network's last normalization is applied to each level, if it has one.
@@ -105,7 +105,7 @@ def create_backbone(
 
 
 def load_weights(path: str | Path, model_name: str, create) -> nn.Module:
-    """A network made by `create`, with weights from a local file.
+    """Makes a network by `create`, with weights from a local file.
 
     Args:
         path: weights of the whole classifier, .safetensors or .pth (read with weights_only=True).
@@ -151,7 +151,7 @@ def _seeded(create) -> nn.Module:
 
 
 def _unfilled(initial: nn.Module, loaded: nn.Module) -> list[str]:
-    """Names of the matrices that still are as their random start; such as start constant cannot tell."""
+    """Lists matrices that still are as their random start; such as start constant cannot tell."""
     start = dict(initial.named_parameters())
     return [
         name

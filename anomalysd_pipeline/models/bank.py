@@ -1,5 +1,5 @@
-"""Normal feature vectors of every part, Eq. (13) of AnomalySD (arXiv 2408.01960), and the distance to the nearest, Eq.
-(14)."""
+"""Keep normal feature vectors of every part, and find the nearest, Eqs. (13) and (14) of AnomalySD (arXiv
+2408.01960)."""
 
 import json
 
@@ -26,7 +26,7 @@ COLOR_WEIGHT = 0.75
 
 
 class PrototypeBank(ModelMixin, ConfigMixin):
-    """One bank of normal feature vectors P_c per category, Eq. (13), savable as safetensors.
+    """Keeps a bank of normal feature vectors P_c per category, Eq. (13), savable as safetensors.
 
     Banks are buffers [size, dim] named `bank_0`, `bank_1`, … in the alphabetical order of their categories (the order
     in which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
@@ -79,7 +79,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     @property
     def categories(self) -> list[str]:
-        """Names of the categories, in alphabetical order."""
+        """Lists the categories in alphabetical order."""
         return list(self.config.sizes)
 
     def __contains__(self, category: str) -> bool:
@@ -93,30 +93,33 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return getattr(self, f"bank_{self.categories.index(category)}")
 
     def spread(self, category: str) -> Tensor:
-        """Spread of each prototype of `category`, [size], >= 0. Raises ValueError if it has none."""
+        """Gives the spread of each prototype of `category`, [size], >= 0. Raises ValueError if it has none."""
         self[category]
         return getattr(self, f"spread_{self.categories.index(category)}")
 
     def gaps(self, category: str) -> Tensor:
-        """Gap of each of the first prototypes of `category`, [whole], >= 0. Raises ValueError if it has none."""
+        """Gives the gap of each of the first prototypes, [whole], >= 0. Raises ValueError without a bank."""
         self[category]
         return getattr(self, f"gap_{self.categories.index(category)}")
 
     def views(self, category: str) -> Tensor:
-        """The normal pictures as wholes, [V, dim + 1], see `views_of`. Raises ValueError if there is no bank."""
+        """Gives the normal pictures as wholes, [V, dim + 1], see `views_of`. Raises ValueError if there is no bank."""
         self[category]
         return getattr(self, f"view_{self.categories.index(category)}")
 
     def take_reach(self, category: str, other: "PrototypeBank") -> None:
-        """Let pictures be as unlike the normal ones as `other` lets them, which knows more pictures of the category.
+        """Lets pictures be as unlike the normal ones as `other` lets them, which knows more pictures of the category.
         Raises ValueError if one of them has no bank."""
         own, known = self.views(category), other.views(category)
         if len(own) and len(known):
             own[:, -1] = known[0, -1]
 
     def packed(self, category: str) -> dict[str, Tensor]:
-        """All that is known of a category, for `add_packed`: "bank", prototypes and, in the last columns, spread and
-        gap (-1: none), [size, dim + 2]; "colors", the same of the colors, and "views", where there are such."""
+        """Packs all that is known of a category, for `add_packed`.
+
+        "bank" holds prototypes and, in the last columns, spread and gap (-1: none), [size, dim + 2]; "colors" the same
+        of the colors, and "views" the views, where there are such.
+        """
         bank, gaps, views = self[category], self.gaps(category), self.views(category)
         column = F.pad(gaps, (0, len(bank) - len(gaps)), value=-1.0)
         packed = {"bank": torch.cat([bank, self.spread(category)[:, None], column[:, None]], dim=1)}
@@ -125,7 +128,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return packed | {"views": views} if len(views) else packed
 
     def add_packed(self, category: str, packed: dict[str, Tensor]) -> None:
-        """Store what `packed` gave. Raises ValueError as `add` does."""
+        """Stores what `packed` gave. Raises ValueError as `add` does."""
         bank, colors = packed["bank"], packed.get("colors")
         self._check(category, bank[:, :-PACKED_BESIDE])
         gaps = bank[:, -1]
@@ -147,7 +150,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         whole: int = 0,
         colors: int = 0,
     ) -> None:
-        """Store the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
+        """Stores the prototypes of a category, in place of those it had; more than `max_size` become a coreset.
 
         Args:
             category: Any non-empty name.
@@ -222,12 +225,12 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return stored
 
     def empty(self) -> "PrototypeBank":
-        """A bank of the same limits, dtype and device without categories."""
+        """Makes a bank of the same limits, dtype and device without categories."""
         limits = {name: self.config[name] for name in ("max_size", "max_unturned")}
         return PrototypeBank(**limits).to(self.placeholder)
 
     def remove(self, category: str) -> None:
-        """Forget a category. Raises ValueError if it has no bank."""
+        """Forgets a category. Raises ValueError if it has no bank."""
         self[category]
         self._forget_colors(category)
         self._replace({other: held for other, held in self._held().items() if other != category})
@@ -256,7 +259,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
-        """Squared Euclidean distance E of every position to its nearest prototype, Eq. (14).
+        """Measures the squared distance E of every position to its nearest prototype, Eq. (14).
 
         Matrix products find the nearest prototype; the distance to it is then computed by differences, so that small
         distances are not lost to cancellation.
@@ -276,7 +279,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return self._nearest(category, psi, chunk, 1)[0]
 
     def relative_distances(self, category: str, psi: Tensor, chunk: int | None = None) -> Tensor:
-        """E in units of what normal parts differ by there: E / (2 m + s), not in the paper.
+        """Measures E in units of what normal parts differ by there: E / (2 m + s), not in the paper.
 
         s is the mean spread of the 9 nearest prototypes and m that of the whole category. Where normal parts vary, a
         distance means little; this also makes the numbers of different features and parts comparable, some tenths
@@ -293,7 +296,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return distances / (2 * spread.mean() + local).clamp(min=torch.finfo(torch.float32).tiny)
 
     def missing_distances(self, category: str, psi: Tensor) -> Tensor | None:
-        """What normal parts have and a picture lacks, see `deviations.missing_distances`; not in the paper.
+        """Measures what normal parts have and a picture lacks, see `deviations.missing_distances`.
 
         Args and errors: see [`distances`].
 
@@ -309,7 +312,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return missing_distances(grids, gaps.unflatten(0, (-1, positions)), psi)
 
     def deviations(self, category: str, psi: Tensor, repainted: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """What a picture has and no normal part has, or the other way round: the largest of [`relative_distances`],
+        """Measures what sets a picture apart from normal ones: the largest of [`relative_distances`],
         `MISSING_WEIGHT` times [`missing_distances`], and `COLOR_WEIGHT` times the relative distances of the colors.
         Where a picture as a whole is unlike the normal ones, what stands out counts more, see `deviations.unlikeness`.
 
@@ -337,7 +340,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return weigh(found, original, *(self.relative_distances(category, features) for features in repainted))
 
     def _nearest(self, category: str, psi: Tensor, chunk: int | None, count: int) -> tuple[Tensor, Tensor]:
-        """E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""
+        """Finds E, [N, h, w], and the `count` nearest prototypes, [N, h, w, count]."""
         bank = self[category]  # [M, C]
         if psi.ndim != 4 or psi.shape[1] != bank.shape[1]:
             raise ValueError(f"`psi` must be [N, {bank.shape[1]}, h, w] as in the bank, got {list(psi.shape)}.")

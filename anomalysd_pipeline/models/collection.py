@@ -1,5 +1,4 @@
-"""From normal pictures to the vectors of a prototype bank, Eq. (13) of AnomalySD (arXiv 2408.01960), and how much they
-differ between pictures."""
+"""Collect the vectors of a prototype bank from normal pictures, Eq. (13) of AnomalySD (arXiv 2408.01960)."""
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +16,7 @@ _COMPARED = 2**14
 
 @torch.no_grad()
 def collect_prototypes(extractor: nn.Module, images: Tensor, rotations: int = 4) -> Tensor:
-    """All feature vectors of rotated normal pictures, P_c of Eq. (13).
+    """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13).
 
     Args:
         extractor: A [`PrototypeExtractor`], or any module from [N, 3, H, W] to [N, C, h, w].
@@ -92,13 +91,15 @@ def held_out_bank(bank, category: str, extractor: nn.Module, images: Tensor, ind
 
 
 def is_finite(features: Tensor) -> bool:
-    """Whether all of [M, C] are finite; looked at in pieces, as PyTorch's own check takes more memory than they do."""
+    """Tells whether all of [M, C] are finite, in pieces: PyTorch's own check takes more memory than they do."""
     return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
 
 
 def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:
-    """From which picture each of the `count` vectors of [`collect_prototypes`] is, int64 [count]; from which turned
-    copy, where there is one picture alone."""
+    """Numbers the picture that each of the `count` vectors of [`collect_prototypes`] is from, int64 [count].
+
+    Numbers the turned copies instead where there is one picture alone.
+    """
     positions = count // (pictures * rotations)
     if pictures == 1:
         return torch.arange(rotations).repeat_interleave(positions)
@@ -106,7 +107,7 @@ def prototype_sources(count: int, pictures: int, rotations: int) -> Tensor:
 
 
 def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Tensor:
-    """How far vectors are from the nearest of another source, as the square of the Euclidean distance.
+    """Measures the squared distance of vectors to the nearest of another source.
 
     Args:
         features: [M, C].

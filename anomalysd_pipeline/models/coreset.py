@@ -1,4 +1,4 @@
-"""A few vectors that stand for many."""
+"""Pick a few vectors that stand for many."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ _PROJECTED_DIM = 32
 
 @torch.no_grad()
 def greedy_coreset(features: Tensor, size: int, seed: int = 0) -> Tensor:
-    """Indices of a k-center coreset: start anywhere, then again and again take the vector farthest from those taken.
+    """Picks a k-center coreset: starts anywhere, then takes again and again the vector farthest from those taken.
 
     Its largest gap is at most twice the smallest possible (Gonzalez 1985). Vectors of more than 32 channels are
     compared by a random projection to 32. Takes O(M * size) time and O(M) memory.

@@ -1,4 +1,4 @@
-"""ImageNet features of a picture, one vector per position: psi of Eq. (12) of AnomalySD (arXiv 2408.01960)."""
+"""Extract ImageNet features, a vector per position: psi of Eq. (12) of AnomalySD (arXiv 2408.01960)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NORMALIZATIONS = ("none", "layer")
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
-    """Frozen timm backbone that turns a picture into one feature vector per position, psi of Eq. (12).
+    """Turns a picture into a feature vector per position, psi of Eq. (12), by a frozen timm backbone.
 
     For EfficientNets the paper's second and third feature levels are timm's `out_indices` 1 and 2, at strides 4 and 8:
     psi has stride 4, and 40 + 72 = 112 channels for B6. Other CNNs and hierarchical transformers get the same two.
@@ -109,13 +109,13 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
 
     @property
     def channels(self) -> list[int]:
-        """Channels of each part of psi: the levels, and where they are asked for the context and the colors."""
+        """Counts the channels of each part of psi: levels, and where they are asked for context and colors."""
         levels, c = list(self.model.feature_info.channels()), self.config
         return levels + [levels[-1]] * (c.context_weight > 0) + [self.color_channels] * (c.color_weight > 0)
 
     @property
     def color_channels(self) -> int:
-        """How many of psi's last channels are colors."""
+        """Counts those of psi's last channels that are colors."""
         return 27 * (self.config.color_weight > 0)
 
     def _create(self, **weights) -> nn.Module:
@@ -135,7 +135,7 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         model_kwargs: dict | None = None,
         final_norm: bool | None = None,
     ) -> PrototypeExtractor:
-        """Create an extractor with trained weights.
+        """Creates an extractor with trained weights.
 
         Args:
             pretrained: Let timm download the weights; ignored with `checkpoint_path`.
@@ -154,7 +154,7 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         return extractor.eval()
 
     def forward(self, x: Tensor) -> Tensor:
-        """psi(x) of Eq. (12): the levels, upsampled to the first one's grid and concatenated.
+        """Computes psi(x) of Eq. (12): the levels, upsampled to the first level's grid and concatenated.
 
         Args:
             x: [N, 3, H, W] in [-1, 1].

@@ -1,4 +1,4 @@
-"""AlexNet LPIPS as a map and as a number, Eqs. (10), (16) and (17) of AnomalySD (arXiv 2408.01960)."""
+"""Measure AlexNet LPIPS as a map and as a number, Eqs. (10), (16) and (17) of AnomalySD (arXiv 2408.01960)."""
 
 import importlib.util
 from pathlib import Path
@@ -20,7 +20,7 @@ _EPS = 1e-10
 
 
 class PerceptualDistance(ModelMixin, ConfigMixin):
-    """AlexNet LPIPS (Zhang et al. 2018), both as a map per picture and as one number for training.
+    """Measures AlexNet LPIPS (Zhang et al. 2018), both as a map per picture and as a number for training.
 
     Parameters hold torchvision's AlexNet convolutions (`convs`) and LPIPS' non-negative layer weights (`lins`, each
     [1, C_l, 1, 1]), which are the squares of the w^(l) in Eq. (16). A new object is randomly initialized and frozen;
@@ -51,7 +51,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
 
     @classmethod
     def from_lpips(cls, lpips_module: nn.Module) -> "PerceptualDistance":
-        """Copy the weights of an `lpips.LPIPS(net="alex")` object.
+        """Copies the weights of an `lpips.LPIPS(net="alex")` object.
 
         Raises:
             ValueError: If `lpips_module` is not an AlexNet LPIPS with layer weights.
@@ -67,7 +67,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
     def from_files(
         cls, alexnet_path: str | Path | None = None, lin_path: str | Path | None = None
     ) -> "PerceptualDistance":
-        """Load torchvision's AlexNet and LPIPS' layer weights.
+        """Loads torchvision's AlexNet and LPIPS' layer weights.
 
         Args:
             alexnet_path: State dict of torchvision's `alexnet` (`alexnet-owt-7be5be79.pth`), .pth or .safetensors;
@@ -123,7 +123,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
 
     @apply_forward_hook  # offloading moves a module when it is used, and this is a use besides `forward`
     def features(self, x: Tensor) -> list[Tensor]:
-        """Activations after each ReLU, each position's channel vector scaled to unit length.
+        """Computes activations after each ReLU, each position's channel vector scaled to unit length.
 
         Args:
             x: [N, 3, H, W] in [-1, 1], sides of at least 31 px.
@@ -157,7 +157,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def distance_map(self, features_x: list[Tensor], features_y: list[Tensor], size: tuple[int, int]) -> Tensor:
-        """Perceptual distance at every pixel, Eq. (16) and (17); `lpips`' `spatial=True`.
+        """Measures the perceptual distance at every pixel, Eqs. (16) and (17); `lpips`' `spatial=True`.
 
         Args:
             features_x: [`features`] of one picture (batch 1, compared with every y) or of N pictures.
@@ -174,7 +174,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
         return sum(maps).squeeze(1)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """LPIPS of pairs of pictures, Eq. (10); differentiable in both.
+        """Measures LPIPS of pairs of pictures, Eq. (10); differentiable in both.
 
         Args:
             x: [N, 3, H, W] in [-1, 1].

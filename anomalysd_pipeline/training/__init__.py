@@ -1,1 +1,1 @@
-"""The command `train`."""
+"""Run the command `train`."""

@@ -1,4 +1,4 @@
-"""The options of a fine-tuning, the same for `anomalysd_pipeline.train` and `anomalysd adapt`.
+"""Define the options of a fine-tuning, for `anomalysd_pipeline.train` and `anomalysd adapt`.
 
 Nothing here needs torch, so that `--help` and mistyped options are answered at once.
 """
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser, report_to: str) -> None:
 
 
 def given_settings(args: argparse.Namespace) -> dict:
-    """The settings among parsed options, by their names in `AdaptationSettings`; None where an option was left out."""
+    """Picks the settings among parsed options, by their names in `AdaptationSettings`; None where left out."""
     given = {name: getattr(args, name) for name in args.settings}
     if given["augmentation"] is not None:
         given["augmentation"] = dict(given["augmentation"])
@@ -57,7 +57,7 @@ def given_settings(args: argparse.Namespace) -> dict:
 
 
 def option_names(settings: list[str]) -> dict[str, str]:
-    """Argument of the library to the option that gives it; `settings` are those that are options, `args.settings`."""
+    """Maps arguments of the library to the options that give them; `settings` is `args.settings`."""
     names = {**{name: _OPTIONS.get(name, name) for name in settings}, **_ARGUMENTS}
     return {argument: f"--{option}" for argument, option in names.items()}
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning learns from: the pictures and prompts that its options name."""
+"""Read the pictures and prompts that the options of a fine-tuning name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Shots = dict[str, list[tuple[str, Image.Image]]]
 
 
 def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots:
-    """The pictures that `--data`, `--normal` or `--synthetic` name.
+    """Reads the pictures that `--data`, `--normal` or `--synthetic` name.
 
     Args:
         args: parsed options, see `train_options.add_arguments`.
@@ -72,7 +72,7 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
 
 
 def read_prompts(path: Path | None, categories: Collection[str]) -> dict | None:
-    """The prompts of a file, as far as they are for `categories`; None where there is no file.
+    """Reads the prompts of a file, as far as they are for `categories`; None where there is no file.
 
     Raises:
         ValueError: for a file that is no such file, prompts that `PromptBook.add` would refuse, or none that fit.
@@ -119,7 +119,7 @@ def _load(
     option: str,
     report: Callable[[str], None],
 ) -> list[tuple[str, Image.Image]]:
-    """The first `count` readable pictures of a seeded draw; None: all, in order."""
+    """Loads the first `count` readable pictures of a seeded draw; None: all, in order."""
     ordered = paths if count is None else draw_shots(paths, len(paths), seed)
     loaded = []
     for path in ordered:

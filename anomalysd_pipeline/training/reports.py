@@ -1,4 +1,4 @@
-"""What a fine-tuning leaves to look at: the curve of its losses, and pictures of its progress."""
+"""Write the curve of a fine-tuning's losses, and pictures of its progress."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CELL = 192
 
 
 class LossCurve:
-    """The file with one line for every step: `stage`, `step`, `loss` and `lr`.
+    """Writes a file with a line for every step: `stage`, `step`, `loss` and `lr`.
 
     Each step is in it once: a run that goes on from a checkpoint replaces the lines after it.
 
@@ -97,7 +97,7 @@ class Reports:
             self._book.add(category, given)
 
     def step(self, progress: AdaptationProgress) -> None:
-        """The callback of every step; on every process."""
+        """Follows every step; on every process."""
         if not self._begun:
             self._begin()
         lr = self._learning_rate(progress)
