@@ -1,5 +1,7 @@
-"""The old place of classes that saved checkpoints name."""
+"""The old place of classes that saved checkpoints name; diffusers looks for their base class here, too."""
+
+from diffusers import ModelMixin
 
 from .models.adapters import AdapterStore
 
-__all__ = ["AdapterStore"]
+__all__ = ["AdapterStore", "ModelMixin"]
