@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -26,10 +27,11 @@ class App:
 
     Args:
         folder: for its temporary files and its log.
+        arguments: of Python; others start the app in another way.
         environment: variables on top of this process's.
     """
 
-    def __init__(self, folder: Path, **environment: str):
+    def __init__(self, folder: Path, arguments: Sequence[str] = ("app.py",), **environment: str):
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.log = folder, folder / "log.txt"
         with socket.socket() as probe:
@@ -42,7 +44,7 @@ class App:
         self.began = time.monotonic()
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "app.py"],
+                [sys.executable, *arguments],
                 cwd=ROOT,
                 env={**inherited, **own, **environment},
                 stdout=log,
@@ -79,9 +81,9 @@ class App:
 
 
 @contextlib.contextmanager
-def running_app(folder: Path, **environment: str):
+def running_app(folder: Path, arguments: Sequence[str] = ("app.py",), **environment: str):
     """An `App` that can be opened, to the end of the block."""
-    app = App(folder, **environment)
+    app = App(folder, arguments, **environment)
     try:
         app.wait()
         yield app

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 
-from ..common.memory import share_arenas
+from .memory import share_arenas
 
 LONGEST = 300
 """Most seconds of GPU for one call."""

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.memory import large_blocks_returned
 from ..method.neighbors import NeighborSearch
 
 COMPARED_PICTURES = 3
@@ -64,8 +63,7 @@ def fill_bank(
     colors = getattr(extractor, "color_channels", 0) if compare else 0
     features = collect_prototypes(extractor, images, rotations)
     sources = prototype_sources(len(features), len(images), rotations)
-    with large_blocks_returned():
-        bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
+    bank.add(category, features, sources=sources, unturned=len(features) // rotations, whole=whole, colors=colors)
 
 
 def held_out_bank(bank, category: str, extractor: nn.Module, images: Tensor, index: int, rotations: int = 4):
