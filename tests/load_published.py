@@ -1,10 +1,13 @@
 """A program that loads a published pipeline and inspects a picture: how strangers use it, in a process of their own.
 
-python load_published.py SOURCE PICTURE CATEGORY OUT.npz [--adaptation SOURCE] [--package | --forbid-package]
+python load_published.py SOURCE PICTURE CATEGORY OUT.npz [--adaptation SOURCE] [--package | --forbid-package] [--all]
 """
 
 import argparse
+import importlib
+import inspect
 import json
+import os
 import sys
 
 
@@ -12,8 +15,27 @@ class Forbidden:
     """An importer that knows no `anomalysd_pipeline`, whatever is installed."""
 
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "anomalysd_pipeline":
+        if name == "anomalysd_pipeline":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def everything_else(pipe, source: str, picture, category: str, scores) -> None:
+    """Fine-tunes, saves, loads again and publishes, all in the folder that the process runs in."""
+    import numpy as np
+    from diffusers import DiffusionPipeline
+
+    assert "def __call__" in inspect.getsource(type(pipe))
+    pipe.save_pretrained("saved")
+    again = DiffusionPipeline.from_pretrained("saved", custom_pipeline=source, trust_remote_code=True)
+    assert type(again) is type(pipe) and type(again.bank) is type(pipe.bank)
+    assert np.array_equal(again(picture, category=category).pred_scores, scores)
+    assert np.array_equal(type(pipe).from_pretrained("saved")(picture, category=category).pred_scores, scores)
+    pipe.adapt({"other": [picture]}, steps=1, decoder_steps=1, rank=2, train_batch_size=1, mixed_precision="no")
+    assert pipe(picture, category="other").pred_labels[0] is not None
+    importlib.import_module("anomalysd_pipeline.hub.publishing").export(pipe, "published")
+    for name in ("pipeline.py", "bank/anomalysd_pipeline.models.bank.py"):
+        with open(os.path.join(source, name)) as one, open(os.path.join("published", name)) as other:
+            assert one.read() == other.read()
 
 
 def main() -> None:
@@ -23,6 +45,7 @@ def main() -> None:
     parser.add_argument("--adaptation")
     parser.add_argument("--package", action="store_true")
     parser.add_argument("--forbid-package", action="store_true")
+    parser.add_argument("--all", action="store_true")
     args = parser.parse_args()
     if args.forbid_package:
         sys.meta_path.insert(0, Forbidden())
@@ -44,7 +67,9 @@ def main() -> None:
     out = pipe(Image.open(args.picture), category=args.category)
     np.savez(args.out, maps=out.anomaly_maps, scores=out.pred_scores)
     facts = {"labels": out.pred_labels, "module": type(pipe).__module__, "categories": pipe.categories}
-    facts["package"] = "anomalysd_pipeline" in sys.modules
+    facts["installed"] = os.path.isfile(getattr(sys.modules.get("anomalysd_pipeline"), "__file__", ""))
+    if args.all:
+        everything_else(pipe, args.source, Image.open(args.picture), args.category, out.pred_scores)
     print(json.dumps(facts))
 
 

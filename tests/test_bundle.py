@@ -1,269 +1,204 @@
-"""Joining modules into one file: names, imports and what is left out, on small packages and on our own."""
+"""Modules carried in one file: which they are, how they are written, and how they are imported, on small packages and
+on our own."""
 
-import ast
 import importlib
+import inspect
+import linecache
+import pkgutil
 import sys
+import traceback
 import types
+import warnings
 
 import pytest
+from diffusers.utils.dynamic_modules_utils import check_imports, get_relative_imports
 
-from anomalysd_pipeline.hub.bundle import bundle_source, component_sources
+from anomalysd_pipeline.hub.bundle import bundle_source, carry, component_source, module_sources
+from anomalysd_pipeline.hub.carried import provide, strip_margin
+
+PARTS = {
+    "__init__": "def __getattr__(name):\n    if name != 'answer':\n        raise AttributeError(name)\n"
+    "    from . import pipeline\n\n    return pipeline.answer\n",
+    "pipeline": "from typing import TYPE_CHECKING\n\nfrom .room.middle import double\n\nif TYPE_CHECKING:\n"
+    "    from .typed import Thing\n\n\ndef answer() -> 'Thing':\n    from .lazy import ONE\n\n"
+    "    return double() + ONE\n",
+    "room/__init__": '"""A room."""\n',
+    "room/middle": "from .. import low\nfrom . import deep\n\n\ndef double():\n    return 2 * low.BASE * deep.ONCE\n",
+    "room/deep": "ONCE = 1\n",
+    "low": "BASE = 20\n",
+    "lazy": "import json\n\nONE = json.loads('1')\n",
+    "typed": "class Thing:\n    pass\n",
+    "unused": "raise RuntimeError\n",
+}
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch):
-    """`package({"pipeline": source, ...})` writes a package and returns its folder; its name cannot be imported."""
+def small(tmp_path, monkeypatch):
+    """`small(parts)` makes a package `smallpack` that can be imported until `small.uninstall()`; all is undone."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
 
-    def write(modules: dict[str, str]):
-        folder = tmp_path / "smallpack"
-        for name, source in {"__init__": "", **modules}.items():
-            path = folder / f"{name}.py"
+    def forget():
+        for name in [name for name in sys.modules if name.partition(".")[0] == "smallpack"]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+
+    def write(parts):
+        for name, source in parts.items():
+            path = tmp_path / "installed" / "smallpack" / f"{name}.py"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(source)
-        return folder
+        sys.path.insert(0, str(tmp_path / "installed"))
+        forget()
 
+    def uninstall():
+        sys.path.remove(str(tmp_path / "installed"))
+        forget()
+
+    write.uninstall, write.forget = uninstall, forget
     yield write
-    for name in [name for name in sys.modules if name.split(".")[0] == "smallpack"]:
-        del sys.modules[name]
+    sys.path[:] = [entry for entry in sys.path if entry != str(tmp_path / "installed")]
+    forget()
 
 
-def run(source: str) -> types.ModuleType:
-    """The bundle as a module, as diffusers would load it."""
-    module = types.ModuleType("bundled_for_test")
-    sys.modules[module.__name__] = module
-    try:
-        exec(compile(source, "bundle.py", "exec"), module.__dict__)
-    finally:
-        del sys.modules[module.__name__]
-    return module
+@pytest.fixture
+def sources(small):
+    """The files of `smallpack`, which is not installed any more."""
+    small(PARTS)
+    found = module_sources("smallpack", ["pipeline"])
+    small.uninstall()
+    return found
 
 
-class TestOneFile:
-    def test_modules_follow_those_they_need(self, package):
-        folder = package(
-            {
-                "pipeline": "from .middle import double\n\n\ndef answer():\n    return double() + 1\n",
-                "middle": "from .low import BASE\n\nDOUBLE = 2 * BASE\n\n\ndef double():\n    return DOUBLE\n",
-                "low": "BASE = 20\n",
-                "unused": "raise RuntimeError\n",
-            }
-        )
-        source = bundle_source(folder)
-        assert run(source).answer() == 41
-        assert "RuntimeError" not in source
+class TestModules:
+    def test_what_the_pipeline_imports_anywhere(self, sources):
+        assert list(sources) == sorted(f"smallpack/{name}.py" for name in PARTS if name != "unused")
+        assert sources["smallpack/room/middle.py"] == PARTS["room/middle"]
 
-    def test_comments_and_docstrings_stay(self, package):
-        folder = package(
-            {
-                "pipeline": '"""What it is."""\n\n# why\nVALUE = 1  # because\n\n\n'
-                'def f():\n    """Says."""\n    # here\n'
-            }
-        )
-        source = bundle_source(folder)
-        for kept in ("# What it is.", "# why\n", "VALUE = 1  # because", '"""Says."""', "    # here"):
-            assert kept in source
+    def test_the_same_from_a_package_that_is_carried_itself(self, sources):
+        provide("smallpack", sources, "carrying.py")
+        assert module_sources("smallpack", ["pipeline"]) == sources
 
-    def test_same_source_every_time(self, package):
-        folder = package(
-            {"pipeline": "import os, re, ast\nfrom sys import path, argv\n\nX = (os, re, ast, path, argv)\n"}
-        )
-        assert bundle_source(folder) == bundle_source(folder)
-
-    def test_subpackages_and_what_they_pass_on(self, package):
-        folder = package(
-            {
-                "pipeline": "from .inner import shown as seen\n\n\ndef answer():\n    return seen()\n",
-                "inner/__init__": "from .deep import shown\n\n__all__ = ['shown']\n",
-                "inner/deep": "from ..low import BASE\n\n\ndef shown():\n    return BASE\n",
-                "low": "BASE = 5\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == 5
-
-    def test_of_the_package_itself_only_what_is_imported(self, package):
-        folder = package(
-            {
-                "__init__": "from pathlib import Path\nimport re\n\nHERE = Path('a')\nNAME = str(HERE)\n"
-                "OTHER = re\n\n\ndef __getattr__(name):\n    from . import pipeline\n\n    return pipeline\n",
-                "pipeline": "from . import NAME\n\n\ndef answer():\n    return NAME\n",
-            }
-        )
-        source = bundle_source(folder)
-        assert run(source).answer() == "a"
-        assert "__getattr__" not in source and "OTHER" not in source and "import re" not in source
-
-    def test_no_relative_import_is_left(self):
-        source = bundle_source()
-        for node in ast.walk(ast.parse(source)):
-            assert not (isinstance(node, ast.ImportFrom) and node.level)
-        # diffusers searches the text, docstrings too, for what it takes to be imports of files beside it.
-        assert "\nfrom ." not in source and " from ." not in source
-
-    def test_our_own_bundle_needs_nothing_of_the_package(self):
-        names = {
-            (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
-            for node in ast.walk(ast.parse(bundle_source()))
-            if isinstance(node, (ast.Import, ast.ImportFrom))
-            for alias in node.names
-        }
-        assert "anomalysd_pipeline" not in names
-        assert {"torch", "diffusers"} <= names
-        header = ast.get_docstring(ast.parse(bundle_source()))
-        assert "License: Apache-2.0" in header and "anomalysd-pipeline" in header
+    def test_a_module_that_is_missing(self, small):
+        small({"__init__": "", "pipeline": "from .absent import Thing\n"})
+        with pytest.raises(ModuleNotFoundError, match=r"smallpack\.absent"):
+            module_sources("smallpack", ["pipeline"])
 
 
-class TestNames:
-    def test_clashing_names_are_told_apart(self, package):
-        folder = package(
-            {
-                "pipeline": "from .a import first\n\n_part = 'pipeline'\n\n\n"
-                "def answer():\n    return first(), _part\n",
-                "a": "from .b import second\n\n_part = 'a'\n\n\ndef first():\n    return [_part, *second()]\n",
-                "b": "_part = 'b'\n\n\ndef second():\n    global _part\n    _part += '!'\n    return [_part]\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == (["a", "b!"], "pipeline")
-
-    def test_locals_parameters_attributes_and_keywords_keep_theirs(self, package):
-        body = (
-            "from .other import size as other_size\n\n\n"
-            "def size(x):\n    return 10 * x\n\n\n"
-            "class Box:\n    size: int = 3\n\n    def grow(self, size):\n        return self.size + size\n\n"
-            "    def globally(self):\n        return size(self.size)\n\n\n"
-            "def answer():\n    def local():\n        size = 7\n        return size\n\n"
-            "    return [Box().grow(size=4), Box().globally(), local(), [size for size in (1,)], other_size(2),"
-            " (lambda size: size)(5)]\n"
-        )
-        folder = package(
-            {
-                "pipeline": "from .used import answer\n\nsize = None\n",
-                "used": body,
-                "other": "def size(x):\n    return 100 * x\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == [7, 30, 7, [1], 200, 5]
-
-    def test_inside_f_strings(self, package):
-        folder = package(
-            {
-                "pipeline": "from .a import text\n\nname = 'p'\n\n\ndef answer():\n    return text()\n",
-                "a": "name = 'a'\n\n\ndef text():\n    return f'<{name!r:>5}>' f'{name}'\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == "<  'a'>a"
-
-    def test_imports_of_one_name_from_two_places(self, package):
-        folder = package(
-            {
-                "pipeline": "from json import dumps as write\nfrom .a import other\n\n\n"
-                "def answer():\n    return write([1]), other()\n",
-                "a": "from pprint import pformat as write\n\n\ndef other():\n    return write({1})\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == ("[1]", "{1}")
-
-    def test_a_name_of_ours_does_not_shadow_a_builtin_elsewhere(self, package):
-        folder = package(
-            {
-                "pipeline": "from .a import filter as keep\n\n\n"
-                "def answer():\n    return keep(), list(filter(None, [0, 1]))\n",
-                "a": "def filter():\n    return 'ours'\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == ("ours", [1])
-
-    def test_an_alias_does_not_end_up_as_a_local(self, package):
-        folder = package(
-            {
-                "pipeline": "from .a import scale as factor\n\n\ndef answer(scale=2):\n    return scale * factor()\n",
-                "a": "def scale():\n    return 21\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == 42
-
-
-class TestLazyImports:
-    def test_come_from_the_package(self, package):
-        folder = package(
-            {
-                "pipeline": "def answer():\n    from .extra import VALUE as value\n\n    return value\n",
-                "extra": "VALUE = 3\n",
-            }
-        )
-        module = run(bundle_source(folder))
-        with pytest.raises(ImportError, match="install the package"):
-            module.answer()
-        sys.path.insert(0, str(folder.parent))
-        importlib.invalidate_caches()
-        try:
-            assert module.answer() == 3
-        finally:
-            sys.path.remove(str(folder.parent))
-
-    def test_come_from_the_file_where_it_holds_them(self, package):
-        folder = package(
-            {
-                "pipeline": "from .extra import VALUE\n\n\ndef answer():\n    from .extra import VALUE, _hidden\n\n"
-                "    return VALUE + _hidden()\n",
-                "extra": "VALUE = 3\n\n\ndef _hidden():\n    return 4\n",
-            }
-        )
-        assert run(bundle_source(folder)).answer() == 7
-
-    def test_those_for_type_checkers_are_left_out(self, package):
-        folder = package(
-            {
-                "pipeline": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n\n"
-                "from .low import f\n\nif TYPE_CHECKING:\n    from .absent import Thing\n\n\n"
-                "class Pipe:\n    def answer(self) -> Thing:\n        return f(self)\n",
-                "low": "from __future__ import annotations\nfrom typing import TYPE_CHECKING\n\n"
-                "if TYPE_CHECKING:\n    from .pipeline import Pipe\n\n\ndef f(pipe: Pipe):\n    return 1\n",
-            }
-        )
-        module = run(bundle_source(folder))
-        assert module.Pipe().answer() == 1
-        assert module.f.__annotations__ == {"pipe": "Pipe"}
-
-
-class TestComponents:
-    MODULES = {
-        "pipeline": "from .parts import Part\n\n\ndef make():\n    return Part()\n",
-        "parts": "class ModelMixin:\n    pass\n\n\nclass Part(ModelMixin):\n    pass\n",
+class TestText:
+    TEXTS = {
+        "quotes": 'a = """b"""\n\nc = ""\n',
+        "backslashes": "a = '\\\\n' \\\n    '\\\\'\n\\",
+        "no end of line": "a = 1",
+        "empty": "",
+        "braces": "a = f'{b}' {{ }}\n",
+        "other alphabets and breaks": "# λ 漢字 \x0c \x85 \u2028 |\n\n|\n",
     }
 
-    def test_the_file_stands_for_a_missing_module(self, package):
-        folder = package(self.MODULES)
-        module = run(bundle_source(folder))
-        assert sys.modules["smallpack.parts"] is module
-        assert module.Part.__module__ == "smallpack.parts"
-        newer = run(bundle_source(folder))
-        assert sys.modules["smallpack.parts"] is newer
+    def test_comes_back_as_it_was(self):
+        namespace = {}
+        exec(carry(self.TEXTS), namespace)
+        assert {path: strip_margin(text) for path, text in namespace["_FILES"].items()} == self.TEXTS
 
-    def test_an_installed_module_comes_first(self, package, monkeypatch):
-        folder = package(self.MODULES)
-        monkeypatch.syspath_prepend(folder.parent)
-        module = run(bundle_source(folder))
-        assert type(module.make()) is sys.modules["smallpack.parts"].Part
-        assert sys.modules["smallpack.parts"] is not module
+    def test_that_would_end_its_string_is_refused(self):
+        with pytest.raises(ValueError, match="'a.py'"):
+            carry({"a.py": "b = '''c'''\n"})
 
-    def test_a_component_file_takes_its_class_from_the_bundle(self, package):
-        folder = package(self.MODULES)
-        module = run(bundle_source(folder))
-        (source,) = component_sources(folder).values()
-        assert run(source).Part is module.Part
+    def test_is_read_by_nobody_as_imports_of_pipeline_py(self, tmp_path, capfd):
+        path = tmp_path / "pipeline.py"
+        path.write_text(bundle_source(), encoding="utf-8")
+        assert get_relative_imports(path) == []
+        check_imports(path)
+        assert "might require" not in capfd.readouterr().err
+
+    def test_same_every_time(self):
+        assert bundle_source() == bundle_source()
 
 
-class TestRefusals:
+class TestProvided:
+    def test_modules_import_each_other(self, sources):
+        provide("smallpack", sources, "carrying.py")
+        module = importlib.import_module("smallpack.pipeline")
+        assert module.answer() == 41
+        assert importlib.import_module("smallpack").answer is module.answer
+        assert module.__spec__.parent == "smallpack" and sys.modules["smallpack.room"].__path__
+        with pytest.raises(ModuleNotFoundError, match=r"smallpack\.unused"):
+            importlib.import_module("smallpack.unused")
+
+    def test_source_is_shown_by_tracebacks_and_inspect(self, sources):
+        provide("smallpack", {**sources, "smallpack/low.py": "BASE = 'a'\n"}, "carrying.py")
+        module = importlib.import_module("smallpack.pipeline")
+        assert "return double() + ONE" in inspect.getsource(module.answer)
+        linecache.clearcache()
+        with pytest.raises(TypeError) as caught:
+            module.answer()
+        shown = "".join(traceback.format_exception(caught.value))
+        assert "carrying.py/smallpack/pipeline.py" in shown and "return double() + ONE" in shown
+
+    def test_data_beside_modules(self, sources):
+        provide("smallpack", {**sources, "smallpack/room/table.csv": "λ\n"}, "carrying.py")
+        assert pkgutil.get_data("smallpack.room", "table.csv") == "λ\n".encode()
+        with pytest.raises(FileNotFoundError, match="smallpack/none"):
+            pkgutil.get_data("smallpack", "none")
+
+    def test_an_installed_package_comes_first(self, small):
+        small(PARTS)
+        sources = module_sources("smallpack", ["pipeline"])
+        small.forget()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            provide("smallpack", {**sources, "smallpack/low.py": "BASE = 0\n"}, "carrying.py")
+        assert importlib.import_module("smallpack.pipeline").answer() == 41
+
+    def test_a_folder_of_that_name_is_no_package(self, sources, tmp_path, monkeypatch):
+        (tmp_path / "here" / "smallpack").mkdir(parents=True)
+        monkeypatch.syspath_prepend(tmp_path / "here")
+        assert importlib.import_module("smallpack").__file__ is None
+        provide("smallpack", sources, "carrying.py")
+        assert importlib.import_module("smallpack.pipeline").answer() == 41
+
+    def test_the_first_version_stays_and_a_second_is_told(self, sources):
+        second = {**sources, "smallpack/low.py": "BASE = 0\n"}
+        provide("smallpack", sources, "first.py")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            provide("smallpack", dict(sources), "same.py")
+        with pytest.warns(UserWarning, match=r"second\.py carries another version of smallpack .* first\.py"):
+            provide("smallpack", second, "second.py")
+        assert importlib.import_module("smallpack.pipeline").answer() == 41
+
+
+class TestOurs:
+    def test_a_pipeline_needs_no_commands_and_no_app(self):
+        paths = set(module_sources("anomalysd_pipeline", ["pipeline"]))
+        assert {f"anomalysd_pipeline/{name}.py" for name in ("__init__", "pipeline", "models/bank")} <= paths
+        rooms = {path.split("/")[1].removesuffix(".py") for path in paths}
+        assert not rooms & {"app", "cli", "detect", "evaluate", "evaluation", "inspection", "train", "training"}
+
+    def test_the_installed_package_is_used_where_it_is(self):
+        module = types.ModuleType("bundled_for_test")
+        module.__file__ = "pipeline.py"
+        exec(compile(bundle_source(), "pipeline.py", "exec"), module.__dict__)
+        assert module.AnomalySDPipeline is importlib.import_module("anomalysd_pipeline.pipeline").AnomalySDPipeline
+        assert "License: Apache-2.0" in module.__doc__ and "anomalysd-pipeline" in module.__doc__
+
     @pytest.mark.parametrize(
-        ("modules", "words"),
+        ("library", "name"), [("models.bank", "PrototypeBank"), ("scoring", "PerceptualDistance")]
+    )
+    def test_a_component_file_has_its_class(self, library, name):
+        namespace = {}
+        exec(component_source(f"anomalysd_pipeline.{library}", name), namespace)
+        module = importlib.import_module(f"anomalysd_pipeline.{library}")
+        assert namespace[name] is getattr(module, name)
+
+    @pytest.mark.parametrize(
+        ("library", "name"),
         [
-            ({"pipeline": "from .a import x\n", "a": "from .pipeline import y\nx = 1\n"}, "import each other"),
-            ({"pipeline": "from .a import *\n", "a": "x = 1\n"}, "no single object"),
-            ({"pipeline": "from . import a\n", "a": "x = 1\n"}, "no single object"),
-            ({"pipeline": "try:\n    from .a import x\nexcept ImportError:\n    x = 2\n", "a": "x = 1\n"}, "block"),
-            ({"pipeline": "from .a import x\n\n\ndef f():\n    return x\n", "a": "y = 1\n"}, "where there is none"),
+            ("diffusers", "AutoencoderKL"),
+            ("None", "None"),
+            ("anomalysd_pipeline.app.page", "Page"),
+            ('anomalysd_pipeline"); print("', "X"),
+            ("anomalysd_pipeline.models.bank", "X\nprint()"),
         ],
     )
-    def test_what_cannot_be_joined(self, package, modules, words):
-        with pytest.raises(ValueError, match=words):
-            bundle_source(package(modules))
+    def test_no_component_file_for_anything_else(self, library, name):
+        assert component_source(library, name) is None

@@ -14,11 +14,12 @@ from anomalysd_pipeline.hub.publishing import export
 
 from .conftest import make_tiny_pipeline
 
+pytestmark = pytest.mark.full
+
 LOADER = Path(__file__).with_name("load_published.py")
 NEEDED = ("accelerate", "diffusers>=0.42", "safetensors", "scipy", "timm", "torch", "torchvision", "transformers")
 
 
-@pytest.mark.slow
 def test_in_a_fresh_environment(nuts):
     pipe = make_tiny_pipeline()
     pipe.add_category("hex nut", nuts)
@@ -46,6 +47,6 @@ def test_in_a_fresh_environment(nuts):
         assert done.returncode == 0, done.stderr
         facts, found = json.loads(done.stdout.splitlines()[-1]), np.load(folder / "out.npz")
         expected = pipe(nuts[0], category="hex nut")
-        assert not facts["package"] and facts["labels"] == expected.pred_labels
+        assert not facts["installed"] and facts["labels"] == expected.pred_labels
         # The environment has the registry's newest libraries, which may round otherwise than those here.
         np.testing.assert_allclose(found["maps"], expected.anomaly_maps, rtol=1e-4, atol=1e-6)

@@ -318,12 +318,19 @@ class TestLoading:
         assert facts["labels"] == expected.pred_labels
         assert expected.pred_labels != [None]
 
-    @pytest.mark.parametrize("category", ["hex nut", "gear"])
+    @pytest.mark.parametrize("category", ["hex nut", pytest.param("gear", marks=pytest.mark.full)])
     def test_from_a_folder_without_the_package(self, pipe, exported, picture, tmp_path, category):
         facts, found = run_loader(tmp_path, str(exported), str(picture), category)
-        assert not facts["package"] and facts["module"].startswith("diffusers_modules.")
+        assert not facts["installed"]
         self.check(pipe, picture, category, facts, found)
 
+    @pytest.mark.full
+    def test_all_that_a_pipeline_does_without_the_package(self, exported, picture, tmp_path):
+        facts, _ = run_loader(tmp_path, str(exported), str(picture), "hex nut", "--all")
+        assert not facts["installed"]
+        assert (tmp_path / "published" / "README.md").is_file()
+
+    @pytest.mark.full
     def test_from_the_hub_without_the_package(self, hub, pipe, copy, picture, tmp_path):
         pipe_without = AnomalySDPipeline.from_pretrained(copy)
         pipe_without.remove_adaptation("gears")
@@ -331,9 +338,10 @@ class TestLoading:
         push_to_hub(pipe, "user/gears", adaptation="gears", token=hub.token)
         arguments = ("user/nuts", str(picture), "gear", "--adaptation", "user/gears")
         facts, found = run_loader(tmp_path, *arguments, hub=hub)
-        assert not facts["package"]
+        assert not facts["installed"]
         self.check(pipe, picture, "gear", facts, found)
 
+    @pytest.mark.full
     def test_from_the_hub_with_the_package(self, hub, pipe, copy, picture, tmp_path):
         push(copy, "user/nuts", token=hub.token)
         facts, found = run_loader(tmp_path, "user/nuts", str(picture), "hex nut", hub=hub, package=True)

@@ -83,5 +83,5 @@ def test_its_own_code_beside_the_installed_package(monkeypatch):
 def test_its_own_code_without_the_package(tmp_path):
     case = EXPECTED[-1]  # inspected with an adaptation
     facts, found = run_loader(tmp_path, str(PUBLISHED), str(SAVED / case["picture"]), case["category"])
-    assert not facts["package"] and facts["module"].startswith("diffusers_modules.")
+    assert not facts["installed"] and facts["module"].startswith("diffusers_modules.")
     check(case, found["scores"][0], facts["labels"][0], found["maps"][0])

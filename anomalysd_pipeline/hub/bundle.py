@@ -1,224 +1,137 @@
-"""One self-contained Python file made from this package's modules, for checkpoints that are loaded without it."""
+"""Write the pipeline.py of a published checkpoint, which carries the files of this package."""
 
 from __future__ import annotations
 
 import ast
-import re
-import sys
-from pathlib import Path
+import importlib.util
+import inspect
+from collections.abc import Iterable, Mapping
 
 from .. import __version__
-from .bundle_modules import Module, ModuleGraph
+from ..method.prompts import prompts_text
+from . import carried
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+PACKAGE = __name__.partition(".")[0]
+ENTRIES = ("pipeline", "adapters", "prototypes", "scoring")
+"""The pipeline, and the old names of components that checkpoints list."""
 
-_HEADER = '''\
-"""{package} in one file, for diffusers to load where that package is not installed:
+QUOTES = 3 * "'"
+MARGIN = "|"
+"""In front of each carried line: diffusers searches the lines of pipeline.py for imports, strings included, and asks
+for the files and packages that they name."""
+
+_HEADER = """\
+{package} {version} in one file, for diffusers to load where that package is not installed:
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 
 Where it is installed, `AnomalySDPipeline.from_pretrained(folder)` does the same and runs no code from the folder.
 
-These are modules of anomalysd-pipeline {version}, joined by its module `bundle`: change them rather than this file.
-Needs diffusers 0.42 or newer. Imports {imports}.
+First comes a loader of some {lines} lines. Then come the files of anomalysd-pipeline that the pipeline needs, word for
+word, with "|" in front of each line. At the end the pipeline is imported: from the package if it is installed, else
+from these files. Written by `{package}.hub.bundle`: change the package rather than this file.
+Needs diffusers 0.42 or newer; README.md says what else to install.
 License: Apache-2.0.
 """
-'''
-
-_LAZY = '''\
-def _from_package(module):
-    """A module of the package that this file does not hold."""
-    try:
-        return importlib.import_module(f"{package}.{{module}}".rstrip("."))
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "{package}":
-            raise
-        raise ImportError(
-            "This needs more than the published pipeline.py holds: install the package anomalysd-pipeline and load "
-            "with `AnomalySDPipeline.from_pretrained`."
-        ) from error
-'''
 
 _FOOTER = """\
-# model_index.json lists these components under the modules of the package. Where it is not installed, this file stands
-# for those modules; where it is, the components are its own, so that there is one class of each.
-_COMPONENTS = {{
-{components}
-}}
-for _name, _classes in _COMPONENTS.items():
-    try:
-        _module = importlib.import_module(_name)
-    except ModuleNotFoundError:
-        _module = None
-    if _module is None or _module.__name__ != _name:
-        sys.modules[_name] = sys.modules[__name__]
-        for _class in _classes:
-            _class.__module__ = _name
-    else:
-        globals().update({{_class.__name__: getattr(_module, _class.__name__) for _class in _classes}})
+provide("{package}", {{path: strip_margin(text) for path, text in _FILES.items()}}, __file__)
+AnomalySDPipeline = importlib.import_module("{package}.pipeline").AnomalySDPipeline
 """
 
-_COMPONENT = '''\
-"""Components of this checkpoint. Their code is in pipeline.py, which diffusers runs first."""
+_COMPONENT = """\
+# The class of this component, from the package if it is installed, else from pipeline.py, which diffusers runs first.
 
-import sys
+import importlib
 
-_module = sys.modules["{module}"]
-{names}
-'''
+{name} = importlib.import_module("{library}").{name}
+"""
 
 
-def bundle_source(package: Path = _PACKAGE, entry: str = "pipeline") -> str:
-    """Joins a module and all it imports from its package, at the top of its modules, into the source of one file.
+def bundle_source() -> str:
+    """Writes one file from which `AnomalySDPipeline` can be imported, with this package or without it.
 
-    Comments and formatting stay. Names that two modules use for different things are told apart by the module's name.
-    Modules that are imported inside functions alone are left out: there the file asks for the installed package. Where
-    the package is missing, the file takes the place of the modules whose classes model_index.json lists.
-
-    Args:
-        package: folder of the package.
-        entry: the module to start from.
+    It carries every module that the pipeline imports, inside functions too: it inspects, adapts and publishes. The
+    commands, the app, training from the command line and evaluation are not part of it.
 
     Returns:
         Python source, the same for the same modules.
+    """
+    modules = module_sources(PACKAGE, ENTRIES)
+    data = {f"{PACKAGE}/prompts.json": prompts_text()}
+    loader = inspect.getsource(carried)
+    loader = "".join(loader.splitlines(keepends=True)[ast.parse(loader).body[0].end_lineno :]).strip()
+    header = _HEADER.format(package=PACKAGE, version=__version__, lines=round(loader.count("\n"), -1))
+    footer = _FOOTER.format(package=PACKAGE)
+    return f'"""{header}"""\n\n{loader}\n\n\n{carry({**modules, **data})}\n\n{footer}'
+
+
+def component_source(library: str, name: str) -> str | None:
+    """Writes the file that diffusers wants a component's folder on the Hub to hold as "<library>.py".
+
+    Args:
+        library, name: module and class of the component, as model_index.json lists them.
+
+    Returns:
+        Python source; None for a class of another package.
+    """
+    carried_here = f"{library.replace('.', '/')}.py" in module_sources(PACKAGE, ENTRIES)
+    return _COMPONENT.format(library=library, name=name) if carried_here and name.isidentifier() else None
+
+
+def module_sources(package: str, entries: Iterable[str]) -> dict[str, str]:
+    """Collects modules and all they import from their package, at the top, inside functions or for type checkers.
+
+    Args:
+        package: name of a package that can be imported.
+        entries: names of its modules, relative to it, to start from.
+
+    Returns:
+        Path such as "package/room/module.py" to source, in alphabetical order.
 
     Raises:
-        ValueError: if modules import each other in a circle, or hold a construct that cannot be joined.
+        ModuleNotFoundError: if a module imports another that is not there.
     """
-    graph = ModuleGraph(Path(package), entry)
-    body = "\n\n".join(filter(None, (_Section(graph, module).text() for module in graph.modules.values())))
-    helpers = set()
-    if "_from_package(" in body:
-        helpers.add("importlib")
-        body = f"{_LAZY.format(package=graph.package.name)}\n\n{body}"
-    if graph.components():
-        helpers |= {"importlib", "sys"}
-        lines = [f'    "{module}": ({", ".join(names)},),' for module, names in graph.components().items()]
-        body = f"{body}\n\n{_FOOTER.format(components=chr(10).join(lines))}"
-    imported = ", ".join(sorted(_distributions(graph), key=str.lower)) or "nothing else"
-    header = _HEADER.format(package=graph.package.name, version=__version__, imports=imported)
-    return f"{header}\nfrom __future__ import annotations\n\n{_imports(graph, helpers)}\n\n\n{body}"
+    found: dict[str, str] = {}
+    names = [f"{package}.{entry}" for entry in entries]
+    seen = set()
+    while names:
+        name = names.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        source = spec.loader.get_source(name)
+        is_package = spec.submodule_search_locations is not None
+        found[f"{name.replace('.', '/')}{'/__init__' if is_package else ''}.py"] = source
+        names += [name.rpartition(".")[0]] if "." in name else []
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                relative = f"{'.' * node.level}{node.module or ''}"
+                where = importlib.util.resolve_name(relative, name if is_package else name.rpartition(".")[0])
+                # `from . import a` names a module, or an object of the package.
+                inner = [f"{where}.{alias.name}" for alias in node.names]
+                names += [where, *(module for module in inner if _is_module(where, module))]
+    return dict(sorted(found.items()))
 
 
-def component_sources(package: Path = _PACKAGE, entry: str = "pipeline") -> dict[str, str]:
-    """For each module with components, "package.module", the source of a file that takes them from the bundle.
+def _is_module(package: str, name: str) -> bool:
+    spec = importlib.util.find_spec(package)
+    is_package = spec is not None and spec.submodule_search_locations is not None
+    return is_package and importlib.util.find_spec(name) is not None
 
-    On the Hub, diffusers wants the code of a component to lie in the component's folder.
+
+def carry(files: Mapping[str, str]) -> str:
+    """Writes files as a dictionary of raw strings, a margin in front of each line.
+
+    Raises:
+        ValueError: for a text that holds three single quotes in a row.
     """
-    return {
-        module: _COMPONENT.format(module=module, names="\n".join(f"{name} = _module.{name}" for name in names))
-        for module, names in ModuleGraph(Path(package), entry).components().items()
-    }
-
-
-def _distributions(graph: ModuleGraph) -> set[str]:
-    """Top-level names of all that is imported anywhere, inside functions too, but for the standard library."""
-    found = set()
-    for module in graph.modules.values():
-        for node in ast.walk(module.tree):
-            if isinstance(node, ast.Import):
-                found |= {alias.name.split(".")[0] for alias in node.names}
-            elif isinstance(node, ast.ImportFrom) and not node.level:
-                found.add(node.module.split(".")[0])
-    return found - set(sys.stdlib_module_names)
-
-
-def _imports(graph: ModuleGraph, helpers: set[str]) -> str:
-    """The imports of all modules, the standard library's first; `helpers`: modules that the added parts use."""
-    plain = {(helper, f"import {helper}") for helper in helpers}
-    parts: dict[str, set[str]] = {}
-    for module in graph.modules.values():
-        for entity in module.external.values():
-            name = graph.names[entity]
-            dotted = [d for d in module.dotted if d.split(".")[0] == entity.where]
-            if entity.attribute is not None:
-                suffix = "" if name == entity.attribute else f" as {name}"
-                parts.setdefault(entity.where, set()).add(f"{entity.attribute}{suffix}")
-            elif name == entity.where:
-                plain |= {(d, f"import {d}") for d in dotted}
-            elif any(d != entity.where for d in dotted):
-                raise module.refuse(f"has `import {max(dotted)}`, a name that another module uses")
-            else:
-                plain.add((entity.where, f"import {entity.where} as {name}"))
-    lines = sorted(plain) + sorted((m, f"from {m} import {', '.join(sorted(p))}") for m, p in parts.items())
-    groups = [
-        [line for where, line in lines if (where.split(".")[0] in sys.stdlib_module_names) == standard]
-        for standard in (True, False)
-    ]
-    return "\n\n".join("\n".join(group) for group in groups if group)
-
-
-class _Section:
-    """The source of one module with its imports cut out and its names replaced; comments and formatting stay."""
-
-    def __init__(self, graph: ModuleGraph, module: Module):
-        self.graph, self.module = graph, module
-        self.starts = [0]
-        for line in module.source.splitlines(keepends=True):
-            self.starts.append(self.starts[-1] + len(line))
-
-    def text(self) -> str:
-        """Empty if nothing is left of the module."""
-        removals = [(self.starts[s.lineno - 1], self.starts[s.end_lineno], "") for s in self.module.removed]
-        source = self.module.source
-        for start, end, text in sorted([*removals, *self._renames(), *self._lazy_imports()], reverse=True):
-            source = source[:start] + text.encode() + source[end:]
-        code = re.sub(r"\n{4,}", "\n\n\n", source.decode()).strip()
-        if not code:
-            return ""
-        title = f"{self.graph.package.name}/{self.module.path.relative_to(self.graph.package).as_posix()}"
-        comment = [title, "-" * len(title), *self.module.comment.splitlines()]
-        return "\n".join([*(f"# {line}".rstrip() for line in comment), "", code, ""])
-
-    def _span(self, node: ast.AST) -> tuple[int, int]:
-        """Where a node starts and ends, in bytes."""
-        start = self.starts[node.lineno - 1] + node.col_offset
-        return start, self.starts[node.end_lineno - 1] + node.end_col_offset
-
-    def _renames(self) -> list[tuple[int, int, str]]:
-        edits, texts = [], {}
-        renamed: dict[str, str] = {}
-        positioned = set()
-        for occurrence in self.module.occurrences:
-            new = self.graph.names[self.graph.entity(self.module, occurrence.name)]
-            if new == occurrence.name:
-                continue
-            renamed[occurrence.name] = new
-            start, end = self._span(occurrence.node)
-            if occurrence.text is not None:
-                occurrence.node.id = new
-                texts[self._span(occurrence.text)] = occurrence.text
-                continue
-            if not isinstance(occurrence.node, ast.Name):  # a definition, whose name has no node of its own
-                start = re.compile(rb"(async\s+)?(def|class)\s+").match(self.module.source, start).end()
-                end = start + len(occurrence.name.encode())
-            if not isinstance(getattr(occurrence.node, "ctx", None), ast.Load):
-                positioned.add(occurrence.name)
-            edits.append((start, end, new))
-        lost = sorted((renamed.keys() & self.module.defined) - positioned)
-        if lost:
-            raise self.module.refuse(f"binds {lost[0]!r}, a name that another module uses, in an import or a handler")
-        for node in ast.walk(ast.Module(self.module.kept, [])):
-            if isinstance(node, ast.Global) and renamed.keys() & set(node.names):
-                edits.append((*self._span(node), f"global {', '.join(renamed.get(n, n) for n in node.names)}"))
-        return edits + [(*span, ast.unparse(text)) for span, text in texts.items()]
-
-    def _lazy_imports(self) -> list[tuple[int, int, str]]:
-        """Imports of our modules inside functions: from this file where they are in it, else from the package."""
-        edits = []
-        for node in ast.walk(ast.Module(self.module.kept, [])):
-            if not (isinstance(node, ast.ImportFrom) and node.level):
-                continue
-            where = self.graph.absolute(self.module.name, node)
-            lines = []
-            for alias in node.names:
-                local, whole = alias.asname or alias.name, f"{where}.{alias.name}".lstrip(".")
-                if self.graph.path(whole):
-                    lines.append(f'{local} = _from_package("{whole}")')
-                elif where and where in self.graph.modules:
-                    known = self.graph.names[self.graph.entity(self.graph.modules[where], alias.name)]
-                    lines += [] if known == local else [f"{local} = {known}"]
-                else:
-                    lines.append(f'{local} = _from_package("{where}").{alias.name}')
-            edits.append((*self._span(node), f"\n{' ' * node.col_offset}".join(lines or ["pass"])))
-        return edits
+    lines = ["_FILES = {"]
+    for path, text in files.items():
+        if QUOTES in text:
+            raise ValueError(f"`files` must not hold {QUOTES}, which ends a raw string, but '{path}' does.")
+        lines += [f'    "{path}": r{QUOTES}', *(f"{MARGIN}{line}" for line in text.split("\n")), f"{QUOTES},"]
+    return "\n".join([*lines, "}"])

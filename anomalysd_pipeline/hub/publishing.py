@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 from ..common.files import disk_errors, written_whole
-from .bundle import bundle_source, component_sources
+from .bundle import bundle_source, component_source
 from .model_card import PLACEHOLDER, hub_id, model_card
 
 INDEX, FACTS, CARD, CODE = "model_index.json", "adaptation.json", "README.md", "pipeline.py"
@@ -214,12 +214,11 @@ def _complete(
         return
     if not (folder / CODE).exists():
         _write(folder / CODE, bundle_source())
-    sources = component_sources()
     for name, entry in facts.items():
         # diffusers looks for a component's code on the Hub under this name.
-        code = folder / name / f"{entry[0]}.py" if isinstance(entry, list) else None
-        if code is not None and entry[0] in sources and not code.exists():
-            _write(code, sources[entry[0]])
+        source = component_source(str(entry[0]), str(entry[-1])) if isinstance(entry, list) else None
+        if source and not (code := folder / name / f"{entry[0]}.py").exists():
+            _write(code, source)
     for path in [folder / INDEX, *folder.glob("*/config.json"), *folder.glob("*/*_config.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
         paths = [key for key in ("_name_or_path", "name_or_path") if key in config and hub_id(config[key]) is None]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pkgutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def check_category(category: str) -> str:
             f"but {category!r} was given."
         )
     return category
+
+
+def prompts_text() -> str:
+    """Reads the text of `prompts.json`, which a wheel or a published pipeline.py ships inside the package."""
+    try:
+        return pkgutil.get_data(__name__.partition(".")[0], "prompts.json").decode()
+    except FileNotFoundError:  # a checkout, where it lies at the root
+        return Path(__file__).resolve().parents[2].joinpath("prompts.json").read_text(encoding="utf-8")
 
 
 def readable_name(category: str) -> str:
@@ -96,12 +105,7 @@ class PromptBook:
     @classmethod
     def default(cls) -> PromptBook:
         """Reads `prompts.json`: the MVTec-AD, VisA and synthetic categories, and the generic set."""
-        package = Path(__file__).resolve().parents[1]
-        # A wheel ships the file inside the package; in a checkout it lies at the repository root.
-        path = package / "prompts.json"
-        if not path.is_file():
-            path = package.parent / "prompts.json"
-        return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return cls.from_dict(json.loads(prompts_text()))
 
     @property
     def categories(self) -> tuple[str, ...]:
