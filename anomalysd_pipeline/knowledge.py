@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .adaptation.folder import StoredAdaptation
 from .method.prompts import PromptBook
 from .models.adapters import AdapterStore
 from .models.bank import PrototypeBank
@@ -155,6 +156,31 @@ class Knowledge:
         """
         self.adapters.add(name, state)
         self.adaptations[name] = dict(record)
+
+    def pack_adaptation(self, name: str) -> StoredAdaptation:
+        """Packs an adaptation and the parts that rest on it, for a folder."""
+        parts = {category: self.pack(category) for category in self.categories_of(name)}
+        prompts = self.prompts.to_dict()["categories"]
+        return StoredAdaptation(
+            name=name,
+            record=self.adaptations[name],
+            categories={category: part.record for category, part in parts.items()},
+            prompts={category: prompts[category] for category in parts},
+            banks={category: part.tensors for category, part in parts.items()},
+            state=self.adapters.state(name),
+        )
+
+    def unpack_adaptation(self, stored: StoredAdaptation) -> None:
+        """Takes in an adaptation and its parts, in place of those of the same names.
+
+        Raises:
+            ValueError: as `unpack`.
+        """
+        for category, record in stored.categories.items():
+            part = PackedPart({**record, "adaptation": stored.name}, stored.banks[category])
+            self.unpack(category, part, stored.prompts[category])
+        self.add_adaptation(stored.name, stored.record, stored.state)
+        self.drop_unused_adaptations()
 
     def drop_unused_adaptations(self) -> None:
         """Forgets adaptations on which no part rests."""

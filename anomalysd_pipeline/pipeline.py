@@ -17,13 +17,20 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from . import EMBEDDED
-from .adaptation.folder import adaptation_base_of, is_adaptation_folder, read_adaptation, write_adaptation
+from .adaptation.base import Base
+from .adaptation.folder import (
+    StoredAdaptation,
+    adaptation_base_of,
+    is_adaptation_folder,
+    read_adaptation,
+    write_adaptation,
+)
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.devices import autocast
 from .data.images import load_pictures
 from .data.tensors import resize, stack, to_pil, to_tensor
-from .knowledge import Knowledge, PackedPart
+from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate
 from .method.inpainting import decode, draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks, prototype_mask
@@ -32,7 +39,7 @@ from .method.prompts import PromptBook, average_embedding, check_category
 from .method.scoring import ScoreMaps, harmonic_mean, image_score
 from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
 from .method.workload import Workload
-from .models.adapters import AdapterStore, fingerprint, switch_adapter, take_out_adapters
+from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import COMPARED_PICTURES, fill_bank, held_out_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
@@ -692,7 +699,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
             )
         accelerator = in_memory_accelerator(self.device, chosen)
-        weights = fine_tune(self, shots, chosen, accelerator, prompts=prompts, callback=callback)
+        weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
         return weights
 
@@ -798,10 +805,21 @@ class AnomalySDPipeline(DiffusionPipeline):
         """Switches to the adaptation of a category; to the base for one that has none."""
         self.use_adaptation(self.config.categories.get(category, {}).get("adaptation"))
 
+    @property
+    def base(self) -> Base:
+        """The networks that adaptations rest on, with a copy of the prompts."""
+        names = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "extractor", "perceptual")
+        return Base(
+            **{name: getattr(self, name) for name in names},
+            prompts=self.prompt_book,
+            resolution=self.config.resolution,
+            vae_scale_factor=self.vae_scale_factor,
+            name_or_path=self.name_or_path,
+        )
+
     def adaptation_base(self) -> dict:
-        """What an adaptation must find again: a few weights of each network that it rests on."""
-        names = ("unet", "vae", "extractor", "perceptual")
-        return fingerprint({name: self.components[name] for name in names})
+        """A few weights of each network, by which an adaptation finds its base again."""
+        return self.base.fingerprint()
 
     # Loading and saving
 
@@ -895,7 +913,12 @@ class AnomalySDPipeline(DiffusionPipeline):
                 )
             adaptation = self.adaptations[0]
         self._check_adaptation(adaptation)
-        write_adaptation(self, adaptation, self.knowledge.categories_of(adaptation), Path(save_directory))
+        write_adaptation(self.knowledge.pack_adaptation(adaptation), self.base, Path(save_directory))
+
+    def read_adaptation(self, pretrained_adaptation_name_or_path, **hub) -> StoredAdaptation:
+        """Reads an adaptation and checks that it fits, without taking it in; arguments and errors are those of
+        `load_adaptation`."""
+        return read_adaptation(pretrained_adaptation_name_or_path, self.base, self.settings, **hub)
 
     def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
         """Takes in an adaptation that `save_adaptation` wrote, from a folder or from the Hub; all or nothing.
@@ -912,7 +935,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             ValueError: if it is missing, damaged or made for another base, or its categories are registered already,
                 or others rest on an adaptation of its name.
         """
-        found = read_adaptation(pretrained_adaptation_name_or_path, self, **hub)
+        found = self.read_adaptation(pretrained_adaptation_name_or_path, **hub)
         registered = [category for category in found.categories if category in self.config.categories]
         if registered and not overwrite:
             raise ValueError(
@@ -927,11 +950,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
         with self._undone_on_error():
             known = self.knowledge
-            for category, record in found.categories.items():
-                part = PackedPart({**record, "adaptation": found.name}, found.banks[category])
-                known.unpack(category, part, found.prompts[category])
-            known.add_adaptation(found.name, found.record, found.state)
-            known.drop_unused_adaptations()
+            known.unpack_adaptation(found)
             self.knowledge = known
         return list(found.categories)
 

@@ -24,7 +24,7 @@ def steps_of(pipe, pictures, method: str, steps: int) -> None:
 
     settings = pipe.adaptation_settings(method=method, steps=steps, decoder_steps=steps)
     weights = fine_tune(
-        pipe, {"gear": pictures}, settings, in_memory_accelerator(pipe.device, settings), callback=note
+        pipe.base, {"gear": pictures}, settings, in_memory_accelerator(pipe.device, settings), callback=note
     )
     cells = []
     for stage, times in moments.items():

@@ -111,7 +111,7 @@ def child(pipe, folder: Path, pipe_end: int, decoder: bool, watched: int | None,
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     os.write(pipe_end, BEGIN)
     weights = adaptation.fine_tune(
-        pipe,
+        pipe.base,
         {"hex_nut": normal_images("hex_nut", 3, seed=5, size=64)},
         settings,
         accelerator,

@@ -153,7 +153,7 @@ class TestRepaintingLoss:
 
 class TestStageLosses:
     def stages(self, pipe, nuts, **given):
-        stages = make_stages(pipe, {"hex_nut": nuts}, tiny_settings(**given), torch.device("cpu"))
+        stages = make_stages(pipe.base, {"hex_nut": nuts}, tiny_settings(**given), torch.device("cpu"))
         samples = [stages[0].dataset[number] for number in range(3)]
         return stages, {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 

@@ -33,7 +33,7 @@ def reset_accelerate() -> None:
 def train(pipe, shots, settings: AdaptationSettings, **options):
     """`fine_tune` with an accelerator of its own."""
     with own_accelerator(settings.gradient_accumulation_steps) as accelerator:
-        return fine_tune(pipe, shots, settings, accelerator, **options)
+        return fine_tune(pipe.base, shots, settings, accelerator, **options)
 
 
 def assert_bit_equal(actual, expected) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +21,9 @@ from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
 from ..models.adapters import PARTS, check_fits, same_fingerprint
 from ..models.bank import PACKED_BESIDE
+from .base import EMBEDDED_NAME, Base
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
-EMBEDDED_NAME = "embedded"
 _FORMAT = 2
 _BANKS = ("bank", "colors", "views")
 _KEYS = {
@@ -53,7 +55,6 @@ class StoredAdaptation:
     """What a folder holds.
 
     name: of the adaptation.
-    base_model: the Hub id of its base, "embedded", or the name of a folder.
     record: settings of its fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
@@ -62,20 +63,11 @@ class StoredAdaptation:
     """
 
     name: str
-    base_model: str
     record: dict
     categories: dict[str, dict]
     prompts: dict[str, dict]
     banks: dict[str, dict[str, Tensor]]
     state: dict[str, dict[str, Tensor]]
-
-
-def base_name(pipe) -> str:
-    """How an adaptation names its base: a Hub id, "embedded", or the bare name of a folder."""
-    name = str(pipe.name_or_path or "")
-    if name == EMBEDDED:
-        return EMBEDDED_NAME
-    return Path(name).name if os.path.isdir(name) else name
 
 
 def is_adaptation_folder(path) -> bool:
@@ -106,8 +98,8 @@ def adaptation_base_of(folder) -> tuple[str, int]:
     return name, resolution
 
 
-def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> None:
-    """Writes a pipeline's adaptation; what was in the folder before is replaced when the new one is complete.
+def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None:
+    """Writes an adaptation; what was in the folder before is replaced when the new one is complete.
 
     Raises:
         ValueError: if the folder holds something else than an adaptation, or cannot be written.
@@ -119,32 +111,34 @@ def write_adaptation(pipe, name: str, categories: list[str], folder: Path) -> No
     facts = {
         "format": _FORMAT,
         "version": __version__,
-        "name": name,
-        "base_model": base_name(pipe),
-        "base_fingerprint": pipe.adaptation_base(),
-        "resolution": pipe.config.resolution,
-        "record": pipe.config.adaptations[name],
-        "categories": {category: pipe.config.categories[category] for category in categories},
-        "prompts": {category: pipe.config.prompts["categories"][category] for category in categories},
+        "name": stored.name,
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint(),
+        "resolution": base.resolution,
+        "record": stored.record,
+        "categories": stored.categories,
+        "prompts": stored.prompts,
     }
     tensors = {
-        f"{part}.{key}": value.half().contiguous()
-        for part, own in pipe.adapters.state(name).items()
-        for key, value in own.items()
+        f"{part}.{key}": value.half().contiguous() for part, own in stored.state.items() for key, value in own.items()
     }
     # By number: a category may have any name.
     tensors |= {
         f"{kind}.{index}": tensor.contiguous()
-        for index, category in enumerate(categories)
-        for kind, tensor in pipe.bank.packed(category).items()
+        for index, category in enumerate(stored.categories)
+        for kind, tensor in stored.banks[category].items()
     }
     with disk_errors("save_directory", folder), written_whole(folder) as partial:
         (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
         save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
 
 
-def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
-    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a pipeline.
+def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) -> StoredAdaptation:
+    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a base.
+
+    Args:
+        settings: called with the `noise_strength` of a part; raises ValueError for one that cannot be inspected with.
+        **hub: as of `huggingface_hub.snapshot_download`.
 
     Raises:
         ValueError: if it is missing, damaged, of a later format, or made for another base.
@@ -155,9 +149,9 @@ def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
         later = facts["format"] > _FORMAT
         if not later:
             stored = _parse(facts, load_file(folder / WEIGHTS))
-            fits = same_fingerprint(pipe.adaptation_base(), facts["base_fingerprint"])
+            fits = same_fingerprint(base.fingerprint(), facts["base_fingerprint"])
             if fits:
-                _check_fits(stored, pipe)
+                _check_fits(stored, base, settings)
     # All that wrong types and values lead to; a deep nesting ends in RecursionError.
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
@@ -169,16 +163,16 @@ def read_adaptation(source, pipe, **hub) -> StoredAdaptation:
             f"`pretrained_adaptation_name_or_path` '{source}' was written by a later version "
             f"({str(facts.get('version'))[:20]}); update the package anomalysd-pipeline."
         )
-    if facts["resolution"] != pipe.config.resolution:
+    if facts["resolution"] != base.resolution:
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' was made for pictures of {facts['resolution']} pixels, "
-            f"and this pipeline inspects at {pipe.config.resolution}; load its base with "
+            f"and this pipeline inspects at {base.resolution}; load its base with "
             f"`resolution={facts['resolution']}`."
         )
     if not fits:
         raise ValueError(
-            f"`pretrained_adaptation_name_or_path` '{source}' was made for the base {stored.base_model!r}, and this "
-            "pipeline has other weights; load it into a pipeline of that base."
+            f"`pretrained_adaptation_name_or_path` '{source}' was made for the base {str(facts['base_model'])!r}, and "
+            "this pipeline has other weights; load it into a pipeline of that base."
         )
     return stored
 
@@ -191,7 +185,6 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
     categories = facts["categories"]
     stored = StoredAdaptation(
         name=check_category(facts["name"]),
-        base_model=str(facts["base_model"]),
         record={"settings": dict(facts["record"]["settings"])},
         categories={check_category(category): _check_record(record) for category, record in categories.items()},
         prompts={category: dict(facts["prompts"][category]) for category in categories},
@@ -237,18 +230,18 @@ def _check_record(record: dict) -> dict:
     return record
 
 
-def _check_fits(stored: StoredAdaptation, pipe) -> None:
+def _check_fits(stored: StoredAdaptation, base: Base, settings: Callable[..., object]) -> None:
     for part, own in stored.state.items():
-        check_fits({"denoiser": pipe.unet, "decoder": pipe.vae}[part], own)
-    book = pipe.prompt_book
-    channels = sum(pipe.extractor.channels)
+        check_fits({"denoiser": base.unet, "decoder": base.vae}[part], own)
+    book = copy.deepcopy(base.prompts)
+    channels = sum(base.extractor.channels)
     columns = {"bank": channels + PACKED_BESIDE, "views": channels + 1}
-    if pipe.extractor.color_channels:
-        columns["colors"] = pipe.extractor.color_channels + PACKED_BESIDE
+    if base.extractor.color_channels:
+        columns["colors"] = base.extractor.color_channels + PACKED_BESIDE
     for category, banks in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:
-            pipe.settings(noise_strength=stored.categories[category]["noise_strength"])
+            settings(noise_strength=stored.categories[category]["noise_strength"])
         if "bank" not in banks or banks.keys() - columns.keys():
             raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(columns)}")
         for kind, bank in banks.items():

@@ -6,6 +6,7 @@ pipeline: copies are trained, and what they learned is returned.
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..common.devices import resolve_precision
+from .base import Base
 from .checkpoints import check_checkpoint, checkpoint_step, find_checkpoints, save_checkpoint
 from .samples import FewShotDataset, GlobalBatches
 from .settings import AdaptationSettings
@@ -66,7 +68,7 @@ class AdaptedWeights:
 
 
 def fine_tune(
-    pipe,
+    base: Base,
     shots: Mapping[str, Sequence[Image.Image]],
     settings: AdaptationSettings,
     accelerator: Accelerator,
@@ -82,7 +84,7 @@ def fine_tune(
     """Trains copies of the pipeline's denoiser and decoder on a few normal pictures of one category or several.
 
     Args:
-        pipe: an `AnomalySDPipeline` on the accelerator's device; it is left as it is.
+        base: networks on the accelerator's device; they are left as they are.
         shots: category to its normal pictures, RGB.
         settings: see `AdaptationSettings`.
         accelerator: says how many processes there are and in which precision they compute; created with
@@ -100,7 +102,7 @@ def fine_tune(
     Raises:
         ValueError: for settings that do not fit the pipeline, or a disk that cannot be written.
     """
-    stages = make_stages(pipe, shots, settings, accelerator.device, prompts)
+    stages = make_stages(base, shots, settings, accelerator.device, prompts)
     totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
     if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
         for stage in stages:  # a rate that falls towards the end depends on where the end is
@@ -168,24 +170,24 @@ class _Clock:
 
 
 def make_stages(
-    pipe,
+    base: Base,
     shots: Mapping[str, Sequence[Image.Image]],
     settings: AdaptationSettings,
     device,
     prompts: Mapping[str, object] | None = None,
 ) -> list[Stage]:
     """The parts of the pipeline that `settings` asks to train, as stages in the order in which they are trained."""
-    book = pipe.prompt_book
+    book = copy.deepcopy(base.prompts)
     for category in shots:
         book.add(category, (prompts or {}).get(category))
     texts = {category: book.prompts(category, settings.prompt_design) for category in shots}
-    side, factor = pipe.config.resolution, pipe.vae_scale_factor
+    side, factor = base.resolution, base.vae_scale_factor
     dataset = FewShotDataset(
         shots,
         texts,
         side,
-        (pipe.vae.config.latent_channels, side // factor, side // factor),
-        pipe.scheduler.config.num_train_timesteps,
+        (base.vae.config.latent_channels, side // factor, side // factor),
+        base.scheduler.config.num_train_timesteps,
         settings.seed,
         settings.mask_design,
         settings.noise_range,
@@ -193,12 +195,12 @@ def make_stages(
         settings.defect_share,
     )
     stages: list[Stage] = []
-    unet = frozen_copy(pipe.unet)
+    unet = frozen_copy(base.unet)
     if settings.train_denoiser:
-        stages.append(DenoiserStage(pipe, dataset, settings, device))
+        stages.append(DenoiserStage(base, dataset, settings, device))
         unet = stages[0].module
     if settings.train_decoder:
-        stages.append(DecoderStage(pipe, dataset, settings, device, unet))
+        stages.append(DecoderStage(base, dataset, settings, device, unet))
     return stages
 
 

@@ -12,27 +12,34 @@ from torch import nn
 from ..data.tensors import to_pil, to_tensor
 from ..method.inpainting import draw_noise, encode, repaint
 from ..method.prompts import average_embedding
+from ..method.settings import InspectionSettings
+from .base import Base
 from .stages import Stage
 
 
 def validation_pictures(
-    pipe, stage: Stage, module: nn.Module, image: Image.Image, category: str | None, texts: list[str]
+    base: Base,
+    stage: Stage,
+    module: nn.Module,
+    image: Image.Image,
+    settings: InspectionSettings,
+    texts: list[str],
 ) -> list[Image.Image]:
     """A normal picture as it is, with its middle masked, and repainted as in an inspection.
 
     Args:
-        pipe: the `AnomalySDPipeline` that is fine-tuned.
+        base: the networks that do not train.
         stage: whose `module` is in training, see `Stage.evaluation`.
         module: unwrapped; the denoiser, or the decoder of the autoencoder.
         image: RGB.
-        category: whose settings of an inspection hold; None: those of the pipeline.
+        settings: those of an inspection of the part.
         texts: its prompts.
 
     Returns:
         Three pictures of the pipeline's resolution.
     """
-    unet, vae = (module, pipe.vae) if stage.name == "denoiser" else (stage.unet, _with_decoder(pipe.vae, module))
-    side, settings = pipe.config.resolution, pipe.settings(category=category)
+    unet, vae = (module, base.vae) if stage.name == "denoiser" else (stage.unet, _with_decoder(base.vae, module))
+    side = base.resolution
     x = to_tensor(image, side)[None].to(next(module.parameters()).device)  # [1, 3, R, R]
     mask = torch.zeros_like(x[:, :1])  # [1, 1, R, R]
     mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
@@ -40,12 +47,12 @@ def validation_pictures(
     repainted = repaint(
         unet,
         vae,
-        copy.deepcopy(pipe.scheduler),  # the one in training keeps its own steps
+        copy.deepcopy(base.scheduler),  # the one in training keeps its own steps
         x,
         latents,
         mask,
         draw_noise(latents.shape, None, x.device, latents.dtype),
-        average_embedding(texts, pipe.tokenizer, pipe.text_encoder),
+        average_embedding(texts, base.tokenizer, base.text_encoder),
         noise_strength=settings.noise_strength,
         num_inference_steps=settings.num_inference_steps,
     )

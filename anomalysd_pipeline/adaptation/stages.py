@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..method.inpainting import encode
 from ..method.prompts import encode_prompts
+from .base import Base
 from .losses import Decoder, clean_latents, decoder_loss, noisy_latents, repainting_loss
 from .samples import FewShotDataset
 from .settings import AdaptationSettings
@@ -43,12 +44,12 @@ class Stage(ABC):
     name: str
     module: nn.Module
 
-    def __init__(self, pipe, dataset: FewShotDataset, settings: AdaptationSettings):
+    def __init__(self, base: Base, dataset: FewShotDataset, settings: AdaptationSettings):
         self.dataset, self.settings = dataset, settings
-        self.vae, self.scheduler, self.perceptual = pipe.vae, pipe.scheduler, pipe.perceptual
+        self.vae, self.scheduler, self.perceptual = base.vae, base.scheduler, base.perceptual
         self.learning_rate = settings.learning_rate
-        base = json.dumps(pipe.adaptation_base(), sort_keys=True).encode()
-        self.facts: dict = {"pictures": dataset.fingerprint(), "base": hashlib.sha256(base).hexdigest()[:16]}
+        mark = json.dumps(base.fingerprint(), sort_keys=True).encode()
+        self.facts: dict = {"pictures": dataset.fingerprint(), "base": hashlib.sha256(mark).hexdigest()[:16]}
         self._average = None
 
     def steps(self, processes: int) -> int:
@@ -95,13 +96,13 @@ class DenoiserStage(Stage):
 
     name = "denoiser"
 
-    def __init__(self, pipe, dataset: FewShotDataset, settings: AdaptationSettings, device):
-        super().__init__(pipe, dataset, settings)
-        self.module = trainable_copy(pipe.unet, settings, settings.rank, list(settings.target_modules))
+    def __init__(self, base: Base, dataset: FewShotDataset, settings: AdaptationSettings, device):
+        super().__init__(base, dataset, settings)
+        self.module = trainable_copy(base.unet, settings, settings.rank, list(settings.target_modules))
         if settings.gradient_checkpointing:
             self.module.enable_gradient_checkpointing()
-        self.predict = Prediction(pipe, self.module, dataset, device)
-        self.decoder = Decoder(frozen_copy(pipe.vae))
+        self.predict = Prediction(base, self.module, dataset, device)
+        self.decoder = Decoder(frozen_copy(base.vae))
 
     def _length(self):
         return self.settings.steps, self.settings.epochs
@@ -122,17 +123,17 @@ class DecoderStage(Stage):
 
     name = "decoder"
 
-    def __init__(self, pipe, dataset: FewShotDataset, settings: AdaptationSettings, device, unet: nn.Module):
-        super().__init__(pipe, dataset, settings)
+    def __init__(self, base: Base, dataset: FewShotDataset, settings: AdaptationSettings, device, unet: nn.Module):
+        super().__init__(base, dataset, settings)
         ends = "|".join(re.escape(end) for end in settings.decoder_target_modules)
         # A pattern and not a list: the encoder's modules have the same endings.
-        vae = trainable_copy(pipe.vae, settings, settings.decoder_rank, rf"decoder\.(.*\.)?({ends})", part="decoder")
+        vae = trainable_copy(base.vae, settings, settings.decoder_rank, rf"decoder\.(.*\.)?({ends})", part="decoder")
         if settings.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
         self.dtype = next(vae.decoder.parameters()).dtype
         self.module = Decoder(vae)
         self.unet = unet
-        self.predict = Prediction(pipe, unet, dataset, device)
+        self.predict = Prediction(base, unet, dataset, device)
         self.learning_rate = settings.decoder_learning_rate or settings.learning_rate
 
     def _length(self):
@@ -154,18 +155,18 @@ class Prediction:
     """The denoiser's answer to a batch of samples, and what it shall be.
 
     Args:
-        pipe: the pipeline, for all that does not train.
+        base: all that does not train.
         unet: the denoiser, for its dtype.
         dataset: for the texts that samples refer to, and whether they show defects.
         device: where to compute.
     """
 
-    def __init__(self, pipe, unet: nn.Module, dataset: FewShotDataset, device):
-        self.vae, self.scheduler, self.dtype = pipe.vae, pipe.scheduler, unet.dtype
+    def __init__(self, base: Base, unet: nn.Module, dataset: FewShotDataset, device):
+        self.vae, self.scheduler, self.dtype = base.vae, base.scheduler, unet.dtype
         self.repairs = dataset.defect_share > 0
         prompts = dataset.prompts
         parts = [
-            encode_prompts(prompts[start : start + _PROMPTS_AT_ONCE], pipe.tokenizer, pipe.text_encoder)
+            encode_prompts(prompts[start : start + _PROMPTS_AT_ONCE], base.tokenizer, base.text_encoder)
             for start in range(0, len(prompts), _PROMPTS_AT_ONCE)
         ]
         self.prompt_embeds = torch.cat(parts).to(device, self.dtype)  # [P, L, d]

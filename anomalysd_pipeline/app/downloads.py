@@ -204,8 +204,6 @@ def load_adaptation_zip(
         ValueError: it is no such zip, holds other files, is too large, fits another base, or brings more parts than
             there is room for.
     """
-    from ..adaptation.folder import read_adaptation
-
     name = visible_name(Path(path).name if shown_name is None else shown_name)
     limits = session.limits
     if not os.path.isfile(path):
@@ -222,7 +220,7 @@ def load_adaptation_zip(
             for file, content in contents.items():
                 Path(folder, file).write_bytes(content)
             try:
-                _check_bounds(read_adaptation(folder, pipe), session, name)
+                _check_bounds(pipe.read_adaptation(folder), session, name)
                 brought = pipe.load_adaptation(folder, overwrite=overwrite)
             except ValueError as error:
                 # The folder is a place of the server, and the argument one of the Python function.

@@ -250,7 +250,7 @@ class _Teaching:
             self.tell(self.state)
 
         accelerator = in_memory_accelerator(pipe.device, settings)
-        weights = fine_tune(pipe, shots, settings, accelerator, prompts, callback=on_step, validate=validate)
+        weights = fine_tune(pipe.base, shots, settings, accelerator, prompts, callback=on_step, validate=validate)
         pipe.learn(shots, weights, name, prompts, calibrate=False)
 
     def _prompts(self) -> dict | None:
@@ -264,7 +264,9 @@ class _Teaching:
         book = self.pipe.prompt_book
         book.add(self.lesson.name, self.lesson.prompts)
         texts = book.prompts(self.lesson.name)
-        good, _, repainted = validation_pictures(self.pipe, stage, module, self.lesson.pictures[0], None, texts)
+        good, _, repainted = validation_pictures(
+            self.pipe.base, stage, module, self.lesson.pictures[0], self.pipe.settings(), texts
+        )
         side = self.pipe.config.resolution
         figure = Image.new("RGB", (2 * side + side // 16, side), "white")
         figure.paste(good, (0, 0))

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..adaptation.folder import base_name
 from ..data.tensors import resize, to_pil, to_tensor
 from ..method.prompts import readable_name
 from ..method.scoring import image_score, smooth, smoothing_sigma
@@ -154,7 +153,7 @@ class PlainInpaintingFloor(Detector):
         return {
             "detector": self.name,
             "features": "none: absolute color difference to the repainted picture",
-            "model": base_name(self.pipe),
+            "model": self.pipe.base.name,
             "resolution": self.pipe.config.resolution,
             "mask": "the whole picture",
             "prompt": self.prompt,

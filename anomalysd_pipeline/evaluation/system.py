@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..adaptation.folder import base_name
 from ..knowledge import PackedPart
 from .detector import Detector, Prediction, require_normals
 
@@ -52,7 +51,7 @@ class AnomalySDDetector(Detector):
     def describe(self) -> dict:
         pipe = self.pipe
         facts = {
-            "base": base_name(pipe),
+            "base": pipe.base.name,
             "weights": self._weights,
             "features": pipe.extractor.config.model_name,
             "model_resolution": pipe.config.resolution,

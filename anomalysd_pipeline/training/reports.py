@@ -117,7 +117,14 @@ class Reports:
         with stage.evaluation(), self.accelerator.autocast():
             module = self.accelerator.unwrap_model(stage.module)
             rows = [
-                validation_pictures(self.pipe, stage, module, images[0], category, self._texts(category))
+                validation_pictures(
+                    self.pipe.base,
+                    stage,
+                    module,
+                    images[0],
+                    self.pipe.settings(category=category),
+                    self._texts(category),
+                )
                 for category, images in self.shots.items()
             ]
         if not self.accelerator.is_main_process:

@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
     reports = Reports(accelerator, pipe, shots, settings, prompts, args.output_dir, facts, args.validation_steps)
     try:
         weights = fine_tune(
-            pipe,
+            pipe.base,
             shots,
             settings,
             accelerator,
