@@ -6,12 +6,13 @@ STAMP := $(VENV)/.installed
 TEST_STAMP := $(VENV)/.installed-for-tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app test lint format clean
+.PHONY: help install demo app test test-all lint format clean
 
 help:
 	@echo "make demo    inspect drawn parts, write demo/montage.png and demo/results.csv"
 	@echo "make app     start the app in the browser"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests that take minutes"
+	@echo "make test-all  run all tests, which take an hour"
 	@echo "make lint    check style and formatting"
 	@echo "make format  apply the formatting"
 	@echo "make clean   remove .venv and caches"
@@ -38,8 +39,14 @@ app: $(STAMP)
 	@$(RUN) app.py
 
 # A worker on each of up to four cores; the tests of one file share what they have made.
+PYTEST := $(RUN) -m pytest -q -n logical --maxprocesses 4
+
 test: $(TEST_STAMP)
-	@$(RUN) -m pytest -q -n logical --maxprocesses 4 --dist loadfile
+	@$(PYTEST) --dist loadfile -m "not full or canary"
+
+# The long tests too: every kill, process run, browser story, hostile request and training.
+test-all: $(TEST_STAMP)
+	@$(PYTEST) --dist loadfile --timeout 1800
 
 lint: $(TEST_STAMP)
 	@$(RUN) -m ruff check .

@@ -19,7 +19,7 @@ def make_tiny_pipeline(**kwargs):
     settings = {
         "resolution": RESOLUTION,
         "default_preset": "fast",
-        "preset_overrides": {"fast": {"num_inference_steps": 5}},
+        "preset_overrides": {"fast": {"num_inference_steps": 5, "mask_scales": [1, 2]}},
     }
     pipe = AnomalySDPipeline(**{**settings, **components})
     pipe.set_progress_bar_config(disable=True)

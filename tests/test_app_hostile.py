@@ -22,6 +22,8 @@ from .hostile_files import encoded, gif_header, picture, png_header, tiff_tags, 
 from .stranger import JSON, Refused, Stranger, joined
 from .tiny_adaptations import quick_pipeline
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("gradio")
 
 BOUNDS = {
@@ -109,6 +111,8 @@ class TestBombs:
         assert name in stranger.refusal("inspect", stranger.upload(name, content), "Any part", "fast")
         assert app.memory() - before < 200_000_000
 
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_of_a_zip(self, stranger, app):
         before = app.memory()
         bomb = ("bomb.png", b"\x89PNG\r\n\x1a\n" + bytes(50_000_000))
@@ -140,6 +144,8 @@ class TestZipEntries:
         assert rows[0]["error"] and not rows[1]["error"]
         assert not list(app.folder.rglob("*evil*")) and not list(app.folder.parent.glob("*evil*"))
 
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_of_an_adaptation(self, stranger, app):
         for entries in ([("../evil.json", "{}")], [("adaptation.json", "{}"), ("run.py", "x")], [("x.pt", "x")]):
             sentence = stranger.refusal("load_adaptation", stranger.upload("a.zip", zipped(*entries)))
@@ -148,6 +154,8 @@ class TestZipEntries:
 
 
 class TestTexts:
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_markup_in_a_files_name(self, stranger):
         name = f"{MARKUP}.png"
         sentence = stranger.refusal("inspect", stranger.upload(name, b"no picture"), "Any part", "fast")
@@ -187,6 +195,8 @@ class TestValues:
         given = [stranger.upload("a.png", encoded())] * count
         assert "`pictures`" in stranger.refusal("teach", "nut", given, "", "", "quick")
 
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_of_a_function(self, stranger, app):
         """Every function of the page, the private ones too, with everything that its arguments are not."""
         config = stranger.http.get("config").json()
@@ -251,6 +261,8 @@ class TestFilesOfTheServer:
         for secret in ("root:", "hf_secret", "from __future__", "Example Domain"):
             assert secret not in answer.text
 
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_without_an_owner_are_not_served(self, stranger, app):
         """A picture that an earlier process, or a visitor who is forgotten, left in the folder of uploads."""
         left = app.folder / "gradio" / "0123456789" / "left.png"
@@ -306,6 +318,8 @@ class TestFilesOfTheServer:
 
 
 class TestAnothersSession:
+    @pytest.mark.canary
+    @pytest.mark.timeout(180)  # starts the app
     def test_files(self, stranger, app):
         with Stranger(app) as owner:
             given = owner.upload("mine.png", encoded(picture(seed=9)))

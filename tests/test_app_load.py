@@ -12,6 +12,8 @@ from anomalysd_pipeline.synthetic import normal_images
 from .browser import PATIENCE, running_app
 from .tiny_adaptations import quick_pipeline
 
+pytestmark = pytest.mark.full
+
 gradio_client = pytest.importorskip("gradio_client")
 
 CLIENTS, INSPECTIONS = 20, 10

@@ -16,6 +16,8 @@ from anomalysd_pipeline.app import space
 
 from .tiny_adaptations import quick_pipeline
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).resolve().parents[1]
 
 STAND_IN = """
@@ -91,12 +93,14 @@ def test_results_are_those_of_a_machine_of_one_s_own(told):
     assert lent["stages"] == plain["stages"] and lent["stages"][-1] == "done"
 
 
+@pytest.mark.canary
 def test_the_time_that_is_asked_for_grows_with_the_work(told):
     inspection, quick, _, tuned, _ = told[1]["asked"]
     assert 0 < inspection < quick < tuned <= space.LONGEST
     assert all(isinstance(seconds, int) for seconds in told[1]["asked"])
 
 
+@pytest.mark.canary
 def test_elsewhere_a_function_is_left_as_it_is():
     def function():
         return 1

@@ -15,12 +15,15 @@ from scripts import benchmark_embedded
 from scripts.ablations import append, finished
 from scripts.evaluate_embedded import drawn, feature_map, judge
 
+pytestmark = pytest.mark.full
+
 
 def result(system, seed, category, image, pixel=0.5, pro=0.25):
     figures = {"image": str(image), "pixel": str(pixel), "pro": str(pro), "adapt_seconds": "1", "seconds": "1"}
     return {"system": system, "seed": str(seed), "category": category, **figures}
 
 
+@pytest.mark.canary
 def test_cells_are_mean_and_spread_over_seeds_and_the_mean_is_over_categories():
     results = [
         result("AnomalySD", seed, category, image, pixel="nan" if category == "b" else 0.5)
@@ -32,6 +35,7 @@ def test_cells_are_mean_and_spread_over_seeds_and_the_mean_is_over_categories():
     assert row[3] == "0.650 ± 0.050 / 0.500 ± 0.000 / 0.250 ± 0.000" and row[4] == "2 |"
 
 
+@pytest.mark.canary
 def test_pictures_without_masks_count_for_the_image_figure_alone():
     _, tests = drawn("ring", 1, 0, 3)
     rng = np.random.default_rng(0)

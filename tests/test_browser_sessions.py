@@ -10,6 +10,8 @@ from anomalysd_pipeline.synthetic import normal_images
 from .browser import PATIENCE, Visitor, open_browser
 from .tiny_adaptations import SHORT, quick_pipeline
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("gradio")
 
 LONG = {**SHORT, "steps": 600}
@@ -181,6 +183,8 @@ class TestLessons:
 
 
 class TestTwoAtOnce:
+    @pytest.mark.canary
+    @pytest.mark.timeout(300)  # starts the app and a browser
     def test_parts_results_and_files_do_not_mix(self, visitors, nuts, tmp_path):
         one, two = visitors(), visitors()
         one.teach("first", nuts[:2])

@@ -11,6 +11,8 @@ from .browser import Visitor, open_browser, running_app
 from .hub_server import HubServer
 from .tiny_adaptations import quick_pipeline
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("gradio")
 pytest.importorskip("authlib", reason="no sign-in: gradio's extra `oauth` is not installed")
 

@@ -12,6 +12,8 @@ from anomalysd_pipeline import synthetic
 
 from .browser import Visitor, open_browser, running_app
 
+pytestmark = pytest.mark.full
+
 pytest.importorskip("gradio")
 
 FAMILY, SEED, DEFECT = "capsule", 11, "contamination"

@@ -15,6 +15,8 @@ from anomalysd_pipeline import synthetic
 from anomalysd_pipeline.cli import main
 from anomalysd_pipeline.inspection.result import Inspection, write_table
 
+pytestmark = pytest.mark.timeout(120)  # starts Python anew for each command
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -142,6 +144,7 @@ class TestSynth:
 
 
 class TestDemo:
+    @pytest.mark.timeout(300)  # the embedded checkpoint learns a part and inspects eight pictures
     def test_writes_montage_and_table(self, tiny_pipeline_folder, tmp_path, capsys):
         arguments = ["--families", "ring", "--base", str(tiny_pipeline_folder), "--device", "cpu"]
         assert main(["demo", "--out", str(tmp_path / "demo"), *arguments]) == 0

@@ -7,6 +7,8 @@ import pytest
 from anomalysd_pipeline.evaluation.options import PEERS
 from scripts import compare, inference_ablations
 
+pytestmark = pytest.mark.full
+
 COMMON = ["--synthetic", "ring", "--limit", "1", "--shots", "1", "--seeds", "0"]
 TINY = ["--resolution", "64", "--mask_grouping", "grouped"]
 

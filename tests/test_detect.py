@@ -223,6 +223,7 @@ def told(parts, tmp_path_factory):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
+@pytest.mark.full
 class TestKilled:
     def test_every_resumed_run_gives_the_results_of_a_whole_one(self, told):
         for each in told:
@@ -278,6 +279,7 @@ def together(given, tmp_path_factory):
     return out, done.stdout
 
 
+@pytest.mark.timeout(300)  # starts two processes, twice
 class TestProcesses:
     def test_two_give_the_results_of_one(self, together, given, tmp_path):
         out, said = together

@@ -8,6 +8,8 @@ from torch import nn
 from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.evaluation.peers import make_detector
 
+pytestmark = pytest.mark.full
+
 
 class TestDRAEM:
     @pytest.fixture
@@ -69,13 +71,13 @@ class TestDRAEM:
         assert found[1].dtype == np.float32
         assert 0 < np.abs(found[0] - found[1]).max() < 0.05
 
-    @pytest.mark.slow
     def test_at_its_own_width(self, nuts, tested_nuts):
         pytest.importorskip("anomalib")
         peer = make_detector("draem", steps=2, batch_size=2, resolution=32)
         peer.fit("nut", nuts, seed=0)
         assert 0 < peer.predict("nut", tested_nuts[2]).score < 1
 
+    @pytest.mark.canary
     def test_bad_options(self, tmp_path):
         pytest.importorskip("anomalib")
         with pytest.raises(ValueError, match="`resolution` a multiple of 32"):

@@ -15,6 +15,8 @@ from anomalysd_pipeline.method.inpainting import decode, encode
 from anomalysd_pipeline.synthetic import normal_images, test_samples
 from scripts.recipe import DEFAULTS
 
+pytestmark = pytest.mark.timeout(240)  # the embedded checkpoint at its own size
+
 FOLDER = Path(EMBEDDED)
 
 
@@ -79,6 +81,7 @@ def test_its_facts_are_written_down():
     assert index["_class_name"] == "AnomalySDPipeline"
 
 
+@pytest.mark.full
 def test_a_short_adaptation_repaints_unseen_normal_pictures_closer():
     """What the loss on repainted pictures is for, on pictures of a product that were not trained on."""
     pipe = AnomalySDPipeline.from_pretrained()

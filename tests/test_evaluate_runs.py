@@ -19,7 +19,7 @@ from .tiny_evaluation import BRIEF, FLOOR
 
 ROOT = Path(__file__).resolve().parents[1]
 ALONE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")]
 
 
 def drive(command, timeout=1500):

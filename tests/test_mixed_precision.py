@@ -6,16 +6,16 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline.common.devices import autocast
-from anomalysd_pipeline.pipeline import AnomalySDPipeline
-from tests.tiny import RESOLUTION, tiny_components
+
+from .conftest import make_tiny_pipeline
+from .tiny import RESOLUTION
 
 PICTURES = np.random.default_rng(0).random((3, RESOLUTION, RESOLUTION, 3), dtype=np.float32)
 
 
 @pytest.fixture
 def pipe():
-    pipe = AnomalySDPipeline(**tiny_components(), resolution=RESOLUTION)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = make_tiny_pipeline()
     pipe.add_category("nut", list(PICTURES[:2]))
     return pipe
 

@@ -21,7 +21,9 @@ VARIANTS = {
 
 
 class TestGoingOn:
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize(
+        "variant", ["lora", *(pytest.param(v, marks=pytest.mark.full) for v in VARIANTS if v != "lora")]
+    )
     def test_equals_the_uninterrupted_run(self, tiny_pipeline, shots, variant, tmp_path):
         settings = tiny_settings(steps=5, decoder_steps=5, learning_rate=1e-3, **VARIANTS[variant])
         whole = train(tiny_pipeline, shots, settings)

@@ -15,6 +15,8 @@ from anomalysd_pipeline.models.bank import PrototypeBank
 
 from .test_publishing import run_loader
 
+pytestmark = pytest.mark.timeout(240)  # loads pipelines in new processes
+
 SAVED = Path(__file__).with_name("data") / "saved_before"
 PUBLISHED, ADAPTATION = SAVED / "published", SAVED / "adaptation"
 EXPECTED = json.loads((SAVED / "expected.json").read_text())

@@ -11,7 +11,7 @@ import pytest
 
 from .kill_driver import STEPS
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")
+pytestmark = [pytest.mark.full, pytest.mark.skipif(not hasattr(os, "fork"), reason="the driver forks")]
 
 
 def drive(work, *options):

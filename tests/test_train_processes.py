@@ -14,6 +14,8 @@ from anomalysd_pipeline import AnomalySDPipeline, train
 
 from .train_driver import FSDP
 
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]  # several processes on few cores
+
 ROOT = Path(__file__).resolve().parents[1]
 DRIVER = Path(__file__).with_name("train_driver.py")
 CONFIGS = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -49,15 +51,11 @@ def curve(out):
     return [(line["stage"], line["step"]) for line in lines], [line["loss"] for line in lines]
 
 
-@pytest.fixture(scope="module")
-def together(tiny_pipeline_folder, tmp_path_factory):
-    """Every run by two processes, over gloo; and what they said."""
-    folder = tmp_path_factory.mktemp("together")
-    runs = [
-        (name, arguments(tiny_pipeline_folder, folder / name, given), sharded)
-        for name, (given, sharded, _) in RUNS.items()
-    ]
-    runs.append(("averaged shards", arguments(tiny_pipeline_folder, folder / "refused", "--use_ema"), True))
+def by_two_processes(base, folder, names, refused=False):
+    """Runs by two processes, over gloo; returns what they said on stderr."""
+    runs = [(name, arguments(base, folder / name, RUNS[name][0]), RUNS[name][1]) for name in names]
+    if refused:
+        runs.append(("averaged shards", arguments(base, folder / "refused", "--use_ema"), True))
     (folder / "runs.json").write_text(json.dumps(runs))
     launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -70,7 +68,14 @@ def together(tiny_pipeline_folder, tmp_path_factory):
         timeout=600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    return folder, done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def together(tiny_pipeline_folder, tmp_path_factory):
+    """The folder of every run by two processes, and what they said."""
+    folder = tmp_path_factory.mktemp("together")
+    return folder, by_two_processes(tiny_pipeline_folder, folder, RUNS, refused=True)
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +90,14 @@ def alone(tiny_pipeline_folder, tmp_path_factory):
         return made[given]
 
     return run
+
+
+@pytest.mark.canary
+def test_two_processes_are_one(tiny_pipeline_folder, tmp_path, alone):
+    by_two_processes(tiny_pipeline_folder, tmp_path, ["lora"])
+    steps, losses = curve(tmp_path / "lora")
+    expected_steps, expected = curve(alone(RUNS["lora"][2]))
+    assert steps == expected_steps and losses == pytest.approx(expected, rel=1e-3)
 
 
 class TestTwoProcesses:
