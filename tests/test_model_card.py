@@ -7,7 +7,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from anomalysd_pipeline import EMBEDDED
-from anomalysd_pipeline.hub.model_card import model_card
+from anomalysd_pipeline.hub.bundle import bundle_source
+from anomalysd_pipeline.hub.carried import strip_margin
+from anomalysd_pipeline.hub.model_card import model_card, template_text
 
 SD = "stable-diffusion-v1-5/stable-diffusion-inpainting"
 CALIBRATION = {"threshold": 0.123456, "false_alarm_rate": 0.05, "pictures": 4, "held_out": True, "settings": {}}
@@ -159,6 +161,11 @@ class TestText:
         small = section(model_card(pipeline_facts(_name_or_path=EMBEDDED), "pipeline"), "Limits")
         assert "small model" in small
         assert "small model" not in section(model_card(pipeline_facts(_name_or_path=SD), "pipeline"), "Limits")
+
+    def test_a_published_pipeline_carries_the_template(self):
+        namespace = {"__file__": "pipeline.py"}
+        exec(bundle_source(), namespace)
+        assert strip_margin(namespace["_FILES"]["anomalysd_pipeline/hub/template.md"]) == template_text()
 
     def test_unknown_kind(self):
         with pytest.raises(ValueError, match="`kind`"):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from .. import __version__
 from ..method.prompts import prompts_text
 from . import carried
+from .model_card import template_text
 
 PACKAGE = __name__.partition(".")[0]
 ENTRIES = ("pipeline", "adapters", "prototypes", "scoring")
@@ -58,7 +59,7 @@ def bundle_source() -> str:
         Python source, the same for the same modules.
     """
     modules = module_sources(PACKAGE, ENTRIES)
-    data = {f"{PACKAGE}/prompts.json": prompts_text()}
+    data = {f"{PACKAGE}/prompts.json": prompts_text(), f"{PACKAGE}/hub/template.md": template_text()}
     loader = inspect.getsource(carried)
     loader = "".join(loader.splitlines(keepends=True)[ast.parse(loader).body[0].end_lineno :]).strip()
     header = _HEADER.format(package=PACKAGE, version=__version__, lines=round(loader.count("\n"), -1))
