@@ -1,4 +1,4 @@
-"""Loading the components of a published checkpoint with the installed classes instead of the code beside them."""
+"""Load the components of a published checkpoint by installed classes, not by the code beside them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _PACKAGE = "anomalysd_pipeline"
 
 
 def own_components(folder: str | os.PathLike, given: Mapping) -> dict[str, ModelMixin]:
-    """The components whose code a published folder holds for those who lack this package, loaded without that code.
+    """Loads components without running the code that their folders hold for people who lack this package.
 
-    diffusers would otherwise take the code, and ask for `trust_remote_code`.
+    diffusers would take that code, and ask for `trust_remote_code`.
 
     Args:
         folder: a checkpoint on disk.
-        given: the keyword arguments of `from_pretrained`; components among them are not loaded again, and `dtype` and
+        given: the keyword arguments of `from_pretrained`. Its components are not loaded again; its `dtype` and
             `variant` hold for the others.
 
     Returns:
-        Component to model, to be passed to `DiffusionPipeline.from_pretrained`; empty for a folder without such code.
+        Component to model, for `DiffusionPipeline.from_pretrained`; empty for a folder without such code.
     """
     index = json.loads(Path(folder, "model_index.json").read_text(encoding="utf-8"))
     dtype, variant = given.get("dtype", given.get("torch_dtype")), given.get("variant")
@@ -35,6 +35,7 @@ def own_components(folder: str | os.PathLike, given: Mapping) -> dict[str, Model
             continue
         part, (library, class_name) = Path(folder, name), entry
         try:
+            # An earlier version's folder names modules that nothing else imports.
             kind = getattr(importlib.import_module(library), class_name, None)
         except ModuleNotFoundError:
             continue
