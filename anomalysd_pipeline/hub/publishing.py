@@ -1,4 +1,4 @@
-"""From a pipeline or an adaptation to a folder that others can load, and from there to the Hub."""
+"""Write folders that others can load, and upload them to the Hub."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
@@ -20,14 +20,6 @@ INDEX, FACTS, CARD, CODE = "model_index.json", "adaptation.json", "README.md", "
 PICKLES = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 """Suffixes of files that can run code when they are loaded."""
 
-_HIDDEN = [".*", "*/.*"]
-_REASONS = {
-    401: "asks for a login: run `hf auth login`, or set HF_TOKEN to a token with write access",
-    403: "refuses this login: use a token with write access to it, or a name of your own",
-    404: "is not there and cannot be made: check the spelling of user and name",
-    429: "gets too many requests: wait some minutes and try again",
-}
-
 
 def export(
     pipe,
@@ -38,10 +30,10 @@ def export(
     license: str | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a folder that can be published as it is: weights as safetensors, `README.md`, and for a whole pipeline
-    the code that loads it without this package.
+    """Writes a folder that can be published as it is.
 
-    The folder appears when all of it is on disk; on an error nothing is left behind.
+    It holds weights as safetensors, `README.md`, and for a whole pipeline the code that loads it without this package.
+    It appears when all of it is on disk; on an error nothing is left behind.
 
     Args:
         pipe: an `AnomalySDPipeline`.
@@ -66,7 +58,8 @@ def export(
             pipe.save_pretrained(partial)
         else:
             pipe.save_adaptation(partial, adaptation)
-        _complete(partial, repo_id, figures, license)
+        for path, text in _completion(partial, repo_id, figures, license).items():
+            (partial / path).write_text(text, encoding="utf-8", newline="\n")
     return folder
 
 
@@ -81,8 +74,9 @@ def push(
 ) -> str:
     """Uploads a saved pipeline or adaptation to the Hub.
 
-    A folder that `export` has not made gets what it lacks: `README.md`, and for a pipeline the code that loads it
-    without this package; paths of this machine are taken out of its configurations. Hidden files stay behind.
+    To a folder that `export` has not made, the upload adds `README.md`, and for a pipeline the code that loads it
+    without this package. Paths of this machine are taken out of its configurations. Hidden files stay behind, and the
+    folder itself stays as it is.
 
     Args:
         folder: written by `export`, `pipe.save_pretrained` or `pipe.save_adaptation`.
@@ -107,20 +101,15 @@ def push(
         raise ValueError(
             f"`revision` must be left out with `create_pr`, which proposes a change of main, got {revision!r}."
         )
-    with disk_errors("folder", folder):
-        _complete(folder, repo_id)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files |= {path: text.encode() for path, text in _completion(folder, repo_id).items()}
+    visible = [path for path in files if not any(part.startswith(".") for part in path.split("/"))]
     message = commit_message or f"Upload an AnomalySD {kind} with anomalysd-pipeline"
     api = HfApi(token=token)
     try:
+        operations = [CommitOperationAdd(path, files[path]) for path in visible]
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            folder_path=folder,
-            repo_id=repo_id,
-            commit_message=message,
-            revision=revision,
-            create_pr=create_pr,
-            ignore_patterns=list(_HIDDEN),
-        )
+        commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     # A failed part of an upload comes as RuntimeError, with the answer of the Hub as its cause.
     except (HTTPError, OSError, RuntimeError) as error:
         raise ValueError(_explain(error, repo_id)) from error
@@ -141,7 +130,7 @@ def push_to_hub(
     commit_message: str | None = None,
     revision: str | None = None,
 ) -> str:
-    """`export` to a temporary folder, and `push`; arguments, URL and errors are theirs."""
+    """Calls `export` to a temporary folder, and `push`; arguments, URL and errors are theirs."""
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="anomalysd-") as parent:
         folder = export(pipe, Path(parent, "export"), adaptation, figures, repo_id, license)
@@ -163,7 +152,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _check_folder(folder: Path) -> str:
-    """What a folder holds, "pipeline" or "adaptation"."""
+    """Says whether a folder holds a "pipeline" or an "adaptation", and raises ValueError where it must not be sent."""
     indices = [name for name in (INDEX, FACTS) if (folder / name).is_file()]
     if len(indices) != 1:
         raise ValueError(
@@ -196,58 +185,58 @@ def _check_folder(folder: Path) -> str:
     return "pipeline"
 
 
-def _complete(
+def _completion(
     folder: Path,
     repo_id: str | None,
     figures: Sequence[Mapping] | None = None,
     license: str | None = None,
-) -> None:
-    """Adds what a checkpoint lacks to be published, and takes paths of this machine out of it."""
+) -> dict[str, str]:
+    """Gives the files that a checkpoint lacks to be published, and its files without paths of this machine.
+
+    Args:
+        folder: a saved pipeline or adaptation, which is only read.
+        repo_id, figures, license: for the card, see `model_card`.
+
+    Returns:
+        Path within the folder to text.
+    """
     kind = "pipeline" if (folder / INDEX).is_file() else "adaptation"
     facts = json.loads((folder / (INDEX if kind == "pipeline" else FACTS)).read_text(encoding="utf-8"))
-    card = folder / CARD
-    if not card.exists():
-        _write(card, model_card(facts, kind, repo_id, figures, license=license))
-    elif repo_id is not None and PLACEHOLDER in (text := card.read_text(encoding="utf-8")):
-        _write(card, text.replace(PLACEHOLDER, repo_id))
+    texts = {}
+    if not (folder / CARD).exists():
+        texts[CARD] = model_card(facts, kind, repo_id, figures, license=license)
+    elif repo_id is not None and PLACEHOLDER in (text := (folder / CARD).read_text(encoding="utf-8")):
+        texts[CARD] = text.replace(PLACEHOLDER, repo_id)
     if kind == "adaptation":
-        return
+        return texts
     if not (folder / CODE).exists():
-        _write(folder / CODE, bundle_source())
+        texts[CODE] = bundle_source()
     for name, entry in facts.items():
         # diffusers looks for a component's code on the Hub under this name.
         source = component_source(str(entry[0]), str(entry[-1])) if isinstance(entry, list) else None
-        if source and not (code := folder / name / f"{entry[0]}.py").exists():
-            _write(code, source)
+        if source and not (folder / name / f"{entry[0]}.py").exists():
+            texts[f"{name}/{entry[0]}.py"] = source
     for path in [folder / INDEX, *folder.glob("*/config.json"), *folder.glob("*/*_config.json")]:
         config = json.loads(path.read_text(encoding="utf-8"))
         paths = [key for key in ("_name_or_path", "name_or_path") if key in config and hub_id(config[key]) is None]
         if paths:
             kept = {key: value for key, value in config.items() if key not in paths}
-            _write(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    """Complete or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+            texts[path.relative_to(folder).as_posix()] = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+    return texts
 
 
 def _explain(error: BaseException, repo_id: str) -> str:
-    """One sentence for what a client of the Hub raises."""
+    """Gives one sentence for the error of a client of the Hub, with the Hub's own answer."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
     if cause is not None:
         status = cause.response.status_code
-        said = f" ({' '.join(cause.server_message.split()).rstrip('.')})" if cause.server_message else ""
-        later = "; try again later" if status >= 500 else ""
-        reason = _REASONS.get(status, f"cannot be written: the Hub answered with status {status}{later}")
-        return f"`repo_id` '{repo_id}' {reason}{said}."
+        answer = " ".join((cause.server_message or cause.response.reason_phrase).split()).rstrip(".")
+        remedy = "check the name, and log in by `hf auth login` or set HF_TOKEN to a token that may write there"
+        if status == 429 or status >= 500:
+            remedy = "wait some minutes and try again"
+        return f"`repo_id` '{repo_id}' is refused by the Hub ({status}: {answer}); {remedy}."
     if isinstance(error, OfflineModeIsEnabled):
         return f"`repo_id` '{repo_id}' cannot be reached in offline mode; unset HF_HUB_OFFLINE to publish."
     detail = " ".join(str(error).split())[:200]
