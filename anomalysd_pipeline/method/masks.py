@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 MASK_DESIGNS = ("foreground", "random", "detection")
-"""How training masks are drawn; see `few_shot.FewShotDataset`."""
+"""How training masks are drawn; see `adaptation.samples.FewShotDataset`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
     """Reads the pictures that `--data`, `--normal` or `--synthetic` name.
 
     Args:
-        args: parsed options, see `train_options.add_arguments`.
+        args: parsed options, see `training.options.add_arguments`.
         report: called with a sentence about each picture that cannot be read and is left out.
 
     Raises:

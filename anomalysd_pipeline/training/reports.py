@@ -62,7 +62,7 @@ class LossCurve:
 
 
 class Reports:
-    """Follows a fine-tuning: `step` and `validate` are what `adaptation.fine_tune` calls.
+    """Follows a fine-tuning: `step` and `validate` are called by `adaptation.loop.fine_tune`.
 
     Nothing is written before the first step is done.
 

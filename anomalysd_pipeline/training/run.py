@@ -43,7 +43,7 @@ _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs a fine-tuning with parsed options, see `train_options.add_arguments`; on every process.
+    """Runs a fine-tuning with parsed options, see `training.options.add_arguments`; on every process.
 
     Raises:
         ValueError: for input that cannot be used or a disk that cannot be written; in one sentence, with the names of
