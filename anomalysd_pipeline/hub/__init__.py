@@ -1,1 +1,1 @@
-"""Publishing on the Hugging Face Hub."""
+"""Publish checkpoints on the Hugging Face Hub."""

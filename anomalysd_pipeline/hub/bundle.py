@@ -81,7 +81,7 @@ def component_source(library: str, name: str) -> str | None:
 
 
 def module_sources(package: str, entries: Iterable[str]) -> dict[str, str]:
-    """Collects modules and all they import from their package, at the top, inside functions or for type checkers.
+    """Collects modules and all that they import from their package, inside functions too.
 
     Args:
         package: name of a package that can be imported.

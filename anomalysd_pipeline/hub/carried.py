@@ -51,7 +51,7 @@ class CarriedPackage(importlib.abc.MetaPathFinder, importlib.abc.ExecutionLoader
 
 
 def strip_margin(text: str) -> str:
-    """Takes the first and the last line, which are empty, and the first character of every other line off a text."""
+    """Undoes `bundle.carry`: drops the empty first and last line and the margin of all others."""
     return "\n".join(line[1:] for line in text.split("\n")[1:-1])
 
 

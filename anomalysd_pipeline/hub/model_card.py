@@ -1,4 +1,4 @@
-"""Write the README.md of a published checkpoint: its metadata, parts, settings, figures, loading code and limits."""
+"""Write the README.md of a published checkpoint."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def model_card(
 
 
 def template_text() -> str:
-    """Reads the Jinja template of a card, from the package or from a published pipeline.py that carries it."""
+    """Reads the Jinja template of a card, from the package or from a pipeline.py that carries it."""
     return pkgutil.get_data(__package__, "template.md").decode()
 
 
