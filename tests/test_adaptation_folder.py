@@ -159,7 +159,7 @@ class TestWriting:
         assert (tmp_path / "file").read_text() == "mine"
 
     @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-    @pytest.mark.parametrize("call", [1, 2])
+    @pytest.mark.parametrize("call", [1, 2, 3])
     def test_interrupted_while_replacing(self, source, folder, monkeypatch, error, call):
         before, calls, replace = contents(folder), [], os.replace
 
@@ -174,6 +174,11 @@ class TestWriting:
             source.save_adaptation(folder)
         assert len(calls) == call and contents(folder) == before
         assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    def test_one_that_a_killed_writer_had_completed_is_read(self, folder, pipe):
+        (folder.parent / ".copy.old").mkdir()
+        folder.rename(folder.parent / ".copy.new")
+        assert pipe.load_adaptation(folder) == ["nut", "ring"]
 
     def test_interrupted_while_writing_leaves_nothing_new(self, source, tmp_path, monkeypatch):
         def full(*_):

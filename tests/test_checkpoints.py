@@ -211,7 +211,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
-from anomalysd_pipeline.checkpoints import list_checkpoints, save_checkpoint
+from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints, save_checkpoint
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
 accelerator = Accelerator(cpu=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import EMBEDDED, __version__
-from ..common.files import disk_errors, written_whole
+from ..common.files import disk_errors, recover, written_whole
 from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
@@ -143,6 +143,7 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     Raises:
         ValueError: if it is missing, damaged, of a later format, or made for another base.
     """
+    recover(source)
     folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
     try:
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.drawing import montage
-from ..common.files import remove
+from ..common.files import remove, write_whole
 from ..data.picture import Picture
 from ..data.sources import Listing
 from .result import Inspection, caption, table_values, write_table
@@ -287,10 +287,9 @@ class ResultFolder:
     def _write(self, path: Path, save: Callable[[Path], object]) -> None:
         """Writes a file that is complete or not there."""
         partial = self.folder / _ROWS / f".{self._id}.partial"
-        for folder in (partial.parent, path.parent):
-            folder.mkdir(parents=True, exist_ok=True)
-        save(partial)
-        os.replace(partial, path)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        # Three files of each picture: waiting for the disk would take longer than an inspection on a GPU.
+        write_whole(path, save, partial, flushed=False)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ..common.devices import choose_device
 from ..common.drawing import contour, overlay, verdict_text
+from ..common.files import write_whole
 from ..knowledge import PackedPart
 
 UNCALIBRATED_MAXIMUM = 1.0
@@ -190,13 +191,11 @@ def write_table(path: str | os.PathLike, rows: Iterable[Mapping[str, object]], c
     Raises:
         ValueError: a row has a key that is not one of `columns`.
     """
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+
+    def save(unfinished: Path) -> None:
         with open(unfinished, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+    write_whole(Path(path), save)
