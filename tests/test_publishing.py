@@ -289,6 +289,19 @@ class TestRefusals:
         with pytest.raises(ValueError, match="damaged model_index.json"):
             push(copy, "user/nuts", token=hub.token)
 
+    def test_a_damaged_configuration(self, hub, copy):
+        (copy / "unet" / "config.json").write_text("{")
+        with pytest.raises(ValueError, match=r"`folder`.*damaged unet/config\.json"):
+            push(copy, "user/nuts", token=hub.token)
+        assert not hub.requests
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="needs a file that nobody can read")
+    def test_a_file_that_cannot_be_read(self, hub, copy):
+        (copy / "notes.txt").symlink_to("/proc/self/mem")
+        with pytest.raises(ValueError, match="`folder`.*cannot be read"):
+            push(copy, "user/nuts", token=hub.token)
+        assert not hub.requests
+
     def test_metadata_that_the_hub_cannot_read(self, hub, copy):
         (copy / "README.md").write_text("---\nlicense: [\n---\n")
         with pytest.raises(ValueError, match="`folder`.*is refused.*README.md"):
@@ -307,11 +320,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         ("status", "words"),
-        [(404, "check the name"), (429, "wait some minutes"), (500, "wait some minutes and try again")],
+        [(404, "; check the name"), (410, r"\.$"), (429, "; wait some minutes"), (500, "; wait some minutes")],
     )
     def test_other_answers(self, hub, copy, status, words):
         hub.refusal = status
-        with pytest.raises(ValueError, match=rf"refused by the Hub \({status}: refused\); .*{words}") as refused:
+        with pytest.raises(ValueError, match=rf"refused by the Hub \({status}: refused\){words}") as refused:
             push(copy, "user/nuts", token=hub.token)
         assert "\n" not in str(refused.value)
 

@@ -104,10 +104,13 @@ def push(
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     files |= {path: text.encode() for path, text in _completion(folder, repo_id).items()}
     visible = [path for path in files if not any(part.startswith(".") for part in path.split("/"))]
+    try:
+        operations = [CommitOperationAdd(path, files[path]) for path in visible]  # reads and hashes the files
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`folder` '{folder}' cannot be read ({' '.join(str(error).split())}).") from error
     message = commit_message or f"Upload an AnomalySD {kind} with anomalysd-pipeline"
     api = HfApi(token=token)
     try:
-        operations = [CommitOperationAdd(path, files[path]) for path in visible]
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.create_commit(repo_id, operations, commit_message=message, revision=revision, create_pr=create_pr)
     # A failed part of an upload comes as RuntimeError, with the answer of the Hub as its cause.
@@ -152,7 +155,11 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _check_folder(folder: Path) -> str:
-    """Says whether a folder holds a "pipeline" or an "adaptation", and raises ValueError where it must not be sent."""
+    """Returns "pipeline" or "adaptation", the content of a folder.
+
+    Raises:
+        ValueError: for a folder that must not be sent.
+    """
     indices = [name for name in (INDEX, FACTS) if (folder / name).is_file()]
     if len(indices) != 1:
         raise ValueError(
@@ -165,10 +172,7 @@ def _check_folder(folder: Path) -> str:
             f"`folder` '{folder}' holds '{pickled[0]}', which can run code when it is loaded; load the checkpoint and "
             "save it again, which writes safetensors."
         )
-    try:
-        facts = json.loads((folder / indices[0]).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`folder` '{folder}' holds a damaged {indices[0]} ({error}); save it again.") from error
+    facts = _read_json(folder, indices[0])
     if indices == [FACTS]:
         if not any(folder.glob("*.safetensors")):
             raise ValueError(f"`folder` '{folder}' holds no weights; save the adaptation again.")
@@ -191,7 +195,7 @@ def _completion(
     figures: Sequence[Mapping] | None = None,
     license: str | None = None,
 ) -> dict[str, str]:
-    """Gives the files that a checkpoint lacks to be published, and its files without paths of this machine.
+    """Writes the files that a checkpoint lacks, and its configurations without paths of this machine.
 
     Args:
         folder: a saved pipeline or adaptation, which is only read.
@@ -201,7 +205,7 @@ def _completion(
         Path within the folder to text.
     """
     kind = "pipeline" if (folder / INDEX).is_file() else "adaptation"
-    facts = json.loads((folder / (INDEX if kind == "pipeline" else FACTS)).read_text(encoding="utf-8"))
+    facts = _read_json(folder, INDEX if kind == "pipeline" else FACTS)
     texts = {}
     if not (folder / CARD).exists():
         texts[CARD] = model_card(facts, kind, repo_id, figures, license=license)
@@ -217,12 +221,21 @@ def _completion(
         if source and not (folder / name / f"{entry[0]}.py").exists():
             texts[f"{name}/{entry[0]}.py"] = source
     for path in [folder / INDEX, *folder.glob("*/config.json"), *folder.glob("*/*_config.json")]:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        name = path.relative_to(folder).as_posix()
+        config = _read_json(folder, name)
         paths = [key for key in ("_name_or_path", "name_or_path") if key in config and hub_id(config[key]) is None]
         if paths:
             kept = {key: value for key, value in config.items() if key not in paths}
-            texts[path.relative_to(folder).as_posix()] = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
+            texts[name] = json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
     return texts
+
+
+def _read_json(folder: Path, name: str) -> dict:
+    """Reads a file of a saved folder, and raises ValueError where it is damaged."""
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"`folder` '{folder}' holds a damaged {name} ({error}); save it again.") from error
 
 
 def _explain(error: BaseException, repo_id: str) -> str:
@@ -233,10 +246,12 @@ def _explain(error: BaseException, repo_id: str) -> str:
     if cause is not None:
         status = cause.response.status_code
         answer = " ".join((cause.server_message or cause.response.reason_phrase).split()).rstrip(".")
-        remedy = "check the name, and log in by `hf auth login` or set HF_TOKEN to a token that may write there"
-        if status == 429 or status >= 500:
-            remedy = "wait some minutes and try again"
-        return f"`repo_id` '{repo_id}' is refused by the Hub ({status}: {answer}); {remedy}."
+        remedy = ""
+        if status in (401, 403, 404):
+            remedy = "; check the name, and log in by `hf auth login` or set HF_TOKEN to a token that may write there"
+        elif status == 429 or status >= 500:
+            remedy = "; wait some minutes and try again"
+        return f"`repo_id` '{repo_id}' is refused by the Hub ({status}: {answer}){remedy}."
     if isinstance(error, OfflineModeIsEnabled):
         return f"`repo_id` '{repo_id}' cannot be reached in offline mode; unset HF_HUB_OFFLINE to publish."
     detail = " ".join(str(error).split())[:200]
