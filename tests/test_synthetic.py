@@ -50,8 +50,16 @@ def test_same_seed_gives_the_same_picture(family):
     assert not np.array_equal(one.image, other.image)
 
 
-@pytest.mark.parametrize("defect", DEFECTS)
-@pytest.mark.parametrize("family", FAMILIES)
+# Each family with two defects, so that each defect comes on surfaces and on objects.
+PAIRS = [(family, DEFECTS[(i + step) % len(DEFECTS)]) for i, family in enumerate(FAMILIES) for step in (0, 3)]
+
+
+def test_pairs_hold_each_defect_on_surfaces_and_on_objects():
+    for families in (TEXTURES, OBJECTS):
+        assert {defect for family, defect in PAIRS if family in families} == set(DEFECTS)
+
+
+@pytest.mark.parametrize(("family", "defect"), PAIRS)
 def test_mask_holds_exactly_the_change(family, defect):
     style = synthetic.sample_style(family, rng(1))
     normal = synthetic.draw_normal(family, rng(2), 64, style)
