@@ -860,6 +860,11 @@ class AnomalySDPipeline(DiffusionPipeline):
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
             kwargs["dtype"] = kwargs.get("dtype") or torch.float32
         path = pretrained_model_name_or_path or EMBEDDED
+        if path == EMBEDDED and not os.path.isdir(path):
+            raise ValueError(
+                "`pretrained_model_name_or_path` must be a folder or a Hub id where a published pipeline.py stands "
+                "for the package: the embedded checkpoint comes with the installed package anomalysd-pipeline."
+            )
         if is_adaptation_folder(path):
             base, resolution = adaptation_base_of(path)
             pipe = cls.from_pretrained(

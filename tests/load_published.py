@@ -1,6 +1,7 @@
 """A program that loads a published pipeline and inspects a picture: how strangers use it, in a process of their own.
 
-python load_published.py SOURCE PICTURE CATEGORY OUT.npz [--adaptation SOURCE] [--package | --forbid-package] [--all]
+python load_published.py SOURCE PICTURE CATEGORY OUT.npz [--adaptation SOURCE] [--after SOURCE] [--all]
+    [--package | --forbid-package]
 """
 
 import argparse
@@ -25,6 +26,12 @@ def everything_else(pipe, source: str, picture, category: str, scores) -> None:
     from diffusers import DiffusionPipeline
 
     assert "def __call__" in inspect.getsource(type(pipe))
+    try:
+        type(pipe).from_pretrained()
+    except ValueError as error:
+        assert "embedded checkpoint comes with the installed package" in str(error)
+    else:
+        raise AssertionError("an embedded checkpoint that is not there was loaded")
     pipe.save_pretrained("saved")
     again = DiffusionPipeline.from_pretrained("saved", custom_pipeline=source, trust_remote_code=True)
     assert type(again) is type(pipe) and type(again.bank) is type(pipe.bank)
@@ -43,6 +50,7 @@ def main() -> None:
     for name in ("source", "picture", "category", "out"):
         parser.add_argument(name)
     parser.add_argument("--adaptation")
+    parser.add_argument("--after", help="another published pipeline, which the process loads first")
     parser.add_argument("--package", action="store_true")
     parser.add_argument("--forbid-package", action="store_true")
     parser.add_argument("--all", action="store_true")
@@ -60,7 +68,8 @@ def main() -> None:
     else:
         from diffusers import DiffusionPipeline
 
-        pipe = DiffusionPipeline.from_pretrained(args.source, custom_pipeline=args.source, trust_remote_code=True)
+        for source in filter(None, (args.after, args.source)):
+            pipe = DiffusionPipeline.from_pretrained(source, custom_pipeline=source, trust_remote_code=True)
     if args.adaptation:
         pipe.load_adaptation(args.adaptation)
     pipe.set_progress_bar_config(disable=True)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.hub.publishing import export
 from anomalysd_pipeline.models.bank import PrototypeBank
 
 from .test_publishing import run_loader
@@ -86,4 +87,17 @@ def test_its_own_code_without_the_package(tmp_path):
     case = EXPECTED[-1]  # inspected with an adaptation
     facts, found = run_loader(tmp_path, str(PUBLISHED), str(SAVED / case["picture"]), case["category"])
     assert not facts["installed"] and facts["module"].startswith("diffusers_modules.")
+    check(case, found["scores"][0], facts["labels"][0], found["maps"][0])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("earlier_first", [True, False])
+def test_in_a_process_with_a_folder_of_today(tmp_path, earlier_first):
+    case = EXPECTED[-1]
+    today = export(AnomalySDPipeline.from_pretrained(PUBLISHED), tmp_path / "today")
+    first, second = (PUBLISHED, today) if earlier_first else (today, PUBLISHED)
+    arguments = (str(second), str(SAVED / case["picture"]), case["category"], "--after", str(first))
+    facts, found = run_loader(tmp_path, *arguments)
+    assert not facts["installed"]
+    assert facts["module"].startswith("anomalysd_pipeline." if earlier_first else "diffusers_modules.")
     check(case, found["scores"][0], facts["labels"][0], found["maps"][0])
