@@ -23,6 +23,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from anomalysd_pipeline.adaptation.losses import clean_latents
+from anomalysd_pipeline.adaptation.samples import REPAIRED_FROM
 from anomalysd_pipeline.method.inpainting import decode
 from anomalysd_pipeline.method.masks import latent_mask, training_mask
 from anomalysd_pipeline.method.prompts import PromptBook
@@ -39,7 +40,6 @@ VISITED = 0.5
 VISITED_SHARE = 0.3
 OUTSIDE_WEIGHT = 0.2
 EVALUATED_AT = 0.25  # the embedded checkpoint's noise strength
-REPAIRED_FROM = 0.08  # with less noise than this a defect is too plain to be taken for anything else
 
 
 class Denoiser(torch.nn.Module):

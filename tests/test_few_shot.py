@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.adaptation.samples import FewShotDataset, GlobalBatches
+from anomalysd_pipeline.adaptation.samples import REPAIRED_FROM, FewShotDataset, GlobalBatches
 from anomalysd_pipeline.data.tensors import augment
 from anomalysd_pipeline.method.masks import iou, multi_scale_masks
 from anomalysd_pipeline.synthetic import normal_images
@@ -59,7 +59,8 @@ class TestSamples:
         assert sample["prompt"].shape == sample["timestep"].shape == ()
 
     def test_defects_are_shown_on_their_share_of_the_samples_and_nothing_else_changes(self):
-        plain, half, all_of_them = dataset(), dataset(defect_share=0.5), dataset(defect_share=1.0)
+        options = {"noise_range": (REPAIRED_FROM, 1.0)}
+        plain, half, all_of_them = (dataset(defect_share=share, **options) for share in (0.0, 0.5, 1.0))
         changed = []
         for number in range(24):
             before, some, after = plain[number], half[number], all_of_them[number]
@@ -69,8 +70,19 @@ class TestSamples:
             changed.append(not torch.equal(some["shown"], some["image"]))
             different = (after["shown"] != after["image"]).any(0)
             assert 0 < different.float().mean() < 0.5 and after["shown"].abs().max() <= 1
-            assert same(dataset(defect_share=1.0)[number], after)
+            assert same(dataset(defect_share=1.0, **options)[number], after)
         assert 5 <= sum(changed) <= 19
+
+    def test_defects_are_shown_where_the_step_to_the_normal_part_is_a_few_times_the_latents(self):
+        """By NumPy, on Stable Diffusion's schedule: Eq. (7) solved for epsilon multiplies the latents by this."""
+        kept = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+        factors = np.sqrt(kept / (1 - kept))
+        samples = dataset(defect_share=1.0, noise_range=(0.0, 0.16))
+        drawn = [samples[number] for number in range(60)]
+        timesteps = np.array([int(sample["timestep"]) for sample in drawn])
+        shown = np.array([not torch.equal(sample["shown"], sample["image"]) for sample in drawn])
+        assert factors[timesteps].max() > 10 and factors[timesteps[shown]].max() < 3.5
+        assert shown[timesteps >= 80].all() and 20 < shown.sum() < 40
 
     def test_noise_is_standard_normal(self):
         samples = dataset(mask_design="random")

@@ -26,7 +26,11 @@ def noisy_latents(
 
     With `shown` (not in the paper) the noise is added to another picture than the one to be repainted: a part with a
     defect, for its normal self. The answer is then what leads from there to the normal part inside the mask: Eq. (7)
-    solved for epsilon with the wanted latents.
+    solved for epsilon with the wanted latents z:
+
+        epsilon + sqrt(alpha_t / (1 - alpha_t)) (E(shown) - z)
+
+    The factor grows without bound towards t = 0, so `FewShotDataset` shows no defect there.
 
     Args:
         vae, scheduler: of the pipeline; no gradient reaches the VAE.

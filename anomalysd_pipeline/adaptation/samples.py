@@ -19,6 +19,10 @@ from ..method.foreground import foreground_mask
 from ..method.masks import MASK_DESIGNS, multi_scale_masks, random_rectangle_mask, training_mask
 from ..synthetic import apply_defect
 
+REPAIRED_FROM = 0.08
+"""Share of the noise schedule below which no defect is shown, as in the training of the embedded denoiser: noise that
+hides no defect cannot be mistaken for one, and the step back to the normal part would be many times the noise."""
+
 
 class FewShotDataset(Dataset):
     """Endless samples from the normal pictures of one category or several; an epoch is one pass over all pictures.
@@ -33,7 +37,8 @@ class FewShotDataset(Dataset):
         mask_design: "foreground" (the paper's mechanism), "random" (rectangles anywhere), or "detection": half
             foreground rectangles, half the grouped cells that detection will ask for.
         noise_range: (low, high) in [0, 1]: the share of the schedule from which timesteps are drawn.
-        defect_share: share of the samples, in [0, 1], shown with a defect drawn onto the part.
+        defect_share: share of the samples, in [0, 1], shown with a defect drawn onto the part; none of those with a
+            timestep below `REPAIRED_FROM * timesteps`.
         augmentation: limits of contrast, brightness, scaling and rotation, the keyword arguments of `data.augment`.
 
     Raises:
@@ -71,6 +76,7 @@ class FewShotDataset(Dataset):
         self.latent_shape, self.seed, self.mask_design = tuple(latent_shape), seed, mask_design
         # At least one step, however narrow the range.
         self.timesteps = (int(low * timesteps), max(int(low * timesteps) + 1, round(high * timesteps)))
+        self.repaired_from = REPAIRED_FROM * timesteps
         self.augmentation = dict(augmentation or {})
         self.defect_share = defect_share
         self.cells = multi_scale_masks(resolution, resolution, (2, 4, 8), "grouped")
@@ -100,14 +106,15 @@ class FewShotDataset(Dataset):
         generator = torch.Generator().manual_seed(int(drawn) >> 1)
         image, foreground = augment(self.images[index], generator, mask=self.foregrounds[index], **self.augmentation)
         first, count = self.prompt_ranges[index]
-        return {
+        sample = {
             "image": image,
-            "shown": self._show(image, foreground, int(drawn)),
             "mask": self._draw_mask(foreground, generator),
             "prompt": first + torch.randint(count, (), generator=generator),
             "noise": torch.randn(self.latent_shape, generator=generator),
             "timestep": torch.randint(*self.timesteps, (), generator=generator),
         }
+        hidden = sample["timestep"] >= self.repaired_from
+        return {**sample, "shown": self._show(image, foreground, int(drawn)) if hidden else image}
 
     def _show(self, image: torch.Tensor, foreground: torch.Tensor, seed: int) -> torch.Tensor:
         rng = np.random.default_rng([seed, 1])

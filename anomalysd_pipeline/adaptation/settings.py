@@ -34,7 +34,7 @@ class AdaptationSettings:
     noise_range: share of the noise schedule that is trained, (low, high); the paper trains all of it.
     augmentation: limits of `data.augment`.
     defect_share: share of the samples that are shown with a drawn defect, which the denoiser learns to repaint as the
-        normal part; 0 in the paper.
+        normal part; none of those in the first 8 % of the noise schedule; 0 in the paper.
     repainting_weight: weight of a loss on repainted pictures in the denoiser's, see `losses.repainting_loss`; 0 in the
         paper.
     decoder_latents: what the decoder learns to decode: "encoded" pictures (the paper's), or latents as the denoiser

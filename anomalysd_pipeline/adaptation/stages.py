@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -227,9 +228,7 @@ def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, t
         except ValueError as error:
             name = f"{part}_target_modules" if part else "target_modules"
             raise ValueError(f"`{name}` must name modules of {type(twin).__name__}: {error}") from error
-    for parameter in twin.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+    cast_training_params(twin)  # to float32
     return twin
 
 
