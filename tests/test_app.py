@@ -76,6 +76,15 @@ def client(visitors):
 
 
 @pytest.fixture(scope="module")
+def asker(address, tmp_path_factory):
+    """A visitor for calls that teach nothing: connecting takes longer than a refusal."""
+    downloads = str(tmp_path_factory.mktemp("asked"))
+    client = gradio_client.Client(address, verbose=False, download_files=downloads, httpx_kwargs={"timeout": 60})
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Two normal rings, a defective one, and what is no picture."""
     folder = tmp_path_factory.mktemp("pictures")
@@ -104,16 +113,16 @@ def inspect(client, part, path, preset="fast"):
 
 
 class TestFunctions:
-    def test_their_names_and_types(self, client):
-        functions = client.view_api(return_format="dict")["named_endpoints"]
+    def test_their_names_and_types(self, asker):
+        functions = asker.view_api(return_format="dict")["named_endpoints"]
         assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation"}
         names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
         assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
         assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
 
-    def test_inspect_a_part_that_was_not_taught(self, client, pictures):
-        result, files = inspect(client, "Any part", pictures / "defective.png")
+    def test_inspect_a_part_that_was_not_taught(self, asker, pictures):
+        result, files = inspect(asker, "Any part", pictures / "defective.png")
         assert result["verdict"].startswith("No verdict") and result["is_defective"] is None
         assert result["file"] == "defective.png" and result["score"] > 0
         suffixes = ["_map.png", "_map.npy", "_report.png", "_report.pdf"]
@@ -223,10 +232,10 @@ class TestRefused:
             ({"part": {"a": 1}}, "part"),
         ],
     )
-    def test_inspect(self, client, pictures, given, named):
+    def test_inspect(self, asker, pictures, given, named):
         given = {"picture": sent(pictures / "defective.png"), "part": "ring", "preset": "fast", **given}
         with pytest.raises(Exception, match=named):
-            client.predict(**given, api_name="/inspect")
+            asker.predict(**given, api_name="/inspect")
 
     @pytest.mark.parametrize(
         ("given", "named"),
@@ -239,42 +248,42 @@ class TestRefused:
             ({"fine": "x" * 400}, "fine"),
         ],
     )
-    def test_teach(self, client, pictures, given, named):
+    def test_teach(self, asker, pictures, given, named):
         count = given.pop("count", 1)
         files = [sent(pictures / "normal_0.png")] * count
         given = {"name": "ring", "coarse": "", "fine": "", "length": "quick", **given}
         with pytest.raises(Exception, match=named):
-            client.predict(**given, pictures=files, api_name="/teach")
+            asker.predict(**given, pictures=files, api_name="/teach")
 
-    def test_a_missing_picture(self, client):
+    def test_a_missing_picture(self, asker):
         with pytest.raises(Exception, match="`picture` is missing"):
-            client.predict(None, "ring", "fast", api_name="/inspect")
+            asker.predict(None, "ring", "fast", api_name="/inspect")
 
-    def test_a_file_that_is_no_picture_and_has_markup_in_its_name(self, client, address, tmp_path):
+    def test_a_file_that_is_no_picture_and_has_markup_in_its_name(self, asker, address, tmp_path):
         name = "<img src=x onerror=alert(1)>.png"
         (tmp_path / name).write_text("no picture")
         with pytest.raises(Exception, match="damaged or not a picture") as error:
-            inspect(client, "Any part", tmp_path / name)
+            inspect(asker, "Any part", tmp_path / name)
         assert "<img" not in str(error.value) and os.environ["GRADIO_TEMP_DIR"] not in str(error.value)
 
-    def test_too_many_pictures_are_said_to_be(self, client, pictures):
-        answer, _ = client.predict(
+    def test_too_many_pictures_are_said_to_be(self, asker, pictures):
+        answer, _ = asker.predict(
             [sent(pictures / f"normal_{i % 2}.png") for i in range(6)], "Any part", "fast", api_name="/batch"
         )
         assert len([row for row in answer["rows"] if not row["error"]]) == 5 and answer["rows"][-1]["error"]
 
-    def test_a_file_above_the_bound(self, client, tmp_path):
+    def test_a_file_above_the_bound(self, asker, tmp_path):
         noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
         data = io.BytesIO()
         Image.fromarray(noise).save(data, "PNG")
         (tmp_path / "large.png").write_bytes(data.getvalue())
         with pytest.raises(Exception, match="maximum file size|413"):
-            inspect(client, "Any part", tmp_path / "large.png")
+            inspect(asker, "Any part", tmp_path / "large.png")
 
-    def test_something_else_than_an_adaptation(self, client, pictures):
+    def test_something_else_than_an_adaptation(self, asker, pictures):
         with pytest.raises(Exception, match=r"more\.zip"):
-            client.predict(sent(pictures / "more.zip"), api_name="/load_adaptation")
-        assert inspect(client, "Any part", pictures / "defective.png")[0]["score"] > 0
+            asker.predict(sent(pictures / "more.zip"), api_name="/load_adaptation")
+        assert inspect(asker, "Any part", pictures / "defective.png")[0]["score"] > 0
 
 
 class TestPage:
