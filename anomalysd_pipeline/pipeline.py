@@ -698,8 +698,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "`adapt` needs the pipeline on one device, but parts of it are offloaded; call "
                 "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
             )
-        accelerator = in_memory_accelerator(self.device, chosen)
-        weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
+        with in_memory_accelerator(self.device, chosen) as accelerator:
+            weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
         return weights
 

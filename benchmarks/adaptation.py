@@ -23,9 +23,8 @@ def steps_of(pipe, pictures, method: str, steps: int) -> None:
         moments.setdefault(progress.stage, []).append(time.perf_counter())
 
     settings = pipe.adaptation_settings(method=method, steps=steps, decoder_steps=steps)
-    weights = fine_tune(
-        pipe.base, {"gear": pictures}, settings, in_memory_accelerator(pipe.device, settings), callback=note
-    )
+    with in_memory_accelerator(pipe.device, settings) as accelerator:
+        weights = fine_tune(pipe.base, {"gear": pictures}, settings, accelerator, callback=note)
     cells = []
     for stage, times in moments.items():
         gaps = [b - a for a, b in zip(times, times[1:], strict=False)]

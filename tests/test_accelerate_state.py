@@ -6,10 +6,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 
+from anomalysd_pipeline import train
 from anomalysd_pipeline.common.devices import own_accelerate_state
 
+from .tiny_adaptations import pictures, quick_pipeline
 from .tiny_evaluation import BRIEF, draw_parts, run
-from .tiny_training import reset_accelerate
+from .tiny_training import Cancelled, cancel_after, reset_accelerate
 
 
 @pytest.fixture
@@ -66,6 +68,58 @@ class TestOwnState:
         with own_accelerate_state(one_process=True):
             assert Accelerator(cpu=True, mixed_precision="no").num_processes == 1
         assert PartialState._shared_state == AcceleratorState._shared_state == GradientState._shared_state == {}
+
+    def test_a_device_that_the_program_did_not_choose(self, host):
+        """A pipeline may be on another one than the program's accelerator."""
+        PartialState._shared_state["device"] = torch.device("meta")
+        with own_accelerate_state():
+            assert Accelerator(cpu=True, mixed_precision="no").device == torch.device("cpu")
+        assert PartialState().device == torch.device("meta")
+
+    def test_processes_that_were_started_inside_go_on(self):
+        reset_accelerate()
+        with own_accelerate_state():
+            PartialState._shared_state.update(distributed_type=DistributedType.MULTI_CPU, num_processes=3)
+        assert PartialState._shared_state["num_processes"] == 3
+        reset_accelerate()
+
+    def test_in_two_threads_that_end_in_any_order(self, host):
+        first, second = own_accelerate_state(), own_accelerate_state()
+        for each, precision in ((first, "no"), (second, "bf16")):
+            each.__enter__()
+            Accelerator(mixed_precision=precision)
+        first.__exit__(None, None, None)
+        assert Accelerator(mixed_precision="bf16").state.__dict__ is not host.state.__dict__
+        second.__exit__(None, None, None)
+        check(host)
+
+
+class TestAdapt:
+    @pytest.mark.parametrize("precision", ["no", "bf16"])
+    def test_fine_tunes_in_its_own_precision(self, host, precision):
+        pipe = quick_pipeline()
+        weights = pipe.adapt({"nut": pictures("nut")}, calibrate=False, mixed_precision=precision)
+        assert weights.settings.mixed_precision == precision
+        check(host)
+
+    @pytest.mark.parametrize("stage", ["denoiser", "decoder"])
+    def test_an_error_in_the_middle(self, host, stage):
+        with pytest.raises(Cancelled):
+            quick_pipeline().adapt({"nut": pictures("nut")}, callback=cancel_after(stage, 1))
+        check(host)
+
+    def test_leaves_nothing_where_there_was_nothing(self):
+        reset_accelerate()
+        quick_pipeline().adapt({"nut": pictures("nut")}, calibrate=False)
+        assert PartialState._shared_state == AcceleratorState._shared_state == GradientState._shared_state == {}
+
+
+class TestTraining:
+    def test_a_run_in_the_same_process(self, host, tiny_pipeline_folder, tmp_path):
+        given = "--synthetic ring --shots 1 --max_train_steps 1 --no-train_decoder --no_calibration --report_to none"
+        given += f" --mixed_precision no --cpu --base {tiny_pipeline_folder} --output_dir {tmp_path}"
+        assert train.main(given.split()) == 0
+        check(host)
 
 
 class TestEvaluation:

@@ -6,16 +6,16 @@ pipeline: copies are trained, and what they learned is returned.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, send_to_device
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..common.devices import resolve_precision
+from ..common.devices import own_accelerate_state, resolve_precision
 from .base import Base
 from .checkpoints import check_checkpoint, checkpoint_step, find_checkpoints, save_checkpoint
 from .samples import FewShotDataset, GlobalBatches
@@ -300,17 +300,25 @@ def make_optimizer(parameters: list, learning_rate: float, use_8bit_adam: bool) 
     return Adam8bit(parameters, lr=learning_rate)
 
 
-def in_memory_accelerator(device: torch.device, settings: AdaptationSettings) -> Accelerator:
-    """The accelerator of a fine-tuning inside a running program, on the device where the pipeline is."""
-    if PartialState().num_processes == 1:
-        AcceleratorState._reset_state()  # an earlier fine-tuning may have asked for another precision
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=resolve_precision(settings.mixed_precision, device),
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-    )
-    if accelerator.device.type != device.type:
-        raise ValueError(
-            f"`pipe` must be on the device '{accelerator.device}' to be adapted, but it is on '{device}'."
+@contextlib.contextmanager
+def in_memory_accelerator(device: torch.device, settings: AdaptationSettings) -> Iterator[Accelerator]:
+    """Gives an accelerator for a fine-tuning inside a running program; accelerate's state there stays as it is.
+
+    Args:
+        device: where the pipeline is.
+        settings: those of the fine-tuning.
+
+    Raises:
+        ValueError: for a pipeline on another device than accelerate chooses.
+    """
+    with own_accelerate_state():
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=resolve_precision(settings.mixed_precision, device),
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
         )
-    return accelerator
+        if accelerator.device.type != device.type:
+            raise ValueError(
+                f"`pipe` must be on the device '{accelerator.device}' to be adapted, but it is on '{device}'."
+            )
+        yield accelerator

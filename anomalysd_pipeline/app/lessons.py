@@ -249,8 +249,8 @@ class _Teaching:
             self.state = replace(self.state, picture=picture)
             self.tell(self.state)
 
-        accelerator = in_memory_accelerator(pipe.device, settings)
-        weights = fine_tune(pipe.base, shots, settings, accelerator, prompts, callback=on_step, validate=validate)
+        with in_memory_accelerator(pipe.device, settings) as accelerator:
+            weights = fine_tune(pipe.base, shots, settings, accelerator, prompts, callback=on_step, validate=validate)
         pipe.learn(shots, weights, name, prompts, calibrate=False)
 
     def _prompts(self) -> dict | None:

@@ -13,11 +13,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..common.devices import choose_device, own_accelerate_state
+from ..common.devices import choose_device, on_cpu, own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..data.datasets import write_shots
 from ..method.calibration import check_rate
-from ..training.run import on_cpu
 from . import costs
 from . import store as names
 from .data import (
@@ -61,7 +60,7 @@ def evaluate(args: argparse.Namespace, report: Callable[[str], None] = lambda se
         ValueError: for unusable options or data, with the names of the options.
     """
     check_options(args)
-    state = PartialState(cpu=on_cpu(args), timeout=_PATIENCE)
+    state = PartialState(cpu=on_cpu(args.cpu), timeout=_PATIENCE)
     try:
         return _Evaluation(args, state, report).run()
     except torch.OutOfMemoryError as error:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     ProjectConfiguration,
@@ -26,7 +25,7 @@ from ..adaptation.loop import AdaptedWeights, fine_tune
 from ..adaptation.registry import default_name
 from ..adaptation.settings import AdaptationSettings
 from ..common.console import renaming
-from ..common.devices import choose_device, resolve_precision
+from ..common.devices import choose_device, on_cpu, own_accelerate_state, resolve_precision
 from ..common.files import disk_errors, remove, written_whole
 from ..method.calibration import check_rate
 from ..method.prompts import check_category
@@ -51,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
         OSError: for a base that cannot be loaded.
     """
     try:
-        with renaming(option_names(args.settings)):
+        # A host program's own accelerator may compute in another precision.
+        with renaming(option_names(args.settings)), own_accelerate_state():
             return _run(args)
     except torch.OutOfMemoryError as error:
         raise ValueError(
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts, shots)
 
     # 2. The model, on the processor that accelerate gives this process
-    state = PartialState(cpu=on_cpu(args), timeout=_PATIENCE)
+    state = PartialState(cpu=on_cpu(args.cpu), timeout=_PATIENCE)
     with state.local_main_process_first():
         pipe = load_pipeline(args)
     pipe.to(state.device)
@@ -161,12 +161,6 @@ def _check_output_dir(folder: Path, resume: str | None, overwrite: bool) -> None
         )
 
 
-def on_cpu(args: argparse.Namespace) -> bool:
-    """Whether to compute on the CPU: as asked for, or for want of anything else. Without saying so to accelerate, each
-    of several processes would work on its own."""
-    return args.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-
-
 def load_pipeline(args: argparse.Namespace) -> AnomalySDPipeline:
     """The base, with the options' resolution."""
     given = {"revision": args.revision, "variant": args.variant, "resolution": args.resolution}
@@ -195,11 +189,10 @@ def make_accelerator(args: argparse.Namespace, settings: AdaptationSettings) -> 
     Raises:
         ValueError: for settings that its kind of distribution does not know.
     """
-    AcceleratorState._reset_state()  # an earlier run in this process may have asked for another precision
     project = ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / LOGS))
-    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not on_cpu(args)
+    deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not on_cpu(args.cpu)
     accelerator = Accelerator(
-        cpu=on_cpu(args),
+        cpu=on_cpu(args.cpu),
         # DeepSpeed's own mixed precision turns the weights into bf16; autocast below is what everything else uses.
         mixed_precision="no" if deepspeed else settings.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
