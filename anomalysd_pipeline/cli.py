@@ -1,6 +1,6 @@
-"""The command line: `anomalysd demo | detect | adapt | evaluate | publish | synth`.
+"""Offer the commands `anomalysd demo | detect | adapt | evaluate | publish | synth`.
 
-Whatever needs torch is imported when a command runs, so that `--help` and mistyped options are answered at once.
+Modules that need torch are imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
 
 from __future__ import annotations
@@ -166,7 +166,7 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _demo_table(tests: dict, results: dict) -> str:
-    """One line per family: how well scores and maps rank, what the threshold gets wrong, and the time."""
+    """Writes a line for each family: AUROC of scores and maps, false alarms and misses, and the time."""
     from .evaluation.metrics import image_metrics, pixel_metrics
 
     lines = [DEMO_LINE.format("part", "image AUROC", "pixel AUROC", "false alarms", "misses", "s/picture")]

@@ -1,1 +1,1 @@
-"""Fine-tuning on a few normal pictures."""
+"""Fine-tune the denoiser and the decoder on a few normal pictures."""

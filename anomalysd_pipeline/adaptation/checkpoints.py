@@ -1,4 +1,4 @@
-"""Training checkpoints that are complete or not there: killed at any moment, a run finds the last complete one."""
+"""Write training checkpoints complete or not at all: a run killed at any moment finds its last complete one."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ _FACTS = "training.json"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; none if the folder is missing."""
+    """Lists the complete checkpoints of a folder, oldest first; none if the folder is missing."""
     found = [path for path in folder.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdecimal()]
     return sorted(found, key=checkpoint_step)
 
 
 def checkpoint_step(path: Path) -> int:
-    """The number of steps after which a checkpoint was written, from its name."""
+    """Reads the number of steps of a checkpoint from its name."""
     return int(path.name.removeprefix(_PREFIX))
 
 
 def save_checkpoint(accelerator, folder: Path, step: int, facts: Mapping, total_limit: int | None = None) -> None:
-    """Writes `folder/checkpoint-<step>`; called by every process. It appears under its name when all of it is on disk.
+    """Writes `folder/checkpoint-<step>`, which appears when all of it is on disk; called by every process.
 
     Args:
         accelerator: its `save_state` writes weights, optimizer, schedule and averages.
         facts: JSON-serializable settings that a run must share to go on from here; see `check_checkpoint`.
-        total_limit: how many checkpoints to keep, this one included; None: all.
+        total_limit: number of checkpoints to keep, this one included; None: all.
 
     Raises:
-        ValueError: if the disk is full or may not be written. The checkpoints that were there stay.
+        ValueError: the disk is full or may not be written. The checkpoints that were there stay.
     """
     partial, final = folder / f".{_PREFIX}{step}.partial", folder / f"{_PREFIX}{step}"
     with disk_errors("output_dir", folder, "go on with `--resume_from_checkpoint latest`"):
@@ -62,16 +62,16 @@ def save_checkpoint(accelerator, folder: Path, step: int, facts: Mapping, total_
 
 
 def find_checkpoints(folders: Sequence[Path], resume_from: str | None) -> list[Path | None]:
-    """The checkpoint of each stage's folder to go on from.
+    """Finds the checkpoint of each stage to go on from.
 
     Args:
         folders: one for each stage.
-        resume_from: None for none; "latest" for the last complete one of each folder (None where there is none yet);
-            or a name such as "checkpoint-500" for that one. A folder without that name gives its last one: all lead to
-            the same weights, because a run with other settings is refused.
+        resume_from: None: start anew; "latest": the last complete one of each folder (None where there is none yet);
+            or a name such as "checkpoint-500". A folder without that name gives its last one: all lead to the same
+            weights, because a run with other settings is refused.
 
     Raises:
-        ValueError: a name that is in no folder; or none, while there are checkpoints that a new run would mix with.
+        ValueError: no folder has that name; or a new run would mix with the checkpoints that are there.
     """
     found = [list_checkpoints(folder) for folder in folders]
     if resume_from is None:
@@ -95,12 +95,12 @@ def check_checkpoint(path: Path, facts: Mapping, steps: int) -> None:
     """Checks that a run of `steps` steps may go on from a checkpoint.
 
     Raises:
-        ValueError: if it was written by a run with other `facts`, since going on would give neither run's result; or
-            after more steps than that.
+        ValueError: it was written with other `facts`, and going on would give neither run's result; or after more
+            than `steps` steps.
     """
     written = json.loads((path / _FACTS).read_text(encoding="utf-8"))
     ours = json.loads(json.dumps(dict(facts)))
-    # In the order of our own, which has what a person chose before what follows from it.
+    # In the order of our own facts: a person's choices come before their consequences.
     for key in [*ours, *(key for key in written if key not in ours)]:
         if written.get(key) != ours.get(key):
             raise ValueError(

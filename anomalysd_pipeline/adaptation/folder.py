@@ -1,4 +1,4 @@
-"""An adaptation as a folder: `adaptation.json` and `adaptation.safetensors`, without the base it belongs to."""
+"""Write and read an adaptation's folder: `adaptation.json` and `adaptation.safetensors`, without its base."""
 
 from __future__ import annotations
 
@@ -47,18 +47,18 @@ _RECORD_KEYS = {
     "calibration",
 }
 _OURS = {FACTS, WEIGHTS, "README.md"}
-"""What a folder may hold that is replaced as a whole; the last is added where it is published."""
+"""Files of a folder that may be replaced as a whole; publishing adds the last."""
 
 
 @dataclass(frozen=True)
 class StoredAdaptation:
-    """What a folder holds.
+    """Holds the content of an adaptation's folder.
 
     name: of the adaptation.
     record: settings of its fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
-    banks: category to what `PrototypeBank.packed` gives of it.
+    banks: category to its bank, as `PrototypeBank.packed` gives it.
     state: part to LoRA weights by name.
     """
 
@@ -71,15 +71,15 @@ class StoredAdaptation:
 
 
 def is_adaptation_folder(path) -> bool:
-    """Whether a path is a folder that holds an adaptation and no pipeline."""
+    """Tells whether a path is a folder that holds an adaptation and no pipeline."""
     return Path(path, FACTS).is_file() and not Path(path, "model_index.json").is_file()
 
 
 def adaptation_base_of(folder) -> tuple[str, int]:
-    """The base of an adaptation's folder, a path or a Hub id, and the resolution that it was made at.
+    """Reads the base of an adaptation's folder, a path or a Hub id, and the resolution that it was made at.
 
     Raises:
-        ValueError: if the folder is damaged, or was made on a base of which only the name is known.
+        ValueError: the folder is damaged, or only the name of its base is known.
     """
     try:
         facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
@@ -99,10 +99,10 @@ def adaptation_base_of(folder) -> tuple[str, int]:
 
 
 def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None:
-    """Writes an adaptation; what was in the folder before is replaced when the new one is complete.
+    """Writes an adaptation, which replaces an earlier one in the folder when it is complete.
 
     Raises:
-        ValueError: if the folder holds something else than an adaptation, or cannot be written.
+        ValueError: the folder holds something else than an adaptation, or cannot be written.
     """
     folder = Path(os.path.abspath(folder))
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
@@ -137,11 +137,13 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a base.
 
     Args:
-        settings: called with the `noise_strength` of a part; raises ValueError for one that cannot be inspected with.
+        source: a folder or a Hub id.
+        base: the networks that the adaptation must fit.
+        settings: called with the `noise_strength` of a part; raises ValueError if inspections cannot use it.
         **hub: as of `huggingface_hub.snapshot_download`.
 
     Raises:
-        ValueError: if it is missing, damaged, of a later format, or made for another base.
+        ValueError: the adaptation is missing, damaged, of a later format, or made for another base.
     """
     recover(source)
     folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
@@ -153,7 +155,7 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
             fits = same_fingerprint(base.fingerprint(), facts["base_fingerprint"])
             if fits:
                 _check_fits(stored, base, settings)
-    # All that wrong types and values lead to; a deep nesting ends in RecursionError.
+    # All errors of wrong types and values; a deep nesting ends in RecursionError.
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
@@ -207,8 +209,8 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
 
 
 def _check_record(record: dict) -> dict:
-    """The record of a category as it was given, if inspections can rely on it."""
-    # Scores, and so thresholds, did not depend on it when it was not written.
+    """Returns the record of a category, once inspections can rely on it."""
+    # Folders without `adapted` have thresholds of scores that did not depend on it.
     record = {"adapted": False, **record}
     counts = (record["shots"], record["rotations"])
     if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):

@@ -1,7 +1,7 @@
-"""Few-shot fine-tuning of the denoiser, Eq. (8), and the VAE's decoder, Eq. (9), as one loop for every front.
+"""Fine-tune the denoiser, Eq. (8), and the VAE's decoder, Eq. (9), on a few pictures, in one loop for all callers.
 
-`pipe.adapt` runs it in memory, `anomalysd_pipeline.train` under `accelerate launch`. Nothing here changes the
-pipeline: copies are trained, and what they learned is returned.
+`pipe.adapt` runs it in memory, `anomalysd_pipeline.train` under `accelerate launch`. It trains copies, and returns
+their weights.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from .training_state import TrainingState
 
 @dataclass(frozen=True)
 class AdaptationProgress:
-    """Where a fine-tuning stands, given to its callback after every step.
+    """Tells a fine-tuning's callback after every step how far it has come.
 
     stage: "denoiser" or "decoder".
-    step, steps: done and to do, in this stage.
-    loss: of this step, over all processes.
-    share: of the whole fine-tuning that is done, in [0, 1].
+    step, steps: steps done and all steps, in this stage.
+    loss: mean of this step over all processes.
+    share: share of the whole fine-tuning that is done, in [0, 1].
     seconds_left: estimate for the rest of this stage.
     """
 
@@ -53,11 +53,11 @@ class AdaptationProgress:
 
 @dataclass(frozen=True)
 class AdaptedWeights:
-    """What a fine-tuning learned; None for a part that was not trained.
+    """Holds the result of a fine-tuning.
 
+    settings: its settings.
     denoiser, decoder: LoRA weights (method "lora"), or all weights of the UNet and of the VAE's decoder (method
-        "full"), float32 on the CPU.
-    settings: those it was made with.
+        "full"), float32 on the CPU; None for a part that was not trained.
     losses: stage to the loss of each step of this run, in order.
     """
 
@@ -87,12 +87,11 @@ def fine_tune(
         base: networks on the accelerator's device; they are left as they are.
         shots: category to its normal pictures, RGB.
         settings: see `AdaptationSettings`.
-        accelerator: says how many processes there are and in which precision they compute; created with
-            `gradient_accumulation_steps` as in `settings`.
+        accelerator: of all processes, with the precision and the `gradient_accumulation_steps` of `settings`.
         prompts: category to T_c, as `PromptBook.add` takes it; None keeps the part's own or the generic set.
-        output_dir: where checkpoints go, in `<output_dir>/<stage>`; None: there are none.
+        output_dir: folder of the checkpoints, in `<output_dir>/<stage>`; None: there are none.
         checkpointing_steps: steps between checkpoints; None: only where a stage ends.
-        checkpoints_total_limit: how many of a stage to keep; None: all.
+        checkpoints_total_limit: number of checkpoints of a stage to keep; None: all.
         resume_from_checkpoint: "latest", or a checkpoint's name, which applies to the stages that have it while others
             go on from their latest; None: start anew.
         dataloader_num_workers: processes that make the samples ahead of time.
@@ -100,19 +99,19 @@ def fine_tune(
         validate: called by every process with the stage and the step, after every step.
 
     Raises:
-        ValueError: for settings that do not fit the pipeline, or a disk that cannot be written.
+        ValueError: the settings do not fit the networks, the loss is not finite, or the disk cannot be written.
     """
     stages = make_stages(base, shots, settings, accelerator.device, prompts)
     totals = {stage.name: stage.steps(accelerator.num_processes) for stage in stages}
     if settings.lr_scheduler not in ("constant", "constant_with_warmup"):
-        for stage in stages:  # a rate that falls towards the end depends on where the end is
+        for stage in stages:  # a rate that falls towards the end depends on the number of steps
             stage.facts["steps" if stage.name == "denoiser" else "decoder_steps"] = totals[stage.name]
     if settings.decoder_latents == "repainted" and len(stages) == 2:
-        stages[1].facts["steps"] = totals["denoiser"]  # the decoder depends on what the denoiser became
+        stages[1].facts["steps"] = totals["denoiser"]  # the decoder depends on the trained denoiser
     weights: dict[str, dict[str, Tensor]] = {}
     losses: dict[str, list[float]] = {stage.name: [] for stage in stages}
     folders = [None if output_dir is None else Path(output_dir, stage.name) for stage in stages]
-    # Before any step: what is wrong with a later stage's checkpoint must not cost the training of the stages before.
+    # Before any step: a bad checkpoint of a later stage must not cost the training of the stages before.
     found = [None] * len(stages) if output_dir is None else find_checkpoints(folders, resume_from_checkpoint)
     per_step = settings.train_batch_size * settings.gradient_accumulation_steps * accelerator.num_processes
     facts = {stage.name: {**settings.course(), "total_batch_size": per_step, **stage.facts} for stage in stages}
@@ -147,8 +146,14 @@ def fine_tune(
 
 @dataclass(frozen=True)
 class Checkpointing:
-    """Where a stage's checkpoints go (None: nowhere), how often, how many stay, from which to go on, and what they say
-    about the run."""
+    """Says where and how often a stage's checkpoints are written.
+
+    folder: of the stage; None: there are no checkpoints.
+    every: steps between them; None: only at the end.
+    total_limit: number to keep; None: all.
+    resume_from: the checkpoint to go on from; None: start anew.
+    facts: settings written into each, see `check_checkpoint`.
+    """
 
     folder: Path | None
     every: int | None = None
@@ -176,7 +181,7 @@ def make_stages(
     device,
     prompts: Mapping[str, object] | None = None,
 ) -> list[Stage]:
-    """The parts of the pipeline that `settings` asks to train, as stages in the order in which they are trained."""
+    """Makes a stage of each part that `settings` asks to train, in the order of their training."""
     book = copy.deepcopy(base.prompts)
     for category in shots:
         book.add(category, (prompts or {}).get(category))
@@ -213,10 +218,23 @@ def train_stage(
     dataloader_num_workers: int,
     on_step: Callable[[int, float], None],
 ) -> dict[str, Tensor]:
-    """The loop: one step is one global batch of Eq. (8) or (9). Returns the trained weights, averaged if so set."""
+    """Trains a stage; each step is one global batch of Eq. (8) or (9).
+
+    Args:
+        stage, settings, accelerator, dataloader_num_workers: as of `fine_tune`.
+        steps: of this stage, those of the checkpoint to go on from included.
+        checkpointing: of this stage.
+        on_step: called with the number of steps done and the loss.
+
+    Returns:
+        The trained weights by name, averaged where `settings.use_ema` is set.
+
+    Raises:
+        ValueError: the loss is not finite, or the disk cannot be written.
+    """
     accumulation = settings.gradient_accumulation_steps
     if accelerator.distributed_type == DistributedType.FSDP:
-        stage.module.to(memory_format=torch.contiguous_format)  # the only order that it can divide
+        stage.module.to(memory_format=torch.contiguous_format)  # FSDP divides no other order
     # All of this before `prepare`, while the parameters are plain ones under their own names.
     names = stage.trained_names()
     trained = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
@@ -235,7 +253,7 @@ def train_stage(
         accelerator.load_state(str(checkpointing.resume_from))
         first = checkpoint_step(checkpointing.resume_from)
     if average is not None:
-        average.to(accelerator.device)  # one that was loaded is on the CPU
+        average.to(accelerator.device)  # a loaded average is on the CPU
     stage.module.train()
     turns = GlobalBatches(
         settings.train_batch_size,
@@ -248,7 +266,7 @@ def train_stage(
     step, parts = first, []
     for batch in DataLoader(stage.dataset, batch_sampler=turns, num_workers=dataloader_num_workers):
         if not parts:
-            # Dropout, where a module has any, is the only chance left; it too depends on the step alone.
+            # Dropout, where a module has any, is the only draw outside the samples; so it depends on the step alone.
             torch.manual_seed(hash((settings.seed, step, accelerator.process_index)) % 2**63)
         with accelerator.accumulate(stage.module):
             with accelerator.autocast():
@@ -272,7 +290,7 @@ def train_stage(
         if average is not None:
             average.step(trained)
         step += 1
-        # Before the checkpoint: what a resumed run does not do again has been reported.
+        # Before the checkpoint: a resumed run does not report this step again.
         on_step(step, value)
         if checkpointing.folder is not None and (
             step == steps or (checkpointing.every and step % checkpointing.every == 0)
@@ -286,10 +304,10 @@ def train_stage(
 
 
 def make_optimizer(parameters: list, learning_rate: float, use_8bit_adam: bool) -> torch.optim.Optimizer:
-    """Adam, as in the paper, or its 8-bit form.
+    """Makes Adam, as in the paper, or its 8-bit form.
 
     Raises:
-        ValueError: if the 8-bit form is asked for and not installed.
+        ValueError: the 8-bit form is asked for and not installed.
     """
     if not use_8bit_adam:
         return torch.optim.Adam(parameters, lr=learning_rate)
@@ -305,11 +323,11 @@ def in_memory_accelerator(device: torch.device, settings: AdaptationSettings) ->
     """Gives an accelerator for a fine-tuning inside a running program; accelerate's state there stays as it is.
 
     Args:
-        device: where the pipeline is.
-        settings: those of the fine-tuning.
+        device: of the pipeline.
+        settings: of the fine-tuning.
 
     Raises:
-        ValueError: for a pipeline on another device than accelerate chooses.
+        ValueError: accelerate chooses another kind of device.
     """
     with own_accelerate_state():
         accelerator = Accelerator(

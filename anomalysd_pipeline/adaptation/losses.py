@@ -1,5 +1,7 @@
-"""The losses of the fine-tuning: the paper's for the denoiser, Eq. (8), and the decoder, Eq. (9), and one on repainted
-pictures, this project's own."""
+"""Compute the losses of the fine-tuning: Eq. (8) for the denoiser and Eq. (9) for the decoder.
+
+The loss on repainted pictures is this project's own.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,11 @@ def noisy_latents(
     timesteps: Tensor,
     shown: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The denoiser's input and what it shall answer, Eqs. (7) and (8).
+    """Makes the denoiser's input and its target, Eqs. (7) and (8).
 
-    With `shown` (not in the paper) the noise is added to another picture than the one to be repainted: a part with a
-    defect, for its normal self. The answer is then what leads from there to the normal part inside the mask: Eq. (7)
-    solved for epsilon with the wanted latents z:
+    With `shown` (not in the paper) the noise is added to the latents of another picture: the part with a defect. The
+    target then leads from there to the normal part inside the mask: Eq. (7) solved for epsilon, with the latents z of
+    `shown` whose masked part is that of `images`:
 
         epsilon + sqrt(alpha_t / (1 - alpha_t)) (E(shown) - z)
 
@@ -43,15 +45,15 @@ def noisy_latents(
     Returns:
         - float32 `[N, 9, h, w]`: z_t, the mask on the latent grid and E((1 - m) x), in the order of Stable Diffusion's
           inpainting checkpoints.
-        - the target, float32 `[N, 4, h, w]`: noise, velocity or clean latents, by the scheduler's `prediction_type`.
+        - float32 `[N, 4, h, w]`: the target: noise, velocity or clean latents, by the scheduler's `prediction_type`.
 
     Raises:
-        ValueError: for a scheduler with another `prediction_type`.
+        ValueError: the scheduler has another `prediction_type`.
     """
     given = images if shown is None else shown
     with torch.no_grad():
         seen, masked = encode(vae, torch.cat([given, given * (masks < 0.5)])).float().chunk(2)
-        # What surrounds the mask stays as it is shown.
+        # The surroundings of the mask stay as they are shown.
         latents = seen if shown is None else encode(vae, torch.where(masks > 0.5, images, shown)).float()
     noisy = scheduler.add_noise(seen, noise, timesteps)
     if shown is not None:
@@ -72,7 +74,7 @@ def noisy_latents(
 
 
 def clean_latents(scheduler, noisy: Tensor, predicted: Tensor, timesteps: Tensor) -> Tensor:
-    """What the denoiser's answer says z is: Eq. (7) solved for z, so the result of a single denoising step.
+    """Solves Eq. (7) for z with the denoiser's answer: the result of a single denoising step.
 
     Args:
         noisy: z_t, `[N, 4, h, w]`.
@@ -92,9 +94,9 @@ def clean_latents(scheduler, noisy: Tensor, predicted: Tensor, timesteps: Tensor
 
 
 def repainting_loss(perceptual, repainted: Tensor, images: Tensor, masks: Tensor) -> Tensor:
-    """Eq. (9) inside the masks, between normal pictures and their repainted versions; not in the paper.
+    """Computes Eq. (9) inside the masks, between normal pictures and their repainted versions; not in the paper.
 
-    It is the anomaly score of normal pictures, where it should be low.
+    Its value is like an anomaly score, which should be low for normal pictures.
 
     Args:
         perceptual: `PerceptualDistance`.
@@ -111,8 +113,7 @@ def repainting_loss(perceptual, repainted: Tensor, images: Tensor, masks: Tensor
 
 
 class Decoder(nn.Module):
-    """The decoding half of a VAE as a module of its own, so that one call to it is what several processes
-    synchronize."""
+    """Wraps the decoding half of a VAE as a module, whose calls several processes can synchronize."""
 
     def __init__(self, vae):
         super().__init__()
@@ -121,13 +122,13 @@ class Decoder(nn.Module):
         self.scaling_factor = vae.config.scaling_factor
 
     def forward(self, latents: Tensor) -> Tensor:
-        """Latents `[N, 4, h, w]` in the denoiser's scale to pictures `[N, 3, H, W]`, about [-1, 1]."""
+        """Decodes latents `[N, 4, h, w]` in the denoiser's scale to pictures `[N, 3, H, W]`, about [-1, 1]."""
         latents = latents / self.scaling_factor
         return self.decoder(latents if self.post_quant_conv is None else self.post_quant_conv(latents))
 
 
 def decoder_loss(decoder: nn.Module, perceptual, latents: Tensor, images: Tensor) -> Tensor:
-    """Eq. (9): MSE + 0.1 LPIPS between pictures and their reconstructions.
+    """Computes Eq. (9): MSE + 0.1 LPIPS between pictures and their reconstructions.
 
     Args:
         decoder: `Decoder`.

@@ -1,4 +1,4 @@
-"""What a fine-tuning has learned so far, to look at: a normal picture whose middle is repainted."""
+"""Show the progress of a fine-tuning: a normal picture whose middle is repainted."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def validation_pictures(
     settings: InspectionSettings,
     texts: list[str],
 ) -> list[Image.Image]:
-    """A normal picture as it is, with its middle masked, and repainted as in an inspection.
+    """Draws a normal picture as it is, with its middle masked, and repainted as in an inspection.
 
     Args:
         base: the networks that do not train.
-        stage: whose `module` is in training, see `Stage.evaluation`.
-        module: unwrapped; the denoiser, or the decoder of the autoencoder.
-        image: RGB.
-        settings: those of an inspection of the part.
-        texts: its prompts.
+        stage: the stage in training, within `Stage.evaluation`.
+        module: its module, unwrapped: the denoiser, or the decoder of the autoencoder.
+        image: RGB, any size.
+        settings: settings of an inspection of the part.
+        texts: prompts of the part.
 
     Returns:
-        Three pictures of the pipeline's resolution.
+        Three RGB pictures of `base.resolution` squared.
     """
     unet, vae = (module, base.vae) if stage.name == "denoiser" else (stage.unet, _with_decoder(base.vae, module))
     side = base.resolution
@@ -60,8 +60,8 @@ def validation_pictures(
 
 
 def _with_decoder(vae, decoder: nn.Module) -> SimpleNamespace:
-    """As much of an autoencoder as repainting needs, with the decoder in training."""
-    scale = vae.config.scaling_factor  # which the decoder in training undoes by itself
+    """Puts the decoder in training into as much of an autoencoder as repainting needs."""
+    scale = vae.config.scaling_factor  # the decoder in training divides by it
     return SimpleNamespace(
         config=vae.config, dtype=vae.dtype, encode=vae.encode, decode=lambda z, **_: (decoder(z * scale),)
     )

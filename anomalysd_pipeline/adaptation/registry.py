@@ -9,10 +9,15 @@ from ..method.prompts import check_category
 
 
 def check_shots(normal_images: Mapping[str, object], prompts: Mapping[str, object] | None = None) -> dict[str, list]:
-    """Category to RGB pictures.
+    """Loads the pictures of each category, RGB.
+
+    Args:
+        normal_images: category to its pictures, anything `load_image` takes.
+        prompts: category to its prompts; checked for its categories alone.
 
     Raises:
-        ValueError: if it is no mapping or empty, a name or a picture is bad, or `prompts` are of other categories.
+        ValueError: `normal_images` is no mapping or empty, a name or a picture is bad, or `prompts` has other
+            categories.
     """
     if not isinstance(normal_images, Mapping) or not normal_images:
         raise ValueError(
@@ -29,6 +34,6 @@ def check_shots(normal_images: Mapping[str, object], prompts: Mapping[str, objec
 
 
 def default_name(shots: Mapping[str, object]) -> str:
-    """The name of an adaptation that was given none."""
+    """Names an adaptation after its categories, in at most 64 characters."""
     names = ", ".join(shots)
     return names if len(names) <= 64 else f"{next(iter(shots))[:40]} and {len(shots) - 1} more"

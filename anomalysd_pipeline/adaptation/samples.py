@@ -1,7 +1,7 @@
-"""The training samples of a few-shot fine-tuning, each a function of the seed and its number alone.
+"""Draw the training samples of a few-shot fine-tuning, each from the seed and its number alone.
 
 Nothing depends on how many processes draw the samples or on where an earlier run stopped: any process can make sample
-n at any time. This is what makes a resumed run equal to an uninterrupted one, and several processes equal to one.
+n at any time. So a resumed run equals an uninterrupted one, and several processes equal one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ hides no defect cannot be mistaken for one, and the step back to the normal part
 
 
 class FewShotDataset(Dataset):
-    """Endless samples from the normal pictures of one category or several; an epoch is one pass over all pictures.
+    """Draws endless samples from normal pictures of one category or several; an epoch is one pass over the pictures.
 
     Args:
         shots: category to its normal pictures, RGB.
@@ -42,7 +42,7 @@ class FewShotDataset(Dataset):
         augmentation: limits of contrast, brightness, scaling and rotation, the keyword arguments of `data.augment`.
 
     Raises:
-        ValueError: for no picture, another mask design, or a range that is none.
+        ValueError: `shots` holds no picture, or `mask_design` or `noise_range` is another.
     """
 
     def __init__(
@@ -82,18 +82,18 @@ class FewShotDataset(Dataset):
         self.cells = multi_scale_masks(resolution, resolution, (2, 4, 8), "grouped")
 
     def __len__(self) -> int:
-        """Pictures, so samples of an epoch."""
+        """Counts the pictures, so the samples of an epoch."""
         return len(self.images)
 
     def fingerprint(self) -> str:
-        """A short text that differs when the pictures, their order or the prompts do."""
+        """Returns a short text that differs when the pictures, their order or the prompts do."""
         digest = hashlib.sha256("\n".join(self.prompts).encode())
         for image, start in zip(self.images, self.prompt_ranges, strict=True):
             digest.update(repr(start).encode() + image.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        """Sample `number`, 0 or more, without an upper end.
+        """Draws sample `number`, 0 or more, without an upper end.
 
         Returns:
             `image` `[3, R, R]` in [-1, 1]; `shown`, the same or with a defect; `mask` `[1, R, R]` in {0, 1};
@@ -124,7 +124,7 @@ class FewShotDataset(Dataset):
         pixels = ((image.permute(1, 2, 0).numpy() + 1) * 127.5).round().clip(0, 255).astype(np.uint8)
         damaged, where, _ = apply_defect(pixels, (foreground if foreground.any() else ~foreground).numpy(), rng)
         damaged = torch.from_numpy(damaged.astype(np.float32) / 127.5 - 1).permute(2, 0, 1)
-        # Elsewhere the picture itself, which bytes would have rounded.
+        # Elsewhere the picture itself, without the rounding to bytes.
         return torch.where(torch.from_numpy(where), damaged, image)
 
     def _draw_mask(self, foreground: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -139,7 +139,7 @@ class FewShotDataset(Dataset):
 
 
 class GlobalBatches(Sampler):
-    """Sample numbers of one process, batch by batch, from any step on.
+    """Yields the sample numbers of one process, batch by batch, from any step on.
 
     The global batch of step s is the samples s B ... (s + 1) B - 1 with B = batch_size x accumulation x processes,
     dealt out so that every process has `batch_size` of them at a time.
@@ -147,8 +147,8 @@ class GlobalBatches(Sampler):
     Args:
         batch_size: per process and forward pass.
         accumulation: forward passes of a step.
-        process, processes: which of how many.
-        first_step, last_step: the steps to yield, `last_step` not included.
+        process, processes: index of this process, and number of processes.
+        first_step, last_step: steps to yield, `last_step` not included.
     """
 
     def __init__(

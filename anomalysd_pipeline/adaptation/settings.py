@@ -1,4 +1,4 @@
-"""The knobs of a fine-tuning: the paper's values, what a checkpoint changes, and their rules."""
+"""Define the settings of a fine-tuning, with the paper's values as defaults, and check them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 @dataclass(frozen=True)
 class AdaptationSettings:
-    """Everything a fine-tuning depends on besides the pictures; the defaults are the paper's where it names a value.
+    """Holds all that a fine-tuning depends on besides the pictures; defaults are the paper's where it names a value.
 
     method: "full" trains all weights of a part, as the paper does; "lora" trains low-rank additions to them, a few MB.
-    train_denoiser, train_decoder: which parts (the rows of the paper's Table 3).
+    train_denoiser, train_decoder: whether to train each part (the rows of the paper's Table 3).
     steps, decoder_steps: optimizer steps of each part; None: as many as `epochs` and `decoder_epochs` take.
     epochs, decoder_epochs: passes over all pictures.
     train_batch_size: pictures per process and forward pass.
@@ -37,12 +37,12 @@ class AdaptationSettings:
         normal part; none of those in the first 8 % of the noise schedule; 0 in the paper.
     repainting_weight: weight of a loss on repainted pictures in the denoiser's, see `losses.repainting_loss`; 0 in the
         paper.
-    decoder_latents: what the decoder learns to decode: "encoded" pictures (the paper's), or latents as the denoiser
-        gives them, "repainted" in a single step.
+    decoder_latents: latents that the decoder learns to decode: "encoded" pictures (the paper's), or "repainted" by the
+        denoiser in a single step.
     rank, target_modules: of the denoiser's LoRA; the modules by the ends of their names.
     decoder_rank, decoder_target_modules: of the decoder's.
-    use_ema, ema_decay: whether the moving average of the weights is what is kept.
-    gradient_checkpointing: less memory, more time.
+    use_ema, ema_decay: whether the moving average of the weights is kept in place of the last ones, and its decay.
+    gradient_checkpointing: takes less memory and more time.
     mixed_precision: "no", "bf16", "fp16", or "auto": bf16 where the processor computes in it.
     seed: of initial LoRA weights, order, augmentation, masks, prompts and noise.
     """
@@ -83,11 +83,11 @@ class AdaptationSettings:
 
     @classmethod
     def resolve(cls, layers: Sequence[Mapping]) -> AdaptationSettings:
-        """The defaults overridden by each layer in turn; `None` in a layer means "not given".
+        """Overrides the defaults by each layer in turn; `None` in a layer means "not given".
 
         Raises:
-            TypeError: for a name that is no setting.
-            ValueError: for a value out of its range.
+            TypeError: a name is no setting.
+            ValueError: a value is out of its range.
         """
         known = {f.name for f in fields(cls)}
         values = {}
@@ -159,11 +159,14 @@ class AdaptationSettings:
             raise ValueError("`train_denoiser` and `train_decoder` are both off; leave at least one on.")
 
     def course(self) -> dict:
-        """What a run that is resumed must share with the one that wrote the checkpoint: all but the lengths, which may
-        be extended."""
+        """Returns the settings that a resumed run must share with the one that wrote the checkpoint.
+
+        These are all but the lengths, which may be extended, and `gradient_checkpointing`, which changes time and
+        memory.
+        """
         lengths = ("steps", "decoder_steps", "epochs", "decoder_epochs", "gradient_checkpointing")
         return {name: value for name, value in self.to_dict().items() if name not in lengths}
 
     def to_dict(self) -> dict:
-        """JSON-serializable values."""
+        """Returns all settings as JSON-serializable values."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}

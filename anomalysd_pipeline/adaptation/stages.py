@@ -1,4 +1,4 @@
-"""The two parts of a pipeline that are fine-tuned: what is copied, which of its weights train, and on which loss."""
+"""Set up the two parts that are fine-tuned: their copies, the weights that train, and their losses."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _PROMPTS_AT_ONCE = 16
 
 
 class Stage(ABC):
-    """One part in training.
+    """Trains one part.
 
     Attributes:
         name: "denoiser" or "decoder".
-        module: a copy of the part, of which only the weights that train require gradients.
+        module: a copy of the part; only the weights that train require gradients.
         dataset: its samples.
         learning_rate: of its optimizer.
-        facts: what its result depends on besides settings and samples; JSON-serializable.
+        facts: marks of the pictures and of the base, on which its result depends; JSON-serializable.
     """
 
     name: str
@@ -54,26 +54,26 @@ class Stage(ABC):
         self._average = None
 
     def steps(self, processes: int) -> int:
-        """Optimizer steps of this stage: as given, or what its epochs take."""
+        """Counts the optimizer steps of this stage: as given, or as its epochs take."""
         given, epochs = self._length()
         per_step = self.settings.train_batch_size * self.settings.gradient_accumulation_steps * processes
         return given or math.ceil(epochs * len(self.dataset) / per_step)
 
     @abstractmethod
     def _length(self) -> tuple[int | None, int]:
-        """Steps as given, or None, and epochs."""
+        """Returns the steps as given, or None, and the epochs."""
 
     @abstractmethod
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
-        """The mean loss over a batch of samples, float32 `[]`."""
+        """Computes the mean loss over a batch of samples, float32 `[]`."""
 
     def trained_names(self) -> list[str]:
-        """Names of the parameters that train; asked before anything wraps the module."""
+        """Names the parameters that train; called before anything wraps the module."""
         return [name for name, parameter in self.module.named_parameters() if parameter.requires_grad]
 
     @contextlib.contextmanager
     def evaluation(self):
-        """The module in eval mode and, where an average is kept, with the averaged weights."""
+        """Puts the module into eval mode inside and, where an average is kept, gives it the averaged weights."""
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         if self._average is not None:
             self._average.store(trained)
@@ -93,7 +93,7 @@ class Stage(ABC):
 
 
 class DenoiserStage(Stage):
-    """The UNet on Eq. (8), and where `repainting_weight` says so on what it repaints."""
+    """Trains the UNet on Eq. (8), and with a `repainting_weight` on its repainted pictures too."""
 
     name = "denoiser"
 
@@ -120,7 +120,7 @@ class DenoiserStage(Stage):
 
 
 class DecoderStage(Stage):
-    """The VAE's decoder on Eq. (9); the encoder stays as it is, so latents keep their meaning."""
+    """Trains the VAE's decoder on Eq. (9); the encoder stays as it is, so latents keep their meaning."""
 
     name = "decoder"
 
@@ -153,13 +153,13 @@ class DecoderStage(Stage):
 
 
 class Prediction:
-    """The denoiser's answer to a batch of samples, and what it shall be.
+    """Computes the denoiser's answers to batches of samples, and their targets.
 
     Args:
-        base: all that does not train.
+        base: the networks that do not train.
         unet: the denoiser, for its dtype.
         dataset: for the texts that samples refer to, and whether they show defects.
-        device: where to compute.
+        device: of the prompts' embeddings.
     """
 
     def __init__(self, base: Base, unet: nn.Module, dataset: FewShotDataset, device):
@@ -173,7 +173,7 @@ class Prediction:
         self.prompt_embeds = torch.cat(parts).to(device, self.dtype)  # [P, L, d]
 
     def __call__(self, unet: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """The answer, the target, and z_t; float32 `[N, 4, h, w]` each."""
+        """Returns the answer, the target, and z_t; float32 `[N, 4, h, w]` each."""
         timesteps = batch["timestep"]
         shown = batch["shown"] if self.repairs else None
         sample, target = noisy_latents(
@@ -185,8 +185,12 @@ class Prediction:
 
 
 def frozen_copy(module: nn.Module, copied: Collection[nn.Parameter] = ()) -> nn.Module:
-    """A copy whose parameters require no gradient and share their numbers with the original's, but for those in
-    `copied`; an adapter that the original holds is left out."""
+    """Copies a module without gradients; its parameters share their numbers with the original's.
+
+    Args:
+        module: an adapter in it is left out of the copy.
+        copied: parameters that get numbers of their own.
+    """
     memo: dict[int, object] = {}
     apart = {id(parameter) for parameter in copied}
     for tensor in itertools.chain(module.parameters(), module.buffers()):
@@ -200,13 +204,13 @@ def frozen_copy(module: nn.Module, copied: Collection[nn.Parameter] = ()) -> nn.
 
 
 def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, targets, part: str | None = None):
-    """A copy of a module for training, on the same device, that shares the weights which stay as they are.
+    """Copies a module for training, on the same device; weights that do not train are shared.
 
     With "lora" all original weights are shared, in their own precision, and LoRA weights are added in float32; with
     "full" the weights are copied in float32, those of `part` (a submodule's name) alone where it is given.
 
     Raises:
-        ValueError: if no module's name ends as `targets` say, or the module's class cannot take adapters.
+        ValueError: no module's name ends as `targets` say, or the module's class cannot take adapters.
     """
     if settings.method == "full":
         twin = frozen_copy(module, list((module.get_submodule(part) if part else module).parameters()))
@@ -233,10 +237,12 @@ def trainable_copy(module: nn.Module, settings: AdaptationSettings, rank: int, t
 
 
 def trained_state(stage: Stage, accelerator: Accelerator, names: list[str]) -> dict[str, Tensor]:
-    """The weights that train, float32 on the CPU, by their names in the unwrapped module; on every process, or where
-    the module is sharded on the main one alone."""
+    """Returns the weights that train, float32 on the CPU, by their names in the unwrapped module.
+
+    Every process gets them; where the module is sharded, the main process alone.
+    """
     state = accelerator.get_state_dict(stage.module) or {}
-    # Without the name that peft gives an adapter in training: it goes by another one where it is used.
+    # Without peft's name of an adapter in training: a pipeline loads it under another.
     return {
         name.replace(".default.", "."): state[name].detach().float().cpu().clone() for name in names if name in state
     }
@@ -245,9 +251,10 @@ def trained_state(stage: Stage, accelerator: Accelerator, names: list[str]) -> d
 def checkpoint_only_trained(stage: Stage, accelerator: Accelerator, names: list[str], state: TrainingState) -> list:
     """Makes the accelerator's checkpoints hold `state`, and the weights that train instead of whole models.
 
-    Returns the handles of the hooks that do it.
+    Sharded models (FSDP, DeepSpeed) are written by their own means, before these hooks are called.
 
-    Sharded models (FSDP, DeepSpeed) are written by their own means, before these hooks have anything to do.
+    Returns:
+        The handles of the hooks.
     """
 
     def save(models, weights, output_dir):

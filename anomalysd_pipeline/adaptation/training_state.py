@@ -1,5 +1,4 @@
-"""What a training needs besides weights and optimizer to go on: its learning rate schedule and the average of its
-weights, as files that run no code when they are read."""
+"""Save the learning rate schedule and the averaged weights of a training, as files that run no code when read."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ _SHADOW = "shadow_params"
 
 
 class TrainingState:
-    """The schedule and the average of one stage.
+    """Saves and loads the schedule and the average of one stage.
 
     Args:
         schedule: a PyTorch learning rate scheduler.
@@ -35,7 +34,7 @@ class TrainingState:
         Path(folder, _NUMBERS).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
 
     def load(self, folder) -> None:
-        """Reads what `save` wrote."""
+        """Reads the files that `save` wrote."""
         numbers = json.loads(Path(folder, _NUMBERS).read_text(encoding="utf-8"))
         self.schedule.load_state_dict(numbers["schedule"])
         if self.average is not None:
