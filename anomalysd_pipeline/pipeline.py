@@ -28,6 +28,7 @@ from .adaptation.folder import (
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.devices import autocast
+from .common.files import recover
 from .data.images import load_pictures
 from .data.tensors import resize, stack, to_pil, to_tensor
 from .knowledge import Knowledge
@@ -865,6 +866,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "`pretrained_model_name_or_path` must be a folder or a Hub id where a published pipeline.py stands "
                 "for the package: the embedded checkpoint comes with the installed package anomalysd-pipeline."
             )
+        recover(path)
         if is_adaptation_folder(path):
             base, resolution = adaptation_base_of(path)
             pipe = cls.from_pretrained(

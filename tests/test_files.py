@@ -1,10 +1,12 @@
 """Files and folders are complete or not there, whatever ends the process that writes them."""
 
 import os
+import shutil
 import signal
 
 import pytest
 
+from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.common.files import disk_errors, recover, remove, write_whole, written_whole
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is a forked process")
@@ -141,6 +143,11 @@ class TestRecover:
         folder.with_name(".folder.partial").mkdir()
         recover(folder)
         assert held(folder) == "old"
+
+    def test_a_pipeline_that_a_killed_writer_had_completed_is_loaded(self, folder, tiny_pipeline_folder):
+        shutil.copytree(tiny_pipeline_folder, folder.with_name(".folder.new"))
+        folder.with_name(".folder.old").mkdir()
+        assert AnomalySDPipeline.from_pretrained(folder).config.resolution == 64
 
     @pytest.mark.parametrize("path", ["", "/", ".", "somebody/never-written", "x" * 5000, "a\0b"])
     def test_of_something_else_is_nothing(self, path, tmp_path, monkeypatch):
