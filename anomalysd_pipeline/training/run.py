@@ -1,4 +1,4 @@
-"""The command `train`: options checked, the fine-tuning run, what it learned written."""
+"""Run the command `train`: check options, fine-tune, register and calibrate the parts, write the result."""
 
 from __future__ import annotations
 
@@ -42,12 +42,17 @@ _SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEG
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs a fine-tuning with parsed options, see `training.options.add_arguments`; on every process.
+    """Runs a fine-tuning; called by every process.
+
+    Args:
+        args: parsed options, see `training.options.add_arguments`.
+
+    Returns:
+        The exit status, 0.
 
     Raises:
-        ValueError: for input that cannot be used or a disk that cannot be written; in one sentence, with the names of
-            the options.
-        OSError: for a base that cannot be loaded.
+        ValueError: input that cannot be used, or a disk that cannot be written; one sentence that names the option.
+        OSError: a base that cannot be loaded.
     """
     try:
         # A host program's own accelerator may compute in another precision.
@@ -61,14 +66,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # 1. Whatever a person may have mistyped, before a model is loaded
+    # 1. Check the options, the pictures and the prompts before a model is loaded
     check_options(args)
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     pictures = read_shots(args, report=_report if first_here else lambda sentence: None)
     shots = {category: [image for _, image in pairs] for category, pairs in pictures.items()}
     prompts = read_prompts(args.prompts, shots)
 
-    # 2. The model, on the processor that accelerate gives this process
+    # 2. Load the model onto the device that accelerate gives this process
     state = PartialState(cpu=on_cpu(args.cpu), timeout=_PATIENCE)
     with state.local_main_process_first():
         pipe = load_pipeline(args)
@@ -78,7 +83,7 @@ def _run(args: argparse.Namespace) -> int:
     pipe.check_adaptable(name, settings.method, shots)
     accelerator = make_accelerator(args, settings)
 
-    # 3. Training
+    # 3. Train
     if accelerator.is_main_process:
         if args.overwrite:
             discard(args.output_dir)
@@ -105,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     finally:
         reports.close()
 
-    # 4. Banks, thresholds and the result, by one process
+    # 4. Register and calibrate the parts and write the result, by one process
     if accelerator.is_main_process:
         rate = args.false_alarm_rate
         pipe.learn(shots, weights, name, prompts, calibrate=not args.no_calibration, false_alarm_rate=rate)
@@ -115,7 +120,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for whatever can be told to be wrong from the options and the disk alone."""
+    """Checks the options against each other, the installed packages and the disk.
+
+    Raises:
+        ValueError: for the first option that cannot be used.
+    """
     AdaptationSettings.resolve([given_settings(args)])
     check_rate(args.false_alarm_rate)
     choose_device(args.device)
@@ -162,7 +171,7 @@ def _check_output_dir(folder: Path, resume: str | None, overwrite: bool) -> None
 
 
 def load_pipeline(args: argparse.Namespace) -> AnomalySDPipeline:
-    """The base, with the options' resolution."""
+    """Loads the base at the resolution of the options."""
     given = {"revision": args.revision, "variant": args.variant, "resolution": args.resolution}
     pipe = AnomalySDPipeline.from_pretrained(args.base, **{k: v for k, v in given.items() if v is not None})
     pipe.set_progress_bar_config(disable=True)
@@ -170,9 +179,13 @@ def load_pipeline(args: argparse.Namespace) -> AnomalySDPipeline:
 
 
 def choose_settings(args: argparse.Namespace, pipe: AnomalySDPipeline, device: torch.device) -> AdaptationSettings:
-    """Options, then the checkpoint's own, then the paper's; the precision as a word that says what is computed."""
+    """Resolves the settings: the options', else the checkpoint's own, else the paper's.
+
+    Returns:
+        Settings whose `mixed_precision` is "no", "bf16" or "fp16", never "auto".
+    """
     settings = pipe.adaptation_settings(**given_settings(args))
-    # The launcher says "no" where nobody has chosen anything.
+    # The launcher says "no" where nothing was chosen.
     launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if args.mixed_precision is None and launched != "no":
         precision = launched
@@ -184,16 +197,16 @@ def choose_settings(args: argparse.Namespace, pipe: AnomalySDPipeline, device: t
 
 
 def make_accelerator(args: argparse.Namespace, settings: AdaptationSettings) -> Accelerator:
-    """The accelerator of this run; the processes are there already.
+    """Makes the accelerator of this run, for processes that are there already.
 
     Raises:
-        ValueError: for settings that its kind of distribution does not know.
+        ValueError: `use_ema`, where the weights are divided among processes.
     """
     project = ProjectConfiguration(project_dir=str(args.output_dir), logging_dir=str(args.output_dir / LOGS))
     deepspeed = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and not on_cpu(args.cpu)
     accelerator = Accelerator(
         cpu=on_cpu(args.cpu),
-        # DeepSpeed's own mixed precision turns the weights into bf16; autocast below is what everything else uses.
+        # DeepSpeed's own mixed precision would turn the weights into bf16; it gets autocast below instead.
         mixed_precision="no" if deepspeed else settings.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=project,
@@ -217,7 +230,7 @@ def make_accelerator(args: argparse.Namespace, settings: AdaptationSettings) -> 
 
 
 def discard(folder: Path) -> None:
-    """Removes what an earlier run left to go on from; its result stays until the new one takes its place."""
+    """Removes the checkpoints, logs and reports of an earlier run; its result stays until the new one replaces it."""
     with disk_errors("output_dir", folder):
         for name in (CHECKPOINTS, LOGS, VALIDATION):
             remove(folder / name)
@@ -228,7 +241,7 @@ def discard(folder: Path) -> None:
 def describe(
     args: argparse.Namespace, pictures: Shots, settings: AdaptationSettings, accelerator: Accelerator
 ) -> dict:
-    """What another person needs to repeat the run; JSON-serializable."""
+    """Collects the facts that another person needs to repeat the run; JSON-serializable."""
     return {
         "base": args.base or "embedded",
         "revision": args.revision,
@@ -240,7 +253,11 @@ def describe(
 
 
 def save(args: argparse.Namespace, pipe: AnomalySDPipeline, name: str, weights: AdaptedWeights) -> Path:
-    """Writes the result, complete or not at all, and returns its folder."""
+    """Writes the result complete or not at all, and returns its folder.
+
+    Raises:
+        ValueError: a disk that cannot be written.
+    """
     if weights.settings.method == "lora":
         folder, other = args.output_dir / ADAPTATION, args.output_dir / PIPELINE
         pipe.save_adaptation(folder, name)
@@ -254,7 +271,7 @@ def save(args: argparse.Namespace, pipe: AnomalySDPipeline, name: str, weights: 
 
 
 def summary(args: argparse.Namespace, folder: Path, categories: list[str]) -> str:
-    """Where the result is and the line that uses it."""
+    """Words where the result is, its size, and the command that inspects with it."""
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
     given = [("--base", folder)] if folder.name == PIPELINE else [("--base", args.base), ("--adaptation", folder)]
     if folder.name == ADAPTATION:
