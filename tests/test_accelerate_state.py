@@ -1,5 +1,7 @@
 """What a program has set up with accelerate stays as it is, whatever runs in the same process."""
 
+import threading
+
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
@@ -84,13 +86,34 @@ class TestOwnState:
         reset_accelerate()
 
     def test_in_two_threads_that_end_in_any_order(self, host):
-        first, second = own_accelerate_state(), own_accelerate_state()
-        for each, precision in ((first, "no"), (second, "bf16")):
-            each.__enter__()
-            Accelerator(mixed_precision=precision)
-        first.__exit__(None, None, None)
-        assert Accelerator(mixed_precision="bf16").state.__dict__ is not host.state.__dict__
-        second.__exit__(None, None, None)
+        both_began, first_left = (threading.Barrier(2, timeout=60) for _ in range(2))
+        found = {}
+
+        def train(name, accumulation):
+            with own_accelerate_state():
+                accelerator = Accelerator(cpu=True, mixed_precision="no", gradient_accumulation_steps=accumulation)
+                both_began.wait()
+                if name == "second":
+                    first_left.wait()
+                model = torch.nn.Linear(1, 1)
+                before = model.weight.item()
+                model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1.0))
+                changed = []
+                for _ in range(accumulation):
+                    with accelerator.accumulate(model):
+                        accelerator.backward(model(torch.ones(1, 1)).sum())
+                        optimizer.step()
+                    changed.append(model.weight.item() != before)
+                found[name] = changed
+            if name == "first":
+                first_left.wait()
+
+        threads = [threading.Thread(target=train, args=each) for each in (("first", 2), ("second", 3))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {"first": [False, True], "second": [False, False, True]}
         check(host)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -51,52 +51,55 @@ def on_cpu(asked: bool) -> bool:
 
 
 _KINDS = (PartialState, AcceleratorState, GradientState)
-_states: list[dict] = []
-"""The states of accelerate that are set aside, the host program's first, and last the one in use."""
-_switching = threading.Lock()
+_own: ContextVar[dict | None] = ContextVar("_own", default=None)
+"""State of each kind within `own_accelerate_state`; each thread has its own, and new threads have none."""
+
+
+class _Shared:
+    """Stands for the dictionary in which a class of accelerate keeps its state: that of `_own`, or the program's."""
+
+    def __init__(self, kind: type, program):
+        self.kind, self.program = kind, program
+
+    def __get__(self, instance, owner=None):
+        own = _own.get()
+        if own is not None:
+            return own[self.kind]
+        # With torch_xla, accelerate has put a descriptor there too.
+        return self.program.__get__(instance, owner) if hasattr(self.program, "__get__") else self.program
 
 
 @contextlib.contextmanager
 def own_accelerate_state(one_process: bool = False) -> Iterator[None]:
-    """Gives accelerate a new state inside; `Accelerator` objects made before keep theirs, inside and after.
+    """Gives accelerate a new state inside, in this thread; `Accelerator` objects made before keep theirs.
 
     accelerate keeps its state in the class and refuses a second `Accelerator` with another precision. Several
     processes that a launcher started go on in the new state, and those started inside go on after it, because they
-    cannot be started again. Blocks in several threads may end in any order.
+    cannot be started again.
 
     Args:
         one_process: whether accelerate works inside as in a program of one process. Else a fine-tuning in one of
             several would wait for the others at every step, and with all of them it would see other batches than one
             process alone.
     """
-    own = {kind: type(kind._shared_state)() for kind in _KINDS}
-    with _switching:
-        if _several(PartialState._shared_state):
-            own[PartialState].update(PartialState._shared_state)
-            if one_process:
-                own[PartialState].update(distributed_type=DistributedType.NO, num_processes=1)
-                own[PartialState].update(process_index=0, local_process_index=0)
-        if not _states:
-            _states.append({kind: kind._shared_state for kind in _KINDS})
-        _states.append(own)
-        _use(own)
+    for kind in _KINDS:
+        if not isinstance(kind.__dict__["_shared_state"], _Shared):
+            kind._shared_state = _Shared(kind, kind.__dict__["_shared_state"])
+    own = {kind: {} for kind in _KINDS}
+    if _several(PartialState._shared_state):
+        own[PartialState].update(PartialState._shared_state)
+        if one_process:
+            own[PartialState].update(distributed_type=DistributedType.NO, num_processes=1)
+            own[PartialState].update(process_index=0, local_process_index=0)
+    before = _own.set(own)
     try:
         yield
     finally:
-        with _switching:
-            _states[:] = [state for state in _states if state is not own]
-            _use(_states[-1])
-            if len(_states) == 1:
-                _states.clear()
-            if not PartialState._shared_state and _several(own[PartialState]):
-                PartialState._shared_state.update(own[PartialState])
+        _own.reset(before)
+        if not PartialState._shared_state and _several(own[PartialState]):
+            PartialState._shared_state.update(own[PartialState])
 
 
 def _several(processes: Mapping) -> bool:
     """Tells whether a launcher started the process, along with others."""
     return processes.get("distributed_type", DistributedType.NO) != DistributedType.NO
-
-
-def _use(state: Mapping) -> None:
-    for kind, shared in state.items():
-        kind._shared_state = shared
