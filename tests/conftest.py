@@ -52,6 +52,16 @@ def tested_nuts():
     return [Image.fromarray(sample.image) for sample in test_samples("hex_nut", 2, 2, seed=5, size=64)]
 
 
+@pytest.fixture(scope="session")
+def registered_pipeline(nuts):
+    """A pipeline that knows the part of `nuts`, for calls that are refused: no test may change it."""
+    pipe = make_tiny_pipeline()
+    pipe.add_category("hex_nut", nuts)
+    before = repr(dict(pipe.config)), pipe.bank["hex_nut"].clone()
+    yield pipe
+    assert repr(dict(pipe.config)) == before[0] and pipe.bank["hex_nut"].equal(before[1])
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A running Hub that this process' client talks to, without a login."""

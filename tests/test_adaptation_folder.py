@@ -233,21 +233,21 @@ class TestRefused:
         refused(pipe, saved, "an adaptation 'nut, ring', and on one of that name 'gear' rest", overwrite=overwrite)
 
     @pytest.mark.parametrize("missing", [FACTS, WEIGHTS])
-    def test_a_missing_file(self, folder, pipe, missing):
+    def test_a_missing_file(self, folder, victim, missing):
         (folder / missing).unlink()
-        refused(pipe, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
+        refused(victim, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
 
     @pytest.mark.parametrize("name", [FACTS, WEIGHTS])
     @pytest.mark.parametrize("share", [0, 0.5, 0.999])
-    def test_a_file_that_was_cut_short(self, folder, pipe, name, share):
+    def test_a_file_that_was_cut_short(self, folder, victim, name, share):
         whole = (folder / name).read_bytes()
         (folder / name).write_bytes(whole.rstrip()[: int(share * len(whole))])
-        refused(pipe, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
+        refused(victim, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
 
     @pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b"1" * 5000, b'"format"', b"{}"])
-    def test_a_file_that_is_something_else(self, folder, pipe, text):
+    def test_a_file_that_is_something_else(self, folder, victim, text):
         (folder / FACTS).write_bytes(text)
-        refused(pipe, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
+        refused(victim, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
 
     def test_a_later_format(self, folder, pipe):
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
@@ -266,13 +266,13 @@ class TestRefused:
         pipe.load_adaptation(folder)
         assert pipe.config.categories["nut"]["adapted"] is False
 
-    def test_a_pipeline(self, tiny_pipeline_folder, pipe):
-        refused(pipe, tiny_pipeline_folder, f"must hold a complete {FACTS}")
+    def test_a_pipeline(self, tiny_pipeline_folder, victim):
+        refused(victim, tiny_pipeline_folder, f"must hold a complete {FACTS}")
 
     @pytest.mark.parametrize("name", ["somebody/never-written", "no/such/folder", "", "../x", "a b"])
-    def test_what_cannot_be_reached(self, pipe, name, monkeypatch, tmp_path):
+    def test_what_cannot_be_reached(self, victim, name, monkeypatch, tmp_path):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        refused(pipe, name, "must be a folder or a Hub id that can be reached", runs=False, cache_dir=tmp_path)
+        refused(victim, name, "must be a folder or a Hub id that can be reached", runs=False, cache_dir=tmp_path)
 
 
 def put(path, value):

@@ -108,7 +108,8 @@ class TestArguments:
 
     @pytest.mark.skipif(sys.platform == "win32", reason="Ctrl-C is no signal there")
     def test_interrupt_exits_with_130(self, tmp_path):
-        command = [sys.executable, "-m", "anomalysd_pipeline", "synth", str(tmp_path / "out"), "--train", "1000"]
+        many = ["--train", "1000", "--size", "48"]
+        command = [sys.executable, "-m", "anomalysd_pipeline", "synth", str(tmp_path / "out"), *many]
 
         def hear_interrupts():  # which programs that a shell has put in the background do not
             signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,6 +11,8 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
 )
+from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import cdist
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data.tensors import to_tensor
@@ -81,7 +83,12 @@ class TestInspection:
                 pipe.extractor, torch.stack([to_tensor(p, RESOLUTION) for p in nuts[:2]])
             ).numpy()
             psi, after = (pipe.extractor(picture)[0].permute(1, 2, 0).numpy() for picture in (x, average))
-        far = ((psi[:, :, None] - bank[None, None]) ** 2).sum(-1).min(-1)
+
+        def squares(features):
+            flat = cdist(features.reshape(-1, features.shape[-1]), bank, "sqeuclidean")
+            return flat.reshape(*features.shape[:-1], len(bank))
+
+        far = squares(psi).min(-1)
         cuts = np.sort(far.ravel())[:-1]
         cost = [far[far > r].var() + far[far <= r].var() for r in cuts]
         mask = (
@@ -93,14 +100,14 @@ class TestInspection:
         assert np.array_equal(out.prototype_masks[0], mask > 0)
         guided = mask * difference(repaint(torch.from_numpy(mask)[None, None]))
         # E relative to how far the nearest prototypes are from those of the other picture.
-        between = ((bank[:, None] - bank[None]) ** 2).sum(-1)
+        between = squares(bank)
         own = np.tile(np.repeat([0, 1], far.size), len(bank) // (2 * far.size))
         between[own[:, None] == own[None]] = np.inf
         spread = between.min(1)
 
         def relative(features):
-            squares = ((features[:, :, None] - bank[None, None]) ** 2).sum(-1)
-            return squares.min(-1) / (2 * spread.mean() + spread[squares.argsort(-1)[..., :9]].mean(-1))
+            near = squares(features)
+            return near.min(-1) / (2 * spread.mean() + spread[near.argsort(-1)[..., :9]].mean(-1))
 
         far = relative(psi)
         if adapted:
@@ -109,8 +116,6 @@ class TestInspection:
             0, 0
         ].numpy()
         fused = 0.9 * multi_scale + 0.1 * guided + 0.3 * far
-        from scipy.ndimage import gaussian_filter
-
         expected = gaussian_filter(fused, smoothing_sigma(RESOLUTION), mode="reflect")
         np.testing.assert_allclose(out.anomaly_maps[0], expected, rtol=1e-3, atol=1e-6)
         np.testing.assert_allclose(out.pred_scores[0], expected.max(), rtol=1e-3)
@@ -137,12 +142,13 @@ class TestInspection:
         def count(pipe, step, timestep, tensors):
             steps.append((step, timestep, len(tensors["latents"])))
 
-        tiny_pipeline(nuts[0], mask_grouping="grouped", callback_on_step_end=count, batch_size=4)
+        scales = {"mask_scales": (1, 2, 4, 8), "callback_on_step_end": count}
+        tiny_pipeline(nuts[0], mask_grouping="grouped", batch_size=4, **scales)
         assert sum(size for _, _, size in steps) == 13 * 2  # 5 steps at strength 0.4 run 2
         assert [step for step, _, _ in steps] == list(range(len(steps)))
         assert len({timestep for _, timestep, _ in steps}) == 2
         steps.clear()
-        tiny_pipeline(nuts[0], mask_grouping="none", callback_on_step_end=count, batch_size=85)
+        tiny_pipeline(nuts[0], mask_grouping="none", batch_size=85, **scales)
         assert sum(size for _, _, size in steps) == 85 * 2
 
     def test_callback_can_change_latents_and_stop(self, tiny_pipeline, nuts):
@@ -210,7 +216,7 @@ class TestInspection:
         def count(pipe, step, timestep, tensors):
             steps.append(step)
 
-        pipe(nuts[0], callback_on_step_end=count, batch_size=13)  # 13 passes of 2 steps
+        pipe(nuts[0], mask_scales=(1, 2, 4, 8), callback_on_step_end=count, batch_size=13)  # 13 passes of 2 steps
         assert steps == [0, 1, 0, 1, *range(10)]  # batches of 13 and 6 that failed, then 3, 3, 3, 3 and 1
 
     def test_other_runtime_errors_are_not_taken_for_a_shortage(self, tiny_pipeline, nuts):
@@ -379,24 +385,23 @@ class TestBadInput:
             ({"generator": [torch.Generator()] * 2}, "generator"),
         ],
     )
-    def test_call(self, tiny_pipeline, nuts, arguments, named):
+    def test_call(self, registered_pipeline, nuts, arguments, named):
         with pytest.raises(ValueError, match=named):
-            tiny_pipeline(nuts[0], **arguments)
+            registered_pipeline(nuts[0], **arguments)
 
-    def test_no_pictures(self, tiny_pipeline):
+    def test_no_pictures(self, registered_pipeline):
         for nothing in (None, []):
             with pytest.raises(ValueError, match="`image`"):
-                tiny_pipeline(nothing)
+                registered_pipeline(nothing)
 
-    def test_calibrate(self, tiny_pipeline, nuts):
+    def test_calibrate(self, registered_pipeline, nuts):
         with pytest.raises(ValueError, match="add_category"):
-            tiny_pipeline.calibrate("hex_nut", nuts)
-        tiny_pipeline.add_category("hex_nut", nuts)
+            registered_pipeline.calibrate("washer", nuts)
         for rate in (0, 0.5, 1):
             with pytest.raises(ValueError, match="false_alarm_rate"):
-                tiny_pipeline.calibrate("hex_nut", nuts, false_alarm_rate=rate)
+                registered_pipeline.calibrate("hex_nut", nuts, false_alarm_rate=rate)
         with pytest.raises(ValueError, match="normal_images"):
-            tiny_pipeline.calibrate("hex_nut", [])
+            registered_pipeline.calibrate("hex_nut", [])
 
     @pytest.mark.parametrize("channels", [4, 8])
     def test_unet_without_nine_channels(self, channels):

@@ -72,6 +72,15 @@ class TestGoingOn:
 
 
 class TestRefusals:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def trained(registered_pipeline, nuts, tmp_path_factory):
+        """The folder of a fine-tuning of two steps."""
+        folder = tmp_path_factory.mktemp("trained")
+        settings = tiny_settings(steps=2, train_decoder=False)
+        train(registered_pipeline, {"hex_nut": nuts}, settings, output_dir=folder)
+        return folder
+
     @pytest.mark.parametrize(
         "changed, argument",
         [
@@ -82,23 +91,15 @@ class TestRefusals:
             ({"use_ema": True}, "`use_ema` is True, but"),
         ],
     )
-    def test_with_another_setting_is_refused(self, tiny_pipeline, shots, changed, argument, tmp_path):
-        train(tiny_pipeline, shots, tiny_settings(steps=2, train_decoder=False), output_dir=tmp_path)
+    def test_with_another_setting_is_refused(self, registered_pipeline, shots, trained, changed, argument):
         settings = tiny_settings(steps=3, train_decoder=False, **changed)
         with pytest.raises(ValueError, match=argument):
-            train(tiny_pipeline, shots, settings, output_dir=tmp_path, resume_from_checkpoint="latest")
+            train(registered_pipeline, shots, settings, output_dir=trained, resume_from_checkpoint="latest")
 
-    def test_with_other_pictures_is_refused(self, tiny_pipeline, shots, tmp_path):
-        train(tiny_pipeline, shots, tiny_settings(train_decoder=False), output_dir=tmp_path)
-        fewer = {"hex_nut": shots["hex_nut"][:2]}
+    def test_with_other_pictures_is_refused(self, registered_pipeline, shots, trained):
+        fewer, settings = {"hex_nut": shots["hex_nut"][:2]}, tiny_settings(steps=3, train_decoder=False)
         with pytest.raises(ValueError, match="`pictures`"):
-            train(
-                tiny_pipeline,
-                fewer,
-                tiny_settings(train_decoder=False),
-                output_dir=tmp_path,
-                resume_from_checkpoint="latest",
-            )
+            train(registered_pipeline, fewer, settings, output_dir=trained, resume_from_checkpoint="latest")
 
     def test_another_number_of_denoiser_steps_is_refused(self, tiny_pipeline, shots, tmp_path):
         train(tiny_pipeline, shots, tiny_settings(steps=1, decoder_latents="repainted"), output_dir=tmp_path)

@@ -27,6 +27,13 @@ def drive(work, *options):
     return json.loads(run.stdout)
 
 
+@pytest.mark.canary
+@pytest.mark.timeout(300)  # five runs, each in a process
+def test_two_kills_change_no_bit(tmp_path):
+    told = drive(tmp_path, "--kills", "2")["random"]
+    assert len(told["kills"]) == 2 and told["equal"] and all(told["equal"])
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
     return drive(tmp_path_factory.mktemp("killed"), "--kills", "20", "--states")
