@@ -713,7 +713,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         calibrate: bool = True,
         false_alarm_rate: float = 0.05,
     ) -> None:
-        """Takes in what `adaptation.fine_tune` returned, and registers and calibrates its categories; all or nothing.
+        """Takes in the result of `fine_tune`, and registers and calibrates its categories; all or nothing.
 
         Arguments and errors are those of `adapt`.
         """
