@@ -9,28 +9,32 @@ TEST_STAMP := $(VENV)/.installed-for-tests
 .PHONY: help install demo app test test-all lint format clean
 
 help:
-	@echo "make demo    inspect drawn parts, write demo/montage.png and demo/results.csv"
-	@echo "make app     start the app in the browser"
-	@echo "make test    run the tests that take minutes"
-	@echo "make test-all  run all tests, which take an hour"
-	@echo "make lint    check style and formatting"
-	@echo "make format  apply the formatting"
-	@echo "make clean   remove .venv and caches"
+	@echo "make demo      inspect drawn parts, write demo/montage.png and demo/results.csv"
+	@echo "make app       start the app in the browser"
+	@echo "make test      run the tests that fit in minutes"
+	@echo "make test-all  run all tests, up to an hour"
+	@echo "make lint      check style and formatting"
+	@echo "make format    apply the formatting"
+	@echo "make clean     remove .venv and caches"
 
 install: $(STAMP)
 
 # An environment whose interpreter no longer runs is made anew; otherwise pip completes what is there.
 # $(RUN) rather than the installed scripts: those hold the absolute path of a folder that may have been moved.
+define install
+@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+@echo "Installing into $(VENV) ..."
+@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[$(1)]"
+endef
+
 $(STAMP): pyproject.toml requirements.txt
-	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@echo "Installing into $(VENV) ..."
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[app]"
+	$(call install,app)
 	@touch $@
 
 # The tests also need what is optional: the trackers, the peers of the evaluation, its figures.
-$(TEST_STAMP): $(STAMP)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
-	@touch $@
+$(TEST_STAMP): pyproject.toml requirements.txt
+	$(call install,test)
+	@touch $(STAMP) $@
 
 demo: $(STAMP)
 	@$(RUN) -m anomalysd_pipeline demo

@@ -94,6 +94,7 @@ def test_results_are_those_of_a_machine_of_one_s_own(told):
 
 
 @pytest.mark.canary
+@pytest.mark.timeout(240)  # tells the story in two processes
 def test_the_time_that_is_asked_for_grows_with_the_work(told):
     inspection, quick, _, tuned, _ = told[1]["asked"]
     assert 0 < inspection < quick < tuned <= space.LONGEST
