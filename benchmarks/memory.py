@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the tests' helpe
 
 _M_MMAP_THRESHOLD = -3  # from glibc's malloc.h
 _BY_ITSELF = """
-import runpy
+import runpy, sys
+sys.path.insert(0, ".")
 from anomalysd_pipeline.app import memory
 memory.share_arenas = lambda: False
 runpy.run_path("app.py", run_name="__main__")
@@ -47,9 +48,9 @@ def main() -> None:
             command += [] if arguments.model is None else ["--model", arguments.model]
             told = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
             print(f"{count:2} pictures, blocks {how + ':':9} {told}", flush=True)
-    for how, program in (("own:", ("-c", _BY_ITSELF)), ("shared:", ("app.py",))):
-        told = inspect(arguments.model, arguments.clients, arguments.inspections, program)
-        print(f"app, heaps {how:7} {told}", flush=True)
+    for how in ("own", "shared"):
+        told = inspect(arguments.model, arguments.clients, arguments.inspections, how == "shared")
+        print(f"app, heaps {how + ':':7} {told}", flush=True)
 
 
 def register(model: str | None, count: int, returned: bool) -> None:
@@ -88,7 +89,7 @@ def large_blocks_returned():
         libc.mallopt(_M_MMAP_THRESHOLD, 2**25)  # the value that glibc itself arrives at
 
 
-def inspect(model: str | None, clients: int, inspections: int, program: tuple[str, ...]) -> str:
+def inspect(model: str | None, clients: int, inspections: int, shared: bool) -> str:
     """Inspects with several clients at once; tells the memory of the app's process before, after and later."""
     import gradio_client
 
@@ -101,7 +102,9 @@ def inspect(model: str | None, clients: int, inspections: int, program: tuple[st
         paths = [folder / f"picture_{number}.png" for number in range(clients)]
         for number, path in enumerate(paths):
             normal_images(FAMILIES[number % len(FAMILIES)], 1, seed=number)[0].save(path)
-        with running_app(folder / "app", program, **environment) as app:
+        script = folder / "app_with_own_heaps.py"
+        script.write_text(_BY_ITSELF, encoding="utf-8")
+        with running_app(folder / "app", ["app.py" if shared else str(script)], **environment) as app:
             options = {"verbose": False, "download_files": False, "httpx_kwargs": {"timeout": 4 * PATIENCE}}
             connected = [gradio_client.Client(app.url, **options) for _ in paths]
 
