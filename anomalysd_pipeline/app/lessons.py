@@ -27,9 +27,7 @@ TIMES = {"standard": 1, "thorough": 3}
 STEPS = {"steps": 200, "decoder_steps": 100}
 """Optimizer steps for a base whose config gives none."""
 
-PICTURES = 8
-"""Validation pictures during each stage."""
-
+PICTURES = 8  # validation pictures during each stage
 CALIBRATION = 0.2
 """Time for the threshold, as a share of the time for a fine-tuning of the length "standard"."""
 
