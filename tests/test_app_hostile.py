@@ -103,8 +103,6 @@ class TestBombs:
             assert name in stranger.refusal("inspect", stranger.upload(name, content), "Any part", "fast")
             assert app.memory() - before < 200_000_000, name
 
-    @pytest.mark.canary
-    @pytest.mark.timeout(180)  # starts the app
     def test_of_a_zip(self, stranger, app):
         before = app.memory()
         bomb = ("bomb.png", b"\x89PNG\r\n\x1a\n" + bytes(50_000_000))

@@ -7,7 +7,7 @@ class TestSotaPreset:
     """Fast masks, and the distance to the prototypes in the score."""
 
     def test_brings_a_feature_weight(self):
-        pipe = make_tiny_pipeline()
+        pipe = make_tiny_pipeline(preset_overrides={})
         assert pipe.config.feature_weight == 0
         sota, fast = pipe.settings(preset="sota").to_dict(), pipe.settings(preset="fast", num_inference_steps=20)
         assert sota == {**fast.to_dict(), "feature_weight": 1.0}
