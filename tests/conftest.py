@@ -1,3 +1,5 @@
+import atexit
+import gc
 import os
 
 # Before torch starts its threads: the models are small, and several workers (`make test`) would fight for the cores.
@@ -24,6 +26,17 @@ def make_tiny_pipeline(**kwargs):
     pipe = AnomalySDPipeline(**{**settings, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _only_new_garbage():
+    """Spares garbage collection what is there: accelerate collects after every stage of a fine-tuning, and looking
+    through all that the tests import takes longer than the stage."""
+    gc.collect()
+    gc.freeze()
+
+
+atexit.register(gc.unfreeze)
 
 
 @pytest.fixture

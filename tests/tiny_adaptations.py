@@ -1,9 +1,7 @@
 """Adaptations of the tiny pipeline: learned in a second, and what must stay as it was while they come and go."""
 
-import atexit
 import dataclasses
 import functools
-import gc
 
 import torch
 
@@ -12,10 +10,6 @@ from anomalysd_pipeline.synthetic import normal_images
 
 from .conftest import make_tiny_pipeline
 from .tiny import tiny_components
-
-# Accelerate collects garbage after every stage; looking through all imported modules takes longer than the training.
-gc.freeze()
-atexit.register(gc.unfreeze)
 
 SHORT = {
     "steps": 2,
