@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from ..adaptation.preview import validation_pictures
 from ..adaptation.settings import AdaptationSettings
 from ..adaptation.stages import Stage
 from ..common.drawing import montage
-from ..common.files import disk_errors
+from ..common.files import disk_errors, write_whole
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
 _PROJECT = "anomalysd"
@@ -56,9 +55,8 @@ class LossCurve:
                 continue  # the last line of a run that was killed while writing it
             if found["stage"] != stage or found["step"] < step:
                 kept.append(line)
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        os.replace(partial, self._path)
+        text = "".join(f"{line}\n" for line in kept)
+        write_whole(self._path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 class Reports:
