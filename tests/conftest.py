@@ -2,8 +2,9 @@ import atexit
 import gc
 import os
 
-# Before torch starts its threads: the models are small, and several workers (`make test`) would fight for the cores.
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# Before torch starts its threads, for the workers of `make test` too: more than one each for small models would spin.
+# process that starts them, share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
