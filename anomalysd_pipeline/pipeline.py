@@ -384,7 +384,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 self.mixed_precision,
                 update=progress.update,
                 on_step=None if callback is None else on_step,
-            )  # [N, K + 1, R, R]
+            )
 
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations = None

@@ -10,7 +10,7 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline import AnomalySDPipeline, adaptation
 from anomalysd_pipeline.hub.publishing import export
 from anomalysd_pipeline.models.bank import PrototypeBank
 
@@ -101,3 +101,14 @@ def test_in_a_process_with_a_folder_of_today(tmp_path, earlier_first):
     assert not facts["installed"]
     assert facts["module"].startswith("anomalysd_pipeline." if earlier_first else "diffusers_modules.")
     check(case, found["scores"][0], facts["labels"][0], found["maps"][0])
+
+
+def test_its_code_says_how_to_fine_tune():
+    """What the earlier pipeline.py asks the package for, once for each name."""
+    asked = {"fine_tune", "in_memory_accelerator"}
+    code = (PUBLISHED / "pipeline.py").read_text()
+    for name in asked:
+        assert f'{name} = _from_package("adaptation").{name}' in code
+        with pytest.raises(ImportError, match="from_pretrained"):
+            getattr(adaptation, name)
+    assert not hasattr(adaptation, "anything else")
