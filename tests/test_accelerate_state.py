@@ -65,6 +65,18 @@ class TestOwnState:
         assert (PartialState().num_processes, PartialState().process_index) == (3, 2)
         assert PartialState().distributed_type == DistributedType.MULTI_GPU
 
+    def test_within_one_of_several_processes(self, host, monkeypatch):
+        """A fine-tuning of one process, which has a state of its own, must not find the launcher's others again."""
+        PartialState._shared_state.update(distributed_type=DistributedType.MULTI_CPU, num_processes=3, process_index=2)
+        for name, value in {"WORLD_SIZE": "3", "RANK": "2", "LOCAL_RANK": "2", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)  # as the launcher left them: accelerate would start a group by these
+        monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+        with own_accelerate_state(one_process=True), own_accelerate_state():
+            assert PartialState._shared_state["num_processes"] == 1
+            inner = Accelerator(cpu=True, mixed_precision="no")
+            assert (inner.num_processes, inner.distributed_type) == (1, DistributedType.NO)
+        assert PartialState().num_processes == 3
+
     def test_without_any_before(self):
         reset_accelerate()
         with own_accelerate_state(one_process=True):

@@ -86,9 +86,11 @@ def own_accelerate_state(one_process: bool = False) -> Iterator[None]:
         if not isinstance(kind.__dict__["_shared_state"], _Shared):
             kind._shared_state = _Shared(kind, kind.__dict__["_shared_state"])
     own = {kind: {} for kind in _KINDS}
-    if _several(PartialState._shared_state):
+    several = _several(PartialState._shared_state)
+    # Within a state of one of several processes too: a new one would find the launcher's others again, and wait.
+    if several or (_own.get() is not None and PartialState._shared_state):
         own[PartialState].update(PartialState._shared_state)
-        if one_process:
+        if several and one_process:
             own[PartialState].update(distributed_type=DistributedType.NO, num_processes=1)
             own[PartialState].update(process_index=0, local_process_index=0)
     before = _own.set(own)
