@@ -16,12 +16,18 @@ class NeighborSearch:
     Args:
         vectors: [M, C], M >= 1.
         center: [C], subtracted from vectors and queries; None: the mean of `vectors`.
+        inplace: whether `vectors` may be overwritten, which saves the memory of a copy.
+
+    Attributes:
+        chunk: queries compared at once, as many as fit in `ENTRIES`.
     """
 
-    def __init__(self, vectors: Tensor, center: Tensor | None = None):
-        self.center = vectors.float().mean(dim=0) if center is None else center
-        self.vectors = vectors.float() - self.center
+    def __init__(self, vectors: Tensor, center: Tensor | None = None, inplace: bool = False):
+        vectors = vectors.float()
+        self.center = vectors.mean(dim=0) if center is None else center
+        self.vectors = vectors.sub_(self.center) if inplace else vectors - self.center
         self.squares = self.vectors.square().sum(dim=1)  # [M]
+        self.chunk = max(1, ENTRIES // len(self.vectors))
 
     def nearest(self, queries: Tensor, count: int = 1, chunk: int | None = None) -> tuple[Tensor, Tensor]:
         """Finds the `count` nearest vectors of each query, and the distance to the first.
@@ -70,7 +76,7 @@ class NeighborSearch:
 
     def _blocks(self, queries: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yields rows, their centered queries [B, C], and squared distances less the queries' own squares, [B, M]."""
-        chunk = chunk or max(1, ENTRIES // len(self.vectors))
+        chunk = chunk or self.chunk
         for start in range(0, len(queries), chunk):
             rows = slice(start, min(start + chunk, len(queries)))
             part = queries[rows].float() - self.center

@@ -120,8 +120,12 @@ def spread_of(features: Tensor, sources: Tensor, kept: Tensor, seed: int) -> Ten
     if len(others) > _COMPARED:
         chosen = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))[:_COMPARED]
         others = others[chosen.to(others.device)]
-    search = NeighborSearch(features[others], features.float().mean(dim=0))
-    return search.distances(features[kept], (sources[kept], sources[others]))
+    search = NeighborSearch(features[others], features.float().mean(dim=0), inplace=True)  # a copy of its own
+    found = features.new_empty(len(kept), dtype=torch.float32)
+    # In pieces, because the vectors asked for are most of them all.
+    for part, result in zip(kept.split(search.chunk), found.split(search.chunk), strict=True):
+        result.copy_(search.distances(features[part], (sources[part], sources[others])))
+    return found
 
 
 def _rotate(images: Tensor, degrees: float) -> Tensor:
