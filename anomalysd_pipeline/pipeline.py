@@ -27,13 +27,13 @@ from .adaptation.folder import (
 )
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
-from .common.devices import autocast
 from .common.files import recover
 from .data.images import load_pictures
-from .data.tensors import resize, stack, to_pil, to_tensor
+from .data.inputs import Inputs
+from .data.tensors import resize, stack, to_pil
 from .knowledge import Knowledge
-from .method.calibration import Calibration, calibrate_threshold, check_rate
-from .method.inpainting import decode, draw_noise, encode, repaint, start_schedule
+from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
+from .method.inpainting import draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks, prototype_mask
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
@@ -42,7 +42,7 @@ from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
 from .method.workload import Workload
 from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
-from .models.collection import COMPARED_PICTURES, fill_bank, held_out_bank
+from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
@@ -56,8 +56,7 @@ UNNAMED_CATEGORY = "part"
 """Name used in the generic prompts where no category is given."""
 
 AT_ONCE = 4
-"""Pictures whose features and latents are computed together: fixed, so that no batch size can change their
-rounding."""
+"""Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
 
 
 class AnomalySDPipeline(DiffusionPipeline):
@@ -79,9 +78,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             a `feature_weight` of 0 leaves it to the preset.
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
-        categories: settings of each registered category: `shots`, `noise_strength`, `adaptation`,
-            `prompt_design`, `adapted` (whether the weights that it is inspected with were fine-tuned to it),
-            `calibration`.
+        categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
+            the bank), `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `adapted` (whether the weights
+            that it is inspected with were fine-tuned to it), `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -224,6 +223,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         prototype_weight: float | None = None,
         feature_weight: float | None = None,
         guidance_scale: float | None = None,
+        top_share: float | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -240,7 +240,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 ones, multi-scale masks only. None: an unnamed part.
             preset: "paper", "fast" or "sota"; None: the checkpoint's default.
             noise_strength, num_inference_steps, mask_scales, mask_grouping, prototype_weight, feature_weight,
-                guidance_scale: see `InspectionSettings`; None: the category's, the checkpoint's or the preset's value.
+                guidance_scale, top_share: see `InspectionSettings`; None: the category's, the checkpoint's or the
+                preset's value.
             batch_size: passes (picture and mask) at once; halved by itself when memory runs out. It does not change
                 the result. None: 16 on a GPU, 4 on a CPU.
             generator: source of the noise, one for all or one per picture. None: every picture gets the same noise, so
@@ -267,24 +268,24 @@ class AnomalySDPipeline(DiffusionPipeline):
             prototype_weight=prototype_weight,
             feature_weight=feature_weight,
             guidance_scale=guidance_scale,
+            top_share=top_share,
         )
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
 
-        # 2. Pictures to the model's resolution
+        # 2. Pictures to the sizes of the networks
         loaded = load_pictures(image, "image")
         sizes = [(picture.height, picture.width) for picture in loaded]
-        pictures = self._to_tensors(loaded)  # [N, 3, R, R]
+        inputs = self._inputs(loaded)
 
         # 3. to 7. From pictures to score maps
-        bank = self.bank if category in self.bank else None
         try:
-            found = self._score_maps(pictures, category, settings, bank, batch_size, generator, callback_on_step_end)
+            found = self._score_maps(inputs, category, settings, None, batch_size, generator, callback_on_step_end)
         finally:
             self.maybe_free_model_hooks()
         maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
 
         # 8. Image score, before resizing: it must not depend on the size of the file; threshold of the category
-        scores = image_score(maps)  # [N]
+        scores = image_score(maps, settings.top_share)  # [N]
         threshold = self._threshold(category, settings)
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
 
@@ -321,25 +322,26 @@ class AnomalySDPipeline(DiffusionPipeline):
     @torch.no_grad()
     def _score_maps(
         self,
-        pictures: Tensor,
+        inputs: Inputs,
         category: str | None,
         settings: InspectionSettings,
-        bank: PrototypeBank | None,
+        left_out: int | None = None,
         batch_size: int | None = None,
         generator=None,
         callback: Callable | None = None,
     ) -> ScoreMaps:
-        """Runs stages 3 to 7 of an inspection; calibration runs them too, with another bank.
+        """Runs stages 3 to 7 of an inspection; calibration runs them too, against a part of the bank.
 
         Args:
-            pictures: `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
-            bank: holds `category`, or None for zero-shot.
+            inputs: of N pictures.
+            left_out: number of the bank's picture with which they are not compared; None: with all.
             Others: see `__call__`.
         """
         device, side = self._execution_device, self.config.resolution
         record = self.config.categories.get(category, {})
         self.use_adaptation(record.get("adaptation"))
-        pictures = pictures.to(device)
+        inputs = inputs.to(device)
+        pictures = inputs.squares  # [N, 3, R, R], R the pipeline's resolution
 
         # 3. Averaged prompt embedding
         design = record.get("prompt_design", "hierarchical")
@@ -349,11 +351,14 @@ class AnomalySDPipeline(DiffusionPipeline):
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        prototype_masks = None
-        if bank is not None:
-            psi = torch.cat([self.extractor(part) for part in pictures.split(AT_ONCE)])  # [N, C, h, w]
-            distances = bank.to(device).distances(category, psi)  # [N, h, w]
-            prototype_masks = prototype_mask(distances, (side, side))  # [N, 1, R, R]
+        distances, prototype_masks = [], None
+        if category in self.bank:
+            bank, parts = self.bank.to(device), self.extractor.parts
+            for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
+                psi = self.extractor(picture[None])  # [1, C, h, w]
+                distances.append(bank.distances(category, psi, parts, left_out))  # [1, h, w]
+            masks = [prototype_mask(distance, (side, side)) for distance in distances]
+            prototype_masks = torch.cat(masks)  # [N, 1, R, R]
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
@@ -388,15 +393,9 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations = None
-        if bank is not None and settings.feature_weight > 0:
-            deviations = []
-            for rows in torch.arange(len(pictures)).split(AT_ONCE):
-                # Repainting tells something only where the model knows the part.
-                after = None
-                if record.get("adapted"):
-                    after = self._repainted_features(pictures[rows], latents[rows], painted.average[rows])
-                deviations.append(bank.deviations(category, psi[rows], after))  # [n, h, w]
-            deviations = resize(torch.cat(deviations), (side, side))
+        if distances and settings.feature_weight > 0:
+            found = [bank.relative(category, distance, parts) for distance in distances]
+            deviations = torch.cat([resize(deviation, (side, side)) for deviation in found])  # [N, R, R]
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
             guided=None if prototype_masks is None else painted.differences[:, -1],
@@ -405,16 +404,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             prototype_masks=prototype_masks,
         )
 
-    def _repainted_features(self, pictures: Tensor, latents: Tensor, repainted: Tensor) -> tuple[Tensor, Tensor]:
-        """psi of repainted pictures, and of these with what the autoencoder loses of the originals put back, both
-        `[n, C, h, w]`."""
-        with autocast(pictures.device, self.mixed_precision):
-            lost = pictures - decode(self.vae, latents)  # [n, 3, R, R]
-        return self.extractor(repainted), self.extractor((repainted + lost).clamp(-1, 1))
-
-    def _to_tensors(self, pictures) -> Tensor:
-        """RGB pictures as `[N, 3, R, R]` in [-1, 1]."""
-        return torch.stack([to_tensor(picture, self.config.resolution) for picture in pictures])
+    def _inputs(self, pictures) -> Inputs:
+        size_of = getattr(self.extractor, "picture_size", lambda height, width: None)
+        return Inputs.of(pictures, self.config.resolution, size_of)
 
     @torch.no_grad()
     def inpaint(
@@ -563,14 +555,17 @@ class AnomalySDPipeline(DiffusionPipeline):
         known.prompts.add(category, prompts)
         if noise_strength is not None:
             self.settings(noise_strength=noise_strength)
-        pictures = self._to_tensors(load_pictures(normal_images, "normal_images"))  # [K, 3, R, R]
+        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
-        compare = len(pictures) >= COMPARED_PICTURES
-        fill_bank(self.bank.to(device), category, self.extractor, pictures.to(device), rotations, compare)
+        # Equal pictures say nothing twice, and could not be left out of each other's comparison.
+        shots = dict(zip(inputs.digests(), inputs.shaped, strict=True))
+        shaped = [picture.to(device) for picture in shots.values()]
+        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations)
         known.store(
             category,
-            shots=len(pictures),
+            shots=len(shots),
+            digests=list(shots),
             rotations=rotations,
             noise_strength=noise_strength,
             adaptation=None,
@@ -597,11 +592,15 @@ class AnomalySDPipeline(DiffusionPipeline):
     ) -> Calibration:
         """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
 
+        Called again with further pictures of good parts, the threshold follows; those of earlier calls with the same
+        settings count on until the part is registered anew.
+
         Args:
             category: a part registered by `add_category`.
             normal_images: 1 or more pictures of good parts; those given to `add_category` will do, because each is
-                scored against a bank that was made without it.
+                compared with the others alone. From one of these alone the threshold is a guess.
             false_alarm_rate: share of good parts that may exceed the threshold.
+            seed: of the noise, and of the copies where there is one picture.
             **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
                 inspected. The threshold applies to inspections with the same settings.
 
@@ -617,22 +616,30 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
         chosen = self.settings(category=category, **settings)
         check_rate(false_alarm_rate)
-        pictures = self._to_tensors(load_pictures(normal_images, "normal_images"))  # [K, 3, R, R]
-        rotations = self.config.categories[category]["rotations"]
+        record = self.config.categories[category]
+        if "digests" not in record:
+            raise ValueError(
+                f"`category` {category!r} was registered by an earlier version, which did not note its pictures; "
+                "register it again by `add_category`."
+            )
+        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
 
-        def score(batch: Tensor, held_out: int | None) -> list[float]:
-            bank = self.bank
-            if held_out is not None:
-                own = pictures.to(self._execution_device)
-                bank = held_out_bank(self.bank, category, self.extractor, own, held_out, rotations)
-            noise = [torch.Generator().manual_seed(seed) for _ in batch]
-            found = self._score_maps(batch, category, chosen, bank, generator=noise)
-            return image_score(found.fused(chosen.prototype_weight, chosen.feature_weight)).tolist()
+        def score(picture: Inputs, left_out: int | None) -> float:
+            noise = torch.Generator().manual_seed(seed)
+            found = self._score_maps(picture, category, chosen, left_out, generator=noise)
+            return image_score(found.fused(chosen.prototype_weight, chosen.feature_weight), chosen.top_share).item()
 
         try:
-            calibration = calibrate_threshold(score, pictures, chosen, false_alarm_rate, seed)
+            calibration = calibrate_threshold(
+                score, inputs, record["digests"], chosen, false_alarm_rate, seed, record["calibration"]
+            )
         finally:
             self.maybe_free_model_hooks()
+        if not calibration.held_out:
+            logger.warning(
+                f"The threshold of {category!r} is a guess, because one picture does not show how good parts differ; "
+                "give `calibrate` one more picture of a good part, better four."
+            )
         self._store_category(category, calibration=calibration.to_dict())
         return calibration
 
@@ -985,8 +992,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         record = self.config.categories.get(category, {}).get("calibration")
         if record is None:
             return None
-        if record["settings"] != settings.to_dict():
-            changed = [key for key, value in settings.to_dict().items() if record["settings"].get(key) != value]
+        changed = differing_settings(record, settings)
+        if changed:
             logger.warning(
                 f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does "
                 "not apply; call `calibrate` with these settings."

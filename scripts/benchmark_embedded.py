@@ -6,11 +6,6 @@
 4 shots, the checkpoint's own preset, the mean ± spread over seeds. `--synthetic` stands for the families that no
 training has seen; the seed is that of a product, or of the draw of the shots from a folder. Results are appended one
 by one, and what is in the file is not computed again.
-
-    python -m scripts.benchmark_embedded --synthetic --seeds 0 1 2 --rows features --out features.csv
-
-compares the features: the prototype distance E alone with the trained extractor and with random weights in its place,
-each with and without its colors.
 """
 
 import argparse
@@ -24,28 +19,17 @@ import torch
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.common.devices import resolve_precision
-from anomalysd_pipeline.data.tensors import resize, to_tensor
+from anomalysd_pipeline.data.tensors import resize
 from anomalysd_pipeline.evaluation.floors import ColorPatchFloor, PlainInpaintingFloor
-from anomalysd_pipeline.method.scoring import image_score
-from anomalysd_pipeline.models.extractor import PrototypeExtractor
 from anomalysd_pipeline.synthetic import UNSEEN
 from scripts.ablations import append, finished
-from scripts.evaluate_embedded import drawn, evaluate, feature_map, from_folder, judge
-from scripts.recipe import seeded
+from scripts.evaluate_embedded import drawn, evaluate, from_folder, judge
 
 SCORES = {"fused": "AnomalySD", "paper": "AnomalySD, the paper's score", "features": "prototype distance E alone"}
-FEATURES = {
-    "E alone, trained features": (True, True),
-    "E alone, trained features, no colors": (True, False),
-    "E alone, random features": (False, True),
-    "E alone, random features, no colors": (False, False),
-}
-"""Row to whether the backbone is the trained one, and whether colors are beside it."""
 FLOORS = {"color patches": ColorPatchFloor, "plain inpainting": PlainInpaintingFloor}
 ROWS = (
     *(f"{name}{suffix}" for suffix in ("", ", adapted") for name in SCORES.values()),
     *FLOORS,
-    *FEATURES,
 )
 COLUMNS = ("system", "seed", "category", "image", "pixel", "pro", "adapt_seconds", "seconds")
 
@@ -77,25 +61,6 @@ def run_floor(arguments, name: str, seed: int, category: str, normals: list, tes
     seconds = (time.perf_counter() - began) / len(tests)
     maps = torch.stack([resize(torch.from_numpy(p.anomaly_map)[None], (256, 256))[0] for p in found])
     return {name: {**judge(maps, [p.score for p in found], tests), "adapt_seconds": 0.0, "seconds": seconds}}
-
-
-def run_features(arguments, name: str, seed: int, category: str, normals: list, tests: list) -> dict[str, dict]:
-    """The prototype distance E alone, with other features."""
-    trained, colors = FEATURES[name]
-    pipe = AnomalySDPipeline.from_pretrained(arguments.model)
-    kept = {} if colors else {"color_weight": 0.0}
-    extractor = seeded(lambda: PrototypeExtractor.from_config(pipe.extractor.config, **kept), seed)
-    if trained:
-        extractor.load_state_dict(pipe.extractor.state_dict())
-    pipe.register_modules(extractor=extractor)
-    began = time.perf_counter()
-    pipe.add_category(category, normals)
-    times = {"adapt_seconds": time.perf_counter() - began}
-    began = time.perf_counter()
-    side = pipe.config.resolution
-    maps = torch.cat([feature_map(pipe, category, to_tensor(image, side)[None]) for image, _, _ in tests])
-    times["seconds"] = (time.perf_counter() - began) / len(tests)
-    return {name: {**judge(maps, image_score(maps), tests), **times}}
 
 
 def table(results: list[dict]) -> str:
@@ -141,7 +106,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[10, 11, 12])
     parser.add_argument("--shots", type=int, default=4)
     parser.add_argument("--limit", type=int, default=None, help="test pictures of each label (drawn parts: 12)")
-    parser.add_argument("--rows", nargs="+", choices=("not adapted", "adapted", *FLOORS, "features"), default=None)
+    parser.add_argument("--rows", nargs="+", choices=("not adapted", "adapted", *FLOORS), default=None)
     parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
     parser.add_argument("--max_train_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
     parser.add_argument("--max_decoder_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
@@ -157,11 +122,7 @@ def main() -> None:
         "adapted": (f"{SCORES['fused']}, adapted", functools.partial(run_own, arguments, True)),
         **{name: (name, functools.partial(run_floor, arguments, name)) for name in FLOORS},
     }
-    compared = {name: (name, functools.partial(run_features, arguments, name)) for name in FEATURES}
     rows = arguments.rows or list(systems)
-    if "features" in rows:
-        rows = [row for row in rows if row != "features"] + list(compared)
-    systems |= compared
     for category, seed in jobs:
         given = None
         for name in rows:

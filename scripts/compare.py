@@ -19,9 +19,8 @@ from anomalysd_pipeline.evaluation.run import evaluate
 
 SYSTEMS = {
     "AnomalySD": [],
-    "AnomalySD, the paper's score": ["--feature_weight", "0"],
+    "AnomalySD, the paper's score": ["--feature_weight", "0", "--top_share", "0"],
     "AnomalySD, adapted": ["--adapt"],
-    "AnomalySD, ImageNet features": ["--timm_model", "imagenet"],
     "color patches": ["--peer", "color_patches"],
     "plain inpainting": ["--peer", "plain_inpainting"],
     "PatchCore": ["--peer", "patchcore"],
@@ -35,7 +34,7 @@ SYSTEMS = {
 }
 """Name in the tables to further options of the evaluation."""
 
-EXTRA = ("AnomalySD, adapted", "AnomalySD, ImageNet features")
+EXTRA = ("AnomalySD, adapted",)
 
 COLUMNS = {"image_auroc": "image AUROC", "pixel_auroc": "pixel AUROC", "pixel_pro": "PRO"}
 

@@ -18,7 +18,7 @@ from PIL import Image
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data.datasets import draw_shots, load_mask, read_mvtec
 from anomalysd_pipeline.data.images import load_image
-from anomalysd_pipeline.data.tensors import resize, to_tensor
+from anomalysd_pipeline.data.tensors import resize
 from anomalysd_pipeline.evaluation.metrics import image_metrics, pixel_metrics
 from anomalysd_pipeline.method.scoring import image_score, smooth, smoothing_sigma
 from anomalysd_pipeline.synthetic import normal_images, test_samples
@@ -26,14 +26,14 @@ from anomalysd_pipeline.synthetic import normal_images, test_samples
 
 def from_folder(root: Path, category: str, shots: int, limit: int | None, seed: int | None = None):
     """Normal pictures (the first by name, or drawn by `seed`), and `(picture, label, mask or None)` of the test set,
-    256 px each."""
+    masks of 256 px."""
     data = read_mvtec(root, category)
     chosen = sorted(data.train, key=lambda p: p.name)[:shots] if seed is None else draw_shots(data.train, shots, seed)
     normals = [load_image(p) for p in chosen]
     chosen = [t for label in (False, True) for t in [t for t in data.test if t.label == label][:limit]]
     tests = []
     for test in chosen:
-        image = load_image(test.path).resize((256, 256), Image.Resampling.LANCZOS)
+        image = load_image(test.path)
         mask = np.zeros((256, 256), bool) if not test.label else None
         if test.mask_path:
             mask = load_mask(test.mask_path, 256)
@@ -50,33 +50,25 @@ def drawn(family: str, shots: int, seed: int, limit: int | None):
     ]
 
 
+@torch.no_grad()
 def evaluate(pipe, category, tests, settings):
     """What a registered category is judged by, each way of scoring, and the seconds per picture.
 
     Returns:
-        "paper" (`feature_weight` 0), "features" (the prototype distance E alone) and "fused" (by the weight in
-        `settings`), each with the figures of `judge`; all from one inspection of each picture.
+        "paper" (the paper's score), "features" (the prototype distance alone) and "fused" (both, as `settings` say),
+        each with the figures of `judge`; all from one inspection of each picture.
     """
-    side = pipe.config.resolution
     found = {"paper": [], "features": [], "fused": []}
     began = time.time()
     for image, _, _ in tests:
-        x = to_tensor(image, side)[None]
-        with torch.no_grad():
-            seen = pipe._score_maps(x, category, settings, pipe.bank)
+        seen = pipe._score_maps(pipe._inputs([image]), category, settings)
         found["paper"].append(seen.fused(settings.prototype_weight, 0.0))
-        found["features"].append(feature_map(pipe, category, x))
+        found["features"].append(smooth(seen.deviations, smoothing_sigma(seen.deviations.shape[-1])))
         found["fused"].append(seen.fused(settings.prototype_weight, settings.feature_weight))
     seconds = (time.time() - began) / len(tests)
-    scored = {name: torch.cat(maps) for name, maps in found.items()}
-    return {name: judge(maps, image_score(maps), tests) for name, maps in scored.items()}, seconds
-
-
-@torch.no_grad()
-def feature_map(pipe, category, x):
-    """The prototype distance E alone, `[1, H, W]`, smoothed as every map, of a picture `[1, 3, H, W]`."""
-    far = pipe.bank.relative_distances(category, pipe.extractor(x))
-    return smooth(resize(far, tuple(x.shape[-2:])), smoothing_sigma(x.shape[-1]))
+    scored = {name: torch.cat([resize(m, (256, 256)) for m in maps]) for name, maps in found.items()}
+    shares = {"paper": 0.0, "features": settings.top_share, "fused": settings.top_share}
+    return {name: judge(maps, image_score(maps, shares[name]), tests) for name, maps in scored.items()}, seconds
 
 
 def judge(maps, scores, tests) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
     python -m scripts.export_embedded --work embedded-training --out anomalysd_pipeline/embedded
 
-Writes a diffusers folder and replaces the old one only when the new one is complete and loads again. `README.md` of
-the old folder is kept.
+Writes a diffusers folder and replaces the old one only when the new one is complete and loads again. The extractor's
+weights stay in their package, which its config names. `README.md` of the old folder is kept.
 """
 
 import argparse
@@ -20,10 +20,7 @@ from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.models.extractor import PrototypeExtractor
 from anomalysd_pipeline.models.perceptual import PerceptualDistance
-from scripts.recipe import DEFAULTS, RESOLUTION, make_scheduler
-
-# Beside a coreset of the turned copies, all vectors of up to 8 pictures as they are: measured on drawn parts.
-BANK = {"max_size": 2048, "max_unturned": 8192}
+from scripts.recipe import BANK, DEFAULTS, EXTRACTOR, RESOLUTION, make_scheduler
 
 
 def assemble(work: Path) -> AnomalySDPipeline:
@@ -34,7 +31,7 @@ def assemble(work: Path) -> AnomalySDPipeline:
         tokenizer=CLIPTokenizer.from_pretrained(work / "tokenizer"),
         unet=UNet2DConditionModel.from_pretrained(work / "unet"),
         scheduler=make_scheduler(),
-        extractor=PrototypeExtractor.from_pretrained(work / "extractor"),
+        extractor=PrototypeExtractor.from_package(**EXTRACTOR),
         perceptual=PerceptualDistance.from_pretrained(work / "perceptual"),
         bank=PrototypeBank(**BANK),
         resolution=RESOLUTION,
@@ -54,6 +51,8 @@ def main() -> None:
         facts = json.loads(config.read_text())
         facts.pop("_name_or_path", None)
         config.write_text(json.dumps(facts, indent=2) + "\n")
+    for weights in (new / "extractor").glob("*.safetensors"):
+        weights.unlink()  # an installed package has them
     AnomalySDPipeline.from_pretrained(new)
     if (arguments.out / "README.md").exists():
         shutil.copy(arguments.out / "README.md", new)

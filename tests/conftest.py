@@ -1,5 +1,7 @@
 import atexit
+import contextlib
 import gc
+import logging
 import os
 
 # Before torch starts its threads, for the workers of `make test` too: more than one each for small models would spin.
@@ -27,6 +29,20 @@ def make_tiny_pipeline(**kwargs):
     pipe = AnomalySDPipeline(**{**settings, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+@contextlib.contextmanager
+def warnings_of(name="anomalysd_pipeline.pipeline"):
+    """Collects what a logger of the package says."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger(name)
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,7 +1,7 @@
 """A program that loads a published pipeline and inspects a picture: how strangers use it, in a process of their own.
 
 python load_published.py SOURCE PICTURE CATEGORY OUT.npz [--adaptation SOURCE] [--after SOURCE] [--all]
-    [--package | --forbid-package]
+    [--package | --forbid-package] [--paper]
 """
 
 import argparse
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--package", action="store_true")
     parser.add_argument("--forbid-package", action="store_true")
     parser.add_argument("--all", action="store_true")
+    parser.add_argument("--paper", action="store_true", help="by the paper's score")
     args = parser.parse_args()
     if args.forbid_package:
         sys.meta_path.insert(0, Forbidden())
@@ -73,7 +74,7 @@ def main() -> None:
     if args.adaptation:
         pipe.load_adaptation(args.adaptation)
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(Image.open(args.picture), category=args.category)
+    out = pipe(Image.open(args.picture), category=args.category, feature_weight=0.0 if args.paper else None)
     np.savez(args.out, maps=out.anomaly_maps, scores=out.pred_scores)
     facts = {"labels": out.pred_labels, "module": type(pipe).__module__, "categories": pipe.categories}
     facts["installed"] = os.path.isfile(getattr(sys.modules.get("anomalysd_pipeline"), "__file__", ""))

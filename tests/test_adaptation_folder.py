@@ -67,7 +67,7 @@ class TestSaveAndLoad:
         assert {path.name for path in saved.iterdir()} == {FACTS, WEIGHTS}
         tensors = load_file(saved / WEIGHTS)
         lora = {name for name in tensors if ".lora_A." in name or ".lora_B." in name}
-        assert tensors.keys() - lora == {"bank.0", "bank.1"}
+        assert tensors.keys() - lora == {"bank.0", "bank.1", "sources.0", "sources.1"}
         assert all(tensors[name].dtype == torch.float16 for name in lora)
         values = sum(weight.numel() for weight in (learned("nut", "ring").denoiser | learned("nut").decoder).values())
         assert (saved / WEIGHTS).stat().st_size < 2 * values + 4 * sum(

@@ -118,7 +118,9 @@ class TestAdaptations:
 
         with zipfile.ZipFile(taken_home[0]) as archive:
             tensors = load(archive.read("adaptation.safetensors"))
-        tensors |= {"bank.1": tensors["bank.0"].clone(), "bank.2": tensors["bank.0"].clone()}
+        tensors |= {
+            f"{kind}.{index}": tensors[f"{kind}.0"].clone() for kind in ("bank", "sources") for index in (1, 2)
+        }
         path = with_facts(taken_home, tmp_path / "x.zip", more)
         with zipfile.ZipFile(path) as archive:
             facts = archive.read("adaptation.json")

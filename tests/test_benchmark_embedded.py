@@ -5,15 +5,12 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 from sklearn.metrics import roc_auc_score
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.data.tensors import to_tensor
-from anomalysd_pipeline.method.scoring import image_score
 from scripts import benchmark_embedded
 from scripts.ablations import append, finished
-from scripts.evaluate_embedded import drawn, feature_map, judge
+from scripts.evaluate_embedded import drawn, judge
 
 pytestmark = pytest.mark.full
 
@@ -83,15 +80,17 @@ def test_a_floor_fills_its_row(tmp_path, monkeypatch, capsys):
     assert "| color patches | " in capsys.readouterr().out
 
 
-def test_rows_of_features_are_of_the_network_that_they_name():
+def test_rows_of_our_own_are_those_of_inspections():
+    """The three ways of scoring come from one run; each equals that of a call with its settings."""
     normals, tests = drawn("gear", 1, 0, 2)
-    given = (argparse.Namespace(model=None), "E alone, trained features", 0, "gear", normals, tests)
-    found = benchmark_embedded.run_features(*given)["E alone, trained features"]
+    arguments = argparse.Namespace(model=None, mixed_precision="no")
+    found = benchmark_embedded.run_own(arguments, False, 0, "gear", normals, tests)
     pipe = AnomalySDPipeline.from_pretrained()
     pipe.add_category("gear", normals)
-    maps = torch.cat([feature_map(pipe, "gear", to_tensor(image, 256)[None]) for image, _, _ in tests])
-    own = judge(maps, image_score(maps), tests)
-    assert {name: found[name] for name in own} == pytest.approx(own, abs=1e-6)
-    name = "E alone, random features, no colors"
-    other = benchmark_embedded.run_features(*given[:1], name, *given[2:])[name]
-    assert abs(other["pixel"] - own["pixel"]) > 1e-3
+    for name, options in {
+        "AnomalySD": {},
+        "AnomalySD, the paper's score": {"feature_weight": 0.0, "top_share": 0.0},
+    }.items():
+        output = pipe([image for image, _, _ in tests], category="gear", **options)
+        own = judge(output.anomaly_maps, output.pred_scores, tests)
+        assert {key: found[name][key] for key in own} == pytest.approx(own, abs=1e-6)

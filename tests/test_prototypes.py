@@ -1,12 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from scipy import ndimage
+from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
 from anomalysd_pipeline.models.bank import PrototypeBank
-from anomalysd_pipeline.models.collection import _resample_rotated, collect_prototypes, fill_bank, prototype_sources
+from anomalysd_pipeline.models.collection import _resample_rotated, collect_prototypes, fill_bank
 from anomalysd_pipeline.models.coreset import greedy_coreset
 from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
@@ -89,7 +89,7 @@ class TestPrototypeBank:
         assert "a" not in bank and bank.categories == ["b"] and torch.equal(bank["b"], vectors(2, 4, seed=2))
         bank.remove("b")
         bank.add("c", vectors(2, 7))
-        names = {"placeholder", "bank_0", "spread_0", "gap_0", "view_0"}
+        names = {"placeholder", "bank_0", "source_0"}
         assert bank.config.dim == 7 and set(bank.state_dict()) == names
 
     def test_does_not_share_memory_with_its_input(self):
@@ -107,14 +107,16 @@ class TestPrototypeBank:
     @pytest.mark.parametrize(
         ("unturned", "straight"), [(6, range(6)), (8, range(8)), (15, (0, 2, 4, 6, 8, 10, 12, 14))]
     )
-    def test_keeps_what_was_not_turned_beside_the_coreset(self, unturned, straight):
-        bank, features = PrototypeBank(max_size=10, max_unturned=8), vectors(40, 4)
-        bank.add("bottle", features, seed=3, unturned=unturned, sources=torch.arange(40) % 4)
-        kept = sorted({*greedy_coreset(features, 10, seed=3).tolist(), *straight})
-        assert torch.equal(bank["bottle"], features[kept])
-        squares = cdist(features[kept], features, "sqeuclidean")
-        squares[np.array(kept)[:, None] % 4 == np.arange(40)[None] % 4] = np.inf
-        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
+    def test_keeps_what_was_not_turned_and_fills_up_with_the_rest(self, unturned, straight):
+        bank, features = PrototypeBank(max_size=20, max_unturned=8), vectors(40, 4)
+        bank.add("bottle", features, torch.arange(40) % 4, unturned, seed=3)
+        (kept,) = torch.where((features[:, None] == bank["bottle"]).all(dim=2).any(dim=1))
+        assert kept[: len(straight)].tolist() == list(straight)
+        assert len(kept) == 20 and (kept[len(straight) :] >= unturned).all()
+        assert torch.equal(bank.sources("bottle"), (kept % 4).int())
+        again = PrototypeBank(max_size=20, max_unturned=8)
+        again.add("bottle", features, None, unturned, seed=4)
+        assert not torch.equal(again["bottle"], bank["bottle"])
 
     def test_what_fits_is_kept_once_and_whole(self):
         bank, features = PrototypeBank(max_size=40, max_unturned=8), vectors(40, 4)
@@ -122,10 +124,16 @@ class TestPrototypeBank:
         assert torch.equal(bank["bottle"], features)
 
     def test_what_was_packed_is_not_thinned_again(self):
-        bank, small = PrototypeBank(max_size=10, max_unturned=8), PrototypeBank(max_size=5)
-        bank.add("bottle", vectors(40, 4), unturned=8)
+        bank, small = PrototypeBank(max_size=10), PrototypeBank(max_size=5)
+        bank.add("bottle", vectors(40, 4), torch.arange(40) // 10)
         small.add_packed("bottle", bank.packed("bottle"))
-        assert len(bank["bottle"]) > 10 and torch.equal(small.packed("bottle")["bank"], bank.packed("bottle")["bank"])
+        assert torch.equal(small["bottle"], bank["bottle"]) and len(small["bottle"]) == 10
+        assert torch.equal(small.sources("bottle"), bank.sources("bottle"))
+
+    def test_an_earlier_version_packed_two_columns_more(self):
+        bank, old = PrototypeBank(), torch.cat([vectors(5, 4), torch.ones(5, 2)], dim=1)
+        bank.add_packed("bottle", {"bank": old, "views": torch.zeros(2, 5)})
+        assert torch.equal(bank["bottle"], vectors(5, 4)) and bank.sources("bottle").tolist() == [0] * 5
 
     def test_rejects(self):
         bank = PrototypeBank()
@@ -147,77 +155,95 @@ class TestPrototypeBank:
             PrototypeBank().to(torch.float16).add("bottle", torch.full((1, 2), 1e6))
 
 
-class TestRelativeDistances:
-    def bank(self, count=60, dim=5, pictures=3, **options):
+class TestParts:
+    """Distances of parts of the channels, one picture left out, and their unit."""
+
+    def bank(self, count=60, dim=10, pictures=3):
         features, sources = vectors(count, dim), torch.arange(count) % pictures
-        bank = PrototypeBank(**options)
-        bank.add("bottle", features, sources=sources)
-        return bank, features.double().numpy(), sources.numpy()
-
-    def test_spread_is_the_distance_to_the_nearest_in_another_picture(self):
-        bank, features, sources = self.bank()
-        squares = cdist(features, features, "sqeuclidean")
-        squares[sources[:, None] == sources[None]] = np.inf
-        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
-
-    def test_a_coreset_keeps_the_spread_of_what_it_keeps(self):
-        bank, features, sources = self.bank(max_size=10)
-        kept = greedy_coreset(torch.from_numpy(features).float(), 10).numpy()
-        squares = cdist(features[kept], features, "sqeuclidean")
-        squares[sources[kept][:, None] == sources[None]] = np.inf
-        np.testing.assert_allclose(bank.spread("bottle"), squares.min(axis=1), rtol=1e-4)
-
-    def test_distance_is_divided_by_the_spread_around_it(self):
-        bank, features, _ = self.bank()
-        psi = vectors(2, 5, 3, 4, seed=9)
-        squares = cdist(psi.permute(0, 2, 3, 1).reshape(-1, 5).double().numpy(), features, "sqeuclidean")
-        spread = bank.spread("bottle").double().numpy()
-        local = spread[np.argsort(squares, axis=1)[:, :9]].mean(axis=1)
-        expected = squares.min(axis=1) / (2 * spread.mean() + local)
-        np.testing.assert_allclose(bank.relative_distances("bottle", psi).flatten(), expected, rtol=1e-4)
-        # In pieces as in one, and with another scale of the features.
-        assert torch.equal(bank.relative_distances("bottle", psi, chunk=5), bank.relative_distances("bottle", psi))
-        large = PrototypeBank()
-        large.add("bottle", 100 * torch.from_numpy(features).float(), sources=torch.arange(60) % 3)
-        torch.testing.assert_close(
-            large.relative_distances("bottle", 100 * psi), bank.relative_distances("bottle", psi), rtol=1e-3, atol=0
-        )
-
-    def test_without_sources_it_is_the_distance_alone(self):
         bank = PrototypeBank()
-        bank.add("bottle", vectors(4, 5))
-        psi = vectors(1, 5, 2, 2, seed=1)
-        torch.testing.assert_close(bank.relative_distances("bottle", psi), bank.distances("bottle", psi) / 3)
+        bank.add("bottle", features, sources)
+        return bank, features.numpy(), sources.numpy()
 
-    def test_packed_and_saved_banks_keep_their_spread(self, tmp_path):
-        bank, _, _ = self.bank()
+    def expected(self, features, psi, parts):
+        """By scikit-learn: the geometric mean of the nearest squared distances of each part."""
+        queries = psi.permute(0, 2, 3, 1).flatten(0, 2).numpy()
+        found = [
+            NearestNeighbors(n_neighbors=1).fit(own).kneighbors(asked)[0][:, 0] ** 2
+            for own, asked in zip(np.split(features, parts, 1), np.split(queries, parts, 1), strict=True)
+        ]
+        return stats.gmean(found).reshape(psi.shape[0], *psi.shape[2:])
+
+    @pytest.mark.parametrize("parts", [1, 2, 5])
+    def test_distance_is_the_geometric_mean_of_the_parts(self, parts):
+        bank, features, _ = self.bank()
+        psi = vectors(2, 10, 3, 4, seed=9)
+        expected = self.expected(features, psi, parts)
+        np.testing.assert_allclose(bank.distances("bottle", psi, parts), expected, rtol=1e-4)
+        np.testing.assert_allclose(bank.distances("bottle", psi, parts, chunk=5), expected, rtol=1e-4)
+
+    def test_a_position_that_one_part_has_already_seen_is_at_distance_zero(self):
+        bank, features, _ = self.bank()
+        psi = vectors(1, 10, 1, 2, seed=9)
+        psi[0, :5, 0, 0] = torch.from_numpy(features[7, :5])
+        assert (bank.distances("bottle", psi, 2)[0, 0] > 0).tolist() == [False, True]
+
+    @pytest.mark.parametrize("left_out", [0, 2])
+    def test_a_picture_that_is_left_out_might_as_well_not_be_there(self, left_out):
+        bank, features, sources = self.bank()
+        psi = vectors(1, 10, 3, 4, seed=9)
+        before = bank.distances("bottle", psi, 2)
+        expected = self.expected(features[sources != left_out], psi, 2)
+        np.testing.assert_allclose(bank.distances("bottle", psi, 2, left_out), expected, rtol=1e-4)
+        assert torch.equal(bank.distances("bottle", psi, 2), before)
+
+    def test_there_must_be_another_picture(self):
+        bank, _, _ = self.bank(pictures=1)
+        with pytest.raises(ValueError, match="`left_out` must leave prototypes of another picture, got 0"):
+            bank.distances("bottle", vectors(1, 10, 1, 1), left_out=0)
+
+    def test_relative_distances_have_no_unit(self):
+        bank, features, _ = self.bank()
+        psi = vectors(1, 10, 3, 4, seed=9)
+        found = bank.relative("bottle", bank.distances("bottle", psi, 2), 2)
+        lengths = [np.square(part).sum(1).mean() for part in np.split(features, 2, 1)]
+        np.testing.assert_allclose(found, self.expected(features, psi, 2) / stats.gmean(lengths), rtol=1e-4)
+        large = PrototypeBank()
+        large.add("bottle", 100 * torch.from_numpy(features))
+        torch.testing.assert_close(large.relative("bottle", large.distances("bottle", 100 * psi, 2), 2), found)
+
+    def test_relative_distances_of_unit_vectors_are_twice_one_minus_the_cosine(self):
+        bank = PrototypeBank()
+        bank.add("bottle", torch.eye(4)[:1])
+        psi = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [-1, 0, 0, 0]]).T.view(1, 4, 1, 3)
+        found = bank.relative("bottle", bank.distances("bottle", psi))
+        assert found.flatten().tolist() == [0, 2, 4]
+
+    def test_packed_and_saved_banks_keep_their_sources(self, tmp_path):
+        bank, _, sources = self.bank()
         copied = PrototypeBank()
         copied.add_packed("lid", bank.packed("bottle"))
-        packed = bank.packed("bottle")["bank"]
-        assert torch.equal(copied.packed("lid")["bank"], packed) and packed.shape == (60, 7)
-        bank.add("cable", vectors(3, 5, seed=5))
-        bank.save_pretrained(tmp_path)
-        loaded = PrototypeBank.from_pretrained(tmp_path)
-        for name in ("bottle", "cable"):
-            assert torch.equal(loaded.spread(name), bank.spread(name)) and loaded.spread(name).min() > 0
+        bank.add("cable", vectors(3, 10, seed=5))
+        bank.to(torch.float16).save_pretrained(tmp_path)
+        loaded = PrototypeBank.from_pretrained(tmp_path, dtype=torch.float16)
+        for found in (copied.sources("lid"), loaded.sources("bottle")):
+            assert found.dtype == torch.int32 and found.tolist() == sources.tolist()
+        assert loaded.sources("cable").tolist() == [0, 0, 0] and loaded["bottle"].dtype == torch.float16
 
     def test_a_filled_bank_knows_what_was_turned_and_where_it_is_from(self):
         images = pictures(3, 4, 6)
-        bank, expected = (PrototypeBank(max_size=20, max_unturned=100) for _ in range(2))
+        bank, expected = (PrototypeBank(max_size=100, max_unturned=100) for _ in range(2))
         fill_bank(bank, "bottle", torch.nn.Identity(), images, rotations=3)
-        sources = torch.tensor([0, 1, 2] * 3).repeat_interleave(24)
-        features = collect_prototypes(torch.nn.Identity(), images, rotations=3)
-        expected.add("bottle", features, sources=sources, unturned=72)
-        assert torch.equal(bank.packed("bottle")["bank"], expected.packed("bottle")["bank"])
-        found = bank.distances("bottle", images)
-        assert found.max() == 0  # the pictures themselves are all there
+        features, sources = collect_prototypes(torch.nn.Identity(), images, rotations=3)
+        expected.add("bottle", features, sources, unturned=72)
+        assert torch.equal(bank["bottle"], expected["bottle"])
+        assert torch.equal(bank.sources("bottle"), expected.sources("bottle"))
+        assert bank.distances("bottle", images).max() == 0  # the pictures themselves are all there
 
-    def test_sources_of_collected_vectors(self):
-        images = pictures(5, 4, 6)
-        marked = images * 0 + torch.arange(5.0).view(5, 1, 1, 1)
-        collected = collect_prototypes(torch.nn.Identity(), marked, rotations=3)
-        assert torch.equal(prototype_sources(len(collected), 5, 3), collected[:, 0].round().long())
-        assert prototype_sources(12, 1, 3).tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    def test_sources_of_collected_vectors_of_pictures_of_several_sizes(self):
+        images = [torch.full((3, 2 + size, 4), float(size)) for size in range(5)]
+        features, sources = collect_prototypes(torch.nn.Identity(), images, rotations=4)
+        assert torch.equal(sources, features[:, 0].round().long())
+        assert len(features) == 4 * sum(4 * (2 + size) for size in range(5))
 
 
 class TestGreedyCoreset:
@@ -255,7 +281,7 @@ class TestGreedyCoreset:
 class TestCollectPrototypes:
     def test_quarter_turns_are_exact(self):
         images = pictures(5, 4, 6)
-        collected = collect_prototypes(torch.nn.Identity(), images, rotations=4)
+        collected, _ = collect_prototypes(torch.nn.Identity(), images, rotations=4)
         expected = [np.rot90(i.numpy(), k, (1, 2)).reshape(3, -1).T for k in range(4) for i in images]
         np.testing.assert_array_equal(collected, np.concatenate(expected))
 
@@ -264,7 +290,7 @@ class TestCollectPrototypes:
         images = pictures(1, 4, 4)
         expected = [np.rot90(images[0].numpy(), k, (1, 2)).reshape(3, -1).T for k in turns]
         np.testing.assert_array_equal(
-            collect_prototypes(torch.nn.Identity(), images, rotations), np.concatenate(expected)
+            collect_prototypes(torch.nn.Identity(), images, rotations)[0], np.concatenate(expected)
         )
 
     def test_resampled_quarter_turn_equals_the_exact_one(self):
@@ -283,7 +309,7 @@ class TestCollectPrototypes:
 
     def test_eight_turns_of_a_real_extractor(self, extractor):
         images = pictures(2)
-        collected = collect_prototypes(extractor, images, rotations=8)
+        collected, _ = collect_prototypes(extractor, images, rotations=8)
         psi = extractor(images).detach()
         assert collected.shape == (2 * 8 * psi.shape[2] * psi.shape[3], psi.shape[1])
         torch.testing.assert_close(collected[: collected.shape[0] // 8], psi.permute(0, 2, 3, 1).flatten(0, 2))
@@ -291,7 +317,7 @@ class TestCollectPrototypes:
 
     def test_rejects(self):
         with pytest.raises(ValueError, match="`images`"):
-            collect_prototypes(torch.nn.Identity(), torch.zeros(3, 4, 4))
+            collect_prototypes(torch.nn.Identity(), torch.zeros(1, 4, 4, 4))
         with pytest.raises(ValueError, match="`rotations`"):
             collect_prototypes(torch.nn.Identity(), pictures(1), rotations=0)
         with pytest.raises(ValueError, match="not finite"):

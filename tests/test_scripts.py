@@ -12,7 +12,7 @@ from scripts.pictures import TRAINED, Pool, draw_pool_picture
 from scripts.recipe import make_vae, seeded
 from scripts.tokenizer import LENGTH, make_tokenizer
 from scripts.train_denoiser import draw_mask
-from scripts.train_features import balanced_loss, draw_episode, extractor_distances
+from scripts.train_perceptual import balanced_loss, draw_pair
 from scripts.train_vae import whiten
 
 
@@ -87,12 +87,12 @@ class TestPictures:
 
         assert len(UNSEEN) >= 3 and not set(UNSEEN) & set(TRAINED)
 
-    def test_episodes_mark_what_was_changed(self):
+    def test_pairs_mark_what_was_changed(self):
         rng = np.random.default_rng(0)
         defective = 0
         for _ in range(12):
-            support, original, query, mask = draw_episode(rng)
-            assert support.shape == (2, 128, 128, 3) and query.shape == original.shape == (128, 128, 3)
+            original, query, mask = draw_pair(rng)
+            assert query.shape == original.shape == (128, 128, 3) and original.dtype == np.uint8
             assert np.array_equal(original[~mask], query[~mask])
             defective += mask.any()
         assert 5 <= defective <= 12
@@ -115,20 +115,6 @@ def test_tokenizer_encodes_any_word(tmp_path):
     assert tokenizer.decode(ids[0], skip_special_tokens=True).replace(" ", "") == "aperfectbottle."
     assert "bottle</w>" in tokenizer.tokenize("A perfect bottle.")
     assert tokenizer.unk_token_id not in ids[1][1 : ids[1].index(tokenizer.eos_token_id)]
-
-
-def test_extractor_distances_are_to_the_own_support():
-    class Pixels(torch.nn.Module):
-        def forward(self, x):
-            return x
-
-    support = torch.rand(2, 3, 3, 4, 4)
-    queries = torch.rand(2, 2, 3, 4, 4)
-    result = extractor_distances(Pixels(), support, queries)
-    for n in range(2):
-        bank = support[n].permute(0, 2, 3, 1).reshape(-1, 3)
-        nearest = torch.cdist(queries[n].permute(0, 2, 3, 1).reshape(-1, 3), bank).amin(1).square().view(2, 4, 4)
-        torch.testing.assert_close(result[n], nearest, atol=1e-5, rtol=1e-4)
 
 
 def test_balanced_loss_weighs_both_classes_alike():

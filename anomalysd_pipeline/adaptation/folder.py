@@ -20,12 +20,14 @@ from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
 from ..models.adapters import PARTS, check_fits, same_fingerprint
-from ..models.bank import PACKED_BESIDE
+from ..models.bank import unpacked
 from .base import EMBEDDED_NAME, Base
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
-_FORMAT = 2
-_BANKS = ("bank", "colors", "views")
+_FORMAT = 3
+_BANKS = ("bank", "sources")
+_OLD_BANKS = ("colors", "views")
+"""Of earlier formats; nothing looks at them now."""
 _KEYS = {
     "format",
     "version",
@@ -46,6 +48,8 @@ _RECORD_KEYS = {
     "adapted",
     "calibration",
 }
+_OPTIONAL_KEYS = {"digests"}
+"""Of records; earlier formats have none."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -203,7 +207,8 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
     )
     if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
         raise ValueError("it names no category, or no weights, or has prompts of others")
-    if len(tensors) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):
+    old = {f"{kind}.{index}" for kind in _OLD_BANKS for index in range(len(categories))}
+    if len(tensors.keys() - old) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):
         raise ValueError(f"{WEIGHTS} has other weights than an adaptation")
     return stored
 
@@ -213,10 +218,15 @@ def _check_record(record: dict) -> dict:
     # Folders without `adapted` have thresholds of scores that did not depend on it.
     record = {"adapted": False, **record}
     counts = (record["shots"], record["rotations"])
-    if record.keys() != _RECORD_KEYS or not all(type(count) is int and count >= 1 for count in counts):
+    if record.keys() - _OPTIONAL_KEYS != _RECORD_KEYS or not all(
+        type(count) is int and count >= 1 for count in counts
+    ):
         raise ValueError("a category's record has other keys or counts")
     if record["prompt_design"] not in PROMPT_DESIGNS:
         raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
+    digests = record.get("digests", [])
+    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
+        raise ValueError("a category's `digests` are no list of words")
     if type(record["adapted"]) is not bool:
         raise ValueError("a category's `adapted` is neither true nor false")
     if record["calibration"] is not None:
@@ -230,6 +240,8 @@ def _check_record(record: dict) -> dict:
             raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
         if type(calibration.pictures) is not int or type(calibration.held_out) is not bool:
             raise ValueError("a calibration has another number of pictures")
+        if not all(isinstance(digest, str) for digest in calibration.digests):
+            raise ValueError("a calibration has `digests` that are no words")
     return record
 
 
@@ -237,22 +249,23 @@ def _check_fits(stored: StoredAdaptation, base: Base, settings: Callable[..., ob
     for part, own in stored.state.items():
         check_fits({"denoiser": base.unet, "decoder": base.vae}[part], own)
     book = copy.deepcopy(base.prompts)
-    channels = sum(base.extractor.channels)
-    columns = {"bank": channels + PACKED_BESIDE, "views": channels + 1}
-    if base.extractor.color_channels:
-        columns["colors"] = base.extractor.color_channels + PACKED_BESIDE
+    channels = sum(base.extractor.channels) * base.extractor.parts
     for category, banks in stored.banks.items():
         book.add(category, stored.prompts[category])
         if stored.categories[category]["noise_strength"] is not None:
             settings(noise_strength=stored.categories[category]["noise_strength"])
-        if "bank" not in banks or banks.keys() - columns.keys():
-            raise ValueError(f"banks of {', '.join(banks) or 'nothing'}, where the pipeline has {', '.join(columns)}")
-        for kind, bank in banks.items():
-            fits = bank.ndim == 2 and len(bank) and bank.shape[1] == columns[kind]
-            if not fits or not bank.is_floating_point():
-                raise ValueError(f"a bank of the shape {list(bank.shape)} and type {bank.dtype}")
-            if not bank.isfinite().all():
-                raise ValueError("a bank that is not finite")
+        if "bank" not in banks:
+            raise ValueError(f"{category!r} has no bank")
+        bank, sources = unpacked(banks)
+        if bank.ndim != 2 or not len(bank) or bank.shape[1] != channels or not bank.is_floating_point():
+            raise ValueError(
+                f"a bank of the shape {list(bank.shape)} and type {bank.dtype}, where the pipeline has {channels} "
+                "channels"
+            )
+        if not bank.isfinite().all():
+            raise ValueError("a bank that is not finite")
+        if sources.shape != bank.shape[:1] or sources.is_floating_point():
+            raise ValueError(f"`sources` of the shape {list(sources.shape)} and type {sources.dtype}")
 
 
 def _download(repo_id: str, hub: dict) -> Path:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import time
@@ -29,6 +30,7 @@ DRAWN = {
 }
 """Maps a family to the defect of its second picture; the first is good."""
 _FACTS = "examples.json"
+_QUALITY = 92
 _COMMAND = "python -m anomalysd_pipeline.app.gallery"
 
 
@@ -123,11 +125,20 @@ def make_examples(folder: str | os.PathLike = FOLDER, base: str = EMBEDDED) -> l
     with written_whole(Path(folder)) as partial:
         entries = []
         for family, defect in DRAWN.items():
-            register(pipe, family, normal_images(family, SHOTS, SEED, size))
+            # Compressed like the pictures that are inspected: in dark, even regions that makes a difference.
+            normals = [_compressed(image) for image in normal_images(family, SHOTS, SEED, size)]
+            register(pipe, family, normals)
             entries += [_make_example(pipe, family, None, partial), _make_example(pipe, family, defect, partial)]
         facts = {"checkpoint": checkpoint_fingerprint(base), "examples": entries}
         (partial / _FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return load_examples(folder)
+
+
+def _compressed(image: Image.Image) -> Image.Image:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=_QUALITY)
+    with Image.open(file) as stored:
+        return stored.convert("RGB")
 
 
 def _make_example(pipe, family: str, defect: str | None, folder: Path) -> dict:
@@ -139,7 +150,7 @@ def _make_example(pipe, family: str, defect: str | None, folder: Path) -> dict:
     samples = test_samples(family, 1, len(DEFECTS), SEED, pipe.config.resolution)
     sample = next(sample for sample in samples if sample.defect == defect)
     name = f"{family}_{'good' if defect is None else 'defective'}"
-    Image.fromarray(sample.image).save(folder / f"{name}.jpg", quality=92)
+    Image.fromarray(sample.image).save(folder / f"{name}.jpg", quality=_QUALITY)
     # The stored picture, so that a visitor who inspects it anew gets the stored result.
     with Image.open(folder / f"{name}.jpg") as stored:
         image = stored.convert("RGB")

@@ -50,6 +50,7 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
             )
             gauge = gr.HTML(views.gauge(), elem_id="inspect-gauge")
             heatmap = gr.HTML(views.no_heatmap(), elem_id="inspect-heatmap")
+            good = gr.Button("This one is good", size="sm", interactive=False, elem_id="inspect-good")
             opacity = gr.Slider(0, 100, value=60, step=1, label="Heatmap opacity (%)", elem_id="inspect-opacity")
     with gr.Row():
         with gr.Column(min_width=320):
@@ -80,29 +81,39 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
     @sentences
     def show(key, part, picture, preset, request: gr.Request):
         visit = desk.visit(key, request)
-        found = _inspect(desk, visit, part, picture, preset)
+        return everything(visit, _inspect(desk, visit, part, picture, preset))
+
+    @sentences
+    def learn(key, part, picture, preset, request: gr.Request):
+        visit = desk.visit(key, request)
+        _accept(desk, visit, part, picture)
+        return everything(visit, _inspect(desk, visit, part, picture, preset))
+
+    def everything(visit, found):
         result = found.result
         return (
             visit.key,
             views.verdict(found.sentence, result.is_defective, found.remedy),
             views.gauge(result.score, result.threshold),
             views.heatmap(result.image, result.anomaly_map, result.threshold, _maximum(result.threshold)),
+            gr.Button(interactive=result.threshold is not None),
             _compared(desk, visit, result),
             _masks(desk, visit, found),
             _files(desk, visit, found),
         )
 
-    shown = [key, verdict, gauge, heatmap, compare, masks, downloads]
-    run.click(
-        show,
-        [key, part, picture, preset],
-        shown,
-        api_visibility="private",
-        preprocess=False,
-        concurrency_limit=24,
-        concurrency_id="inspect",
-        show_progress_on=[verdict],
-    )
+    shown = [key, verdict, gauge, heatmap, good, compare, masks, downloads]
+    for button, function in ((run, show), (good, learn)):
+        button.click(
+            function,
+            [key, part, picture, preset],
+            shown,
+            api_visibility="private",
+            preprocess=False,
+            concurrency_limit=24,
+            concurrency_id="inspect",
+            show_progress_on=[verdict],
+        )
     opacity.input(None, opacity, None, js=OPACITY_JS)
 
     @sentences
@@ -123,8 +134,34 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
         found = _inspect(desk, visit, part, picture, preset)
         return visit.key, found.values(), _files(desk, visit, found)
 
+    @sentences
+    def accept(key, picture, part, request: gr.Request):
+        """Counts a picture as one of a good part: the threshold of a part that this client has taught follows.
+
+        Args:
+            picture: a picture file: BMP, GIF, JPEG, PNG, TIFF or WebP.
+            part: a part that this client has taught.
+
+        Returns:
+            `{"threshold", "pictures", "is_guess"}`: the new threshold, and how many pictures it rests on.
+        """
+        visit = desk.visit(key, request)
+        record = _accept(desk, visit, part, picture)
+        told = {name: record[name] for name in ("threshold", "pictures")}
+        return visit.key, {**told, "is_guess": not record["held_out"]}
+
     with gr.Column(visible=False):
         answer, files, call = gr.JSON(label="result"), gr.File(label="files", file_count="multiple"), gr.Button()
+        threshold, confirm = gr.JSON(label="threshold"), gr.Button()
+    confirm.click(
+        accept,
+        [key, picture, part],
+        [key, threshold],
+        api_name="accept",
+        preprocess=False,
+        concurrency_limit=24,
+        concurrency_id="inspect",
+    )
     call.click(
         inspect,
         [key, picture, part, preset],
@@ -143,6 +180,14 @@ def _inspect(desk: Desk, visit: Visit, part, picture, preset):
 
     path, name = desk.upload_of(visit.visitor, picture, "picture")
     return inspect_one(visit.session, desk.turns, part, read_picture(path, name, desk.limits), name, preset)
+
+
+def _accept(desk: Desk, visit: Visit, part, picture) -> dict:
+    from .uploads import read_picture
+    from .work import accept
+
+    path, name = desk.upload_of(visit.visitor, picture, "picture")
+    return accept(visit.session, desk.turns, part, read_picture(path, name, desk.limits))
 
 
 def _maximum(threshold: float | None) -> float | None:

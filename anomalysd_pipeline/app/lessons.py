@@ -42,7 +42,7 @@ class Lesson:
 
     Attributes:
         name: name of the part.
-        pictures: 1 or more of good parts, RGB.
+        pictures: 1 or more of good parts, RGB, see `uploads.kept_size`.
         prompts: {"coarse": [...], "fine": [...]}, or None: the generic ones.
         length: one of `LENGTHS`.
         steps: optimizer steps of the denoiser and the decoder; None: by the length.
@@ -86,7 +86,7 @@ def make_lesson(
 
     Args:
         name: name of the part.
-        pictures: pictures of good parts, RGB, at the model's resolution.
+        pictures: pictures of good parts, RGB, see `uploads.kept_size`.
         coarse, fine: prompts, one on a line.
         length: one of `LENGTHS`.
         limits: the app's bounds.
@@ -204,6 +204,7 @@ class _Teaching:
                 "pictures": len(self.lesson.pictures),
                 "length": self.lesson.length,
                 "threshold": record["threshold"],
+                "is_guess": not record["held_out"],
                 "seconds": round(time.monotonic() - self.began, 1),
             }
             self.tell(replace(self.state, share=0.999, seconds_left=0.0, facts=facts))
@@ -273,17 +274,20 @@ class _Teaching:
 
     def calibrate(self) -> None:
         """Sets the threshold."""
+        from ..method.calibration import COPIES
+
         pipe, name, pictures = self.pipe, self.lesson.name, list(self.lesson.pictures)
-        rounds = [0]
+        shots = pipe.config.categories[name]["shots"]  # equal pictures are one
+        total, rounds = shots if shots > 1 else COPIES, [0]
 
         @contextlib.contextmanager
-        def counted(total: int):
+        def counted(passes: int):
             """Stands in for the progress bar, through which alone a calibration tells its progress."""
             done = [0]
 
             def update(count: int) -> None:
                 done[0] += count
-                share = (rounds[0] + done[0] / total) / len(pictures)
+                share = (rounds[0] + done[0] / passes) / total
                 self.step("calibrating", round(100 * share), 100, self.before + (0.99 - self.before) * share)
                 pipe.use_adaptation_of(name)  # an inspection in between may have switched the shared weights
 

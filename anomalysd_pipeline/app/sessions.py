@@ -31,7 +31,7 @@ class Part:
 
     Attributes:
         name: its category in the session's pipeline.
-        pictures: normal pictures, RGB, at the model's resolution; none where the part came as a file.
+        pictures: normal pictures, RGB, see `uploads.kept_size`; none where the part came as a file.
         prompts: as `PromptBook.add` takes them; None: the generic ones.
         taught: whether an adaptation was fine-tuned for it, beyond prototypes and threshold.
         facts: facts that the page shows, JSON-serializable.

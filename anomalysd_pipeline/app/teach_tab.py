@@ -181,10 +181,8 @@ def choices(visit: Visit) -> list[str]:
 
 def _lesson(desk: Desk, visit: Visit, name, pictures, coarse, fine, length):
     """Reads and checks the values that a visitor has given."""
-    from PIL import Image
-
     from .lessons import make_lesson
-    from .uploads import read_picture
+    from .uploads import kept_size, read_picture
 
     files = desk.uploads_of(visit.visitor, pictures, "pictures")
     most = desk.limits.part_pictures
@@ -192,9 +190,8 @@ def _lesson(desk: Desk, visit: Visit, name, pictures, coarse, fine, length):
         raise ValueError(f"`pictures` must be 1 to {most} pictures of good parts, but {len(files)} were given.")
     lesson = make_lesson(name, [], coarse, fine, length, desk.limits)
     visit.session.require_part(lesson.name)
-    side = (visit.session.pipe.config.resolution,) * 2
-    # At the size the model sees: eight large photographs of each visitor must not stay in memory.
-    read = [read_picture(path, name, desk.limits).resize(side, Image.Resampling.LANCZOS) for path, name in files]
+    side = visit.session.pipe.config.resolution
+    read = [kept_size(read_picture(path, name, desk.limits), side) for path, name in files]
     return make_lesson(name, read, coarse, fine, length, desk.limits)
 
 
@@ -211,7 +208,7 @@ def _left(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str | Non
         f"Learned from {count} picture{'s' if count > 1 else ''} in {facts['seconds']:.0f} s; the threshold is "
         f"{facts['threshold']:.3f}."
     )
-    if count == 1:
+    if facts["is_guess"]:
         message += " With a single picture the threshold is a guess; two or more make it a measurement."
     if lesson.length == "quick":
         return message + " There is no adaptation to download: nothing was fine-tuned.", None

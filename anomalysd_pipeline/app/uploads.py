@@ -51,6 +51,18 @@ class Upload:
         return self.opener()
 
 
+def kept_size(picture: Image.Image, resolution: int) -> Image.Image:
+    """Shrinks a picture that a session keeps, in its own shape, to sides of at most twice the model's resolution.
+
+    Several large photographs of each visitor must not stay in memory, and the model sees no more in them.
+    """
+    from PIL import Image
+
+    kept = picture.copy()
+    kept.thumbnail((2 * resolution, 2 * resolution), Image.Resampling.LANCZOS)
+    return kept
+
+
 def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits: Limits | None = None) -> Image.Image:
     """Reads an uploaded picture, see `data.load_image`, and scales it down to `limits.side` pixels a side.
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from .lessons import Canceled, Lesson, LessonState, learn_on_gpu
-from .model import Carried, Knowledge
+from .model import Carried, Knowledge, own_pipeline
 from .sessions import Part, Session
 from .space import is_zero_gpu, on_gpu
 from .turns import Turns
-from .uploads import Upload, clean_text
+from .uploads import Upload, clean_text, kept_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ class Inspected:
         result: the inspection.
         proposed: bool [H, W], the region that the prototypes proposed to repaint; None for a part without them.
         settings: settings of the inspection.
-        remedy: advice where there is no verdict, or "".
+        remedy: advice where there is no verdict, or no reliable one, or "".
     """
 
     part: str
@@ -135,7 +135,7 @@ def inspect_one(
         settings = pipe.settings(preset=preset, category=part).to_dict()
         settings = {"preset": preset, **settings}
         record = pipe.config.categories.get(part)
-    remedy = "" if result.threshold is not None else _remedy(part, record)
+    remedy = _remedy(part, record) if result.threshold is None else _doubt(record)
     return Inspected(part or ANY_PART, file, result, proposed, settings, remedy)
 
 
@@ -149,6 +149,51 @@ def _remedy(part: str | None, record: dict | None) -> str:
         "The threshold of this part holds for the thoroughness it was taught with; inspect with Fast, or judge by the "
         "heatmap."
     )
+
+
+def _doubt(record: dict) -> str:
+    if record["calibration"]["held_out"]:
+        return ""
+    return (
+        "The threshold of this part is a guess, from one picture. Inspect good ones, and press “This one is good” for "
+        "each: the threshold follows."
+    )
+
+
+def accept(session: Session, turns: Turns, part: str | None, picture: Image.Image) -> dict:
+    """Counts a picture as one of a good part, so that the threshold of a part that was taught follows.
+
+    Args:
+        session: the visitor's, with the pipeline that learns.
+        turns: turns of all visitors.
+        part: a part that this session knows.
+        picture: RGB.
+
+    Returns:
+        The part's calibration record.
+
+    Raises:
+        ValueError: for a part that was not taught, while a part is being taught, or a session that has ended.
+    """
+    part = check_part(part, session)
+    with session.in_use(), _own_turn(session), _only_lesson(session, threading.Event()):
+        pipe = session.pipe
+        if part not in pipe.categories:
+            raise ValueError(f"`part` must be one that you have taught, got {part or ANY_PART!r}; teach it first.")
+        picture = kept_size(picture, pipe.config.resolution)
+        compute = accept_on_gpu if is_zero_gpu() else functools.partial(turns.compute, accept_on_gpu)
+        knowledge = compute(Carried(pipe), part, picture)
+        with session.lock:
+            knowledge.give(pipe)
+        return pipe.config.categories[part]["calibration"]
+
+
+@on_gpu(lambda carried, part, picture: _gpu_seconds_of_inspection(carried, picture, part, None))
+def accept_on_gpu(carried: Carried, part: str, picture: Image.Image) -> Knowledge:
+    """Calibrates a copy of the pipeline with one more picture; returns its knowledge for the caller to keep."""
+    pipe = own_pipeline(carried.pipe)
+    pipe.calibrate(part, [picture])
+    return Knowledge.of(pipe)
 
 
 def _gpu_seconds_of_inspection(carried: Carried, picture, part, preset) -> float:

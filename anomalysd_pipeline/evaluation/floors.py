@@ -86,7 +86,7 @@ class ColorPatchFloor(TensorDetector):
     def fit(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
         require_normals(self.name, normals)
         images = torch.stack([to_tensor(image, self.resolution) for image in normals]).to(self.device)
-        self.remember(category, {"bank": collect_prototypes(self.patches, images, self.rotations)})
+        self.remember(category, {"bank": collect_prototypes(self.patches, images, self.rotations)[0]})
 
     @torch.no_grad()
     def predict(self, category: str, image: Image.Image) -> Prediction:

@@ -23,6 +23,7 @@ INSPECTION = (
     "prototype_weight",
     "feature_weight",
     "guidance_scale",
+    "top_share",
 )
 """Settings of an inspection, see `InspectionSettings`."""
 
@@ -131,6 +132,9 @@ def _add_model(group) -> None:
     group.add_argument("--prototype_weight", type=float, metavar="X", help="alpha, in [0, 1]; 0: no prototype mask")
     group.add_argument("--feature_weight", type=float, metavar="X", help="weight of the prototype distance")
     group.add_argument("--guidance_scale", type=float, metavar="X")
+    group.add_argument(
+        "--top_share", type=float, metavar="X", help="share of the map whose mean is the score; 0: its maximum"
+    )
     group.add_argument("--prompt_design", choices=("hierarchical", "simple", "none"), default="hierarchical")
     group.add_argument("--no_calibration", action="store_true", help="set no thresholds")
     group.add_argument(

@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import torch
 from scipy import stats
-from torch import Tensor
 
-from ..data.tensors import augment
+from ..data.inputs import Inputs
 from .settings import InspectionSettings
 
-MIN_SCORES = 8
-"""Number of scores up to which augmented copies are added: fewer say little about a spread."""
-
-VARIATION = {"brightness": 0.03, "contrast": 0.03, "scale": 0.02, "degrees": 3.0}
-"""Limits of the augmented copies: as two photographs of one part under one lamp."""
+SCORE_VERSION = 2
+"""Of the feature term: a threshold of another version is in other units."""
 
 MANY_SCORES = 20
 """Number of scores from which on their own order tells the threshold."""
 
-TYPICAL_SPREAD = 0.35
+TYPICAL_SPREAD = 0.15
 TYPICAL_WEIGHT = 8
 """Standard deviation that logarithms of normal scores typically have, and the number of scores it counts as."""
 
-SINGLE_PICTURE_MARGIN = 2.0
-"""Factor on the threshold from a single picture, whose copies do not show how good parts differ from each other."""
+GROWTH = 0.2
+"""Distances to the nearest of n times as many prototypes are n ** -0.2 of what they were."""
+
+COPIES = 4
+VARIATION = {"brightness": 0.03, "contrast": 0.03, "scale": 0.02, "degrees": 3.0}
+"""Number and limits of the copies of a single picture: as photographs of one part under one lamp."""
+
+COPIES_MARGIN = 2.5
+"""Factor on the median score of copies, which do not show how good parts differ from each other: a guess."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,13 @@ class Calibration:
     """Holds a threshold and the scores it rests on.
 
     threshold: image and pixel scores above it are called defective.
-    scores: the scores of normal pictures it was computed from.
+    scores: the scores of normal pictures it was computed from, as expected against the whole bank.
     false_alarm_rate: the share of good parts that is expected above it.
     settings: the inspection settings it holds for.
-    pictures: how many pictures were given.
-    held_out: whether each was scored against a bank made without it (two pictures or more).
+    pictures: how many pictures these are.
+    held_out: whether each was scored as if it were new; if not, the threshold is a guess from copies of one picture.
+    digests: the picture of each score, see `Inputs.digests`.
+    version: of the score.
     """
 
     threshold: float
@@ -49,10 +53,22 @@ class Calibration:
     settings: dict
     pictures: int
     held_out: bool
+    digests: list[str] = field(default_factory=list)
+    version: int = 1
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, as stored in the pipeline's config."""
         return asdict(self)
+
+
+def differing_settings(record: Mapping, settings: InspectionSettings) -> list[str]:
+    """Names the settings in which a stored calibration differs from an inspection, so that its threshold does not
+    apply; empty if it does."""
+    own = {"top_share": 0.0, **record["settings"]}  # earlier versions had no other
+    changed = [name for name, value in settings.to_dict().items() if own.get(name) != value]
+    if not changed and settings.feature_weight > 0 and record.get("version", 1) != SCORE_VERSION:
+        return ["the version of the score"]
+    return changed
 
 
 def check_rate(false_alarm_rate: float) -> None:
@@ -67,77 +83,80 @@ def prediction_threshold(scores: Sequence[float], false_alarm_rate: float) -> fl
     From `MANY_SCORES` on, where the rate allows, it is one of the scores: the ceil((1 - p)(n + 1))-th smallest, which
     a further one of the same distribution, whatever that is, exceeds with a probability of at most p (Vovk et al.
     2005, split conformal prediction). Of fewer, the bound of a normal distribution on the logarithm of the scores,
-    which are positive and skewed: exp(c + t_{1-p, v} s sqrt(1 + 1/n)), with v = w + n - 1 and
-    s^2 = (w s_0^2 + (n - 1) d^2) / v.
-    The center c is the median and the spread d 1.4826 times the median distance from it, because a picture that is
-    unlike the few others says little about the next one, which will be compared with it too. As few scores know
-    little of their spread, it is joined by what is typical, s_0 = `TYPICAL_SPREAD`, as if by w = `TYPICAL_WEIGHT`
-    further scores.
+    which are positive and skewed: exp(m + t_{1-p, v} s sqrt(1 + 1/n)), with v = w + n - 1 and
+    s^2 = (w s_0^2 + (n - 1) d^2) / v. The center m is the mean of the logarithms, and the spread d 1.4826 times the
+    median distance from their median, because a picture that is unlike the few others says little about the next one.
+    As few scores know little of their spread, it is joined by what is typical, s_0 = `TYPICAL_SPREAD`, as if by
+    w = `TYPICAL_WEIGHT` further scores.
 
     Args:
-        scores: n >= 2 positive scores of normal pictures.
+        scores: n >= 1 positive scores of normal pictures.
         false_alarm_rate: p, in (0, 0.5).
 
     Raises:
-        ValueError: for fewer than 2 scores, scores that are not positive and finite, or a rate out of range.
+        ValueError: for no score, scores that are not positive and finite, or a rate out of range.
     """
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1 or len(values) < 2 or not np.isfinite(values).all() or (values <= 0).any():
-        raise ValueError(f"`scores` must be 2 or more positive finite numbers, got {list(scores)}.")
+    if values.ndim != 1 or not len(values) or not np.isfinite(values).all() or (values <= 0).any():
+        raise ValueError(f"`scores` must be 1 or more positive finite numbers, got {list(scores)}.")
     check_rate(false_alarm_rate)
     count = len(values)
     rank = math.ceil((1 - false_alarm_rate) * (count + 1))
     if count >= MANY_SCORES and rank <= count:
         return float(np.sort(values)[rank - 1])
     logs = np.log(values)
-    center = np.median(logs)
-    spread = stats.median_abs_deviation(logs, scale="normal")
     freedom = TYPICAL_WEIGHT + count - 1
+    spread = stats.median_abs_deviation(logs, scale="normal")
     pooled = math.sqrt((TYPICAL_WEIGHT * TYPICAL_SPREAD**2 + (count - 1) * spread**2) / freedom)
     margin = stats.t.ppf(1 - false_alarm_rate, freedom) * pooled * math.sqrt(1 + 1 / count)
-    return math.exp(center + margin)
+    return math.exp(logs.mean() + margin)
 
 
 def calibrate_threshold(
-    score: Callable[[Tensor, int | None], Sequence[float]],
-    pictures: Tensor,
+    score: Callable[[Inputs, int | None], float],
+    pictures: Inputs,
+    shots: Sequence[str],
     settings: InspectionSettings,
     false_alarm_rate: float,
     seed: int,
+    before: Mapping | None = None,
 ) -> Calibration:
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
-    Of two pictures or more, each is scored as if only the others were known. Up to `MIN_SCORES`, lightly augmented
-    copies (light, contrast, a small turn and scale) are scored as well. A single picture has only those, compared with
-    itself, and its threshold is raised by `SINGLE_PICTURE_MARGIN`.
+    A picture of the bank is scored against the prototypes of the others; what these would find closer if they were
+    one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Equal pictures count once.
+    A single picture of the bank is compared with copies of itself, and the threshold is a guess.
 
     Args:
-        score: called as `score(batch, held_out)` with pictures `[n, 3, R, R]` in [-1, 1] and the index of the normal
-            picture to leave out of the comparison, or None; returns n image scores, as an inspection gives them.
-        pictures: K >= 1 normal pictures, `[K, 3, R, R]` in [-1, 1].
+        score: called as `score(picture, left_out)` with inputs of length 1 and the number of the bank's picture to
+            leave out of the comparison, or None; returns the image score of an inspection.
+        pictures: one normal picture or more.
+        shots: digests of the pictures in the bank, in its order.
         settings: those that inspections will use.
         false_alarm_rate: see `prediction_threshold`.
-        seed: of the augmentation.
+        seed: of the copies.
+        before: the record of an earlier calibration with the same bank, whose pictures count too if it holds for the
+            same settings.
 
     Raises:
         ValueError: see `prediction_threshold`.
     """
     check_rate(false_alarm_rate)
-    copies = max(1, math.ceil(MIN_SCORES / len(pictures)))
-    held_out = len(pictures) > 1
-    generator = torch.Generator().manual_seed(seed)
-    scores: list[float] = []
-    for index, picture in enumerate(pictures):
-        augmented = [augment(picture, generator, **VARIATION) for _ in range(copies - held_out)]
-        batch = [picture, *augmented] if held_out else augmented
-        scores += score(torch.stack(batch), index if held_out else None)
-    floor = np.finfo(np.float32).tiny  # a map that is zero everywhere has no logarithm
-    threshold = prediction_threshold([max(value, floor) for value in scores], false_alarm_rate)
-    return Calibration(
-        threshold=threshold * (1.0 if held_out else SINGLE_PICTURE_MARGIN),
-        scores=scores,
-        false_alarm_rate=false_alarm_rate,
-        settings=settings.to_dict(),
-        pictures=len(pictures),
-        held_out=held_out,
-    )
+    scores: dict[str, float] = {}
+    if before is not None and before["held_out"] and not differing_settings(before, settings):
+        scores.update(zip(before.get("digests", ()), before["scores"], strict=False))
+    floor = float(np.finfo(np.float32).tiny)  # a map that is zero everywhere has no logarithm
+    growth = ((len(shots) - 1) / len(shots)) ** GROWTH if shots and settings.feature_weight > 0 else 1.0
+    for index, digest in enumerate(pictures.digests()):
+        if digest not in shots:
+            scores[digest] = max(score(pictures[index], None), floor)
+        elif len(shots) > 1:
+            scores[digest] = max(growth * score(pictures[index], shots.index(digest)), floor)
+    facts = {"false_alarm_rate": false_alarm_rate, "settings": settings.to_dict(), "version": SCORE_VERSION}
+    if scores:
+        values = list(scores.values())
+        threshold = prediction_threshold(values, false_alarm_rate)
+        return Calibration(threshold, values, pictures=len(values), held_out=True, digests=list(scores), **facts)
+    values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
+    threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
+    return Calibration(threshold, values, pictures=1, held_out=False, digests=pictures.digests()[:1], **facts)

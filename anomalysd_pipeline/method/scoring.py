@@ -16,7 +16,7 @@ class ScoreMaps:
     Attributes:
         multi_scale: S_ms, Eq. (19), float32 `[N, R, R]`.
         guided: S_pg, Eq. (20), float32 `[N, R, R]`; None without normal pictures.
-        deviations: see `PrototypeBank.deviations`, float32 `[N, R, R]`; None where they are not asked for.
+        deviations: D, see `PrototypeBank.relative`, float32 `[N, R, R]`; None where they are not asked for.
         repainted: pictures to show to people, `[N, 3, R, R]` in [-1, 1].
         prototype_masks: M^(p), Eq. (15), bool `[N, 1, R, R]`; None without normal pictures.
     """
@@ -71,16 +71,16 @@ def fuse(
     prototype_weight: float = 0.1,
     feature_weight: float = 0.0,
 ) -> Tensor:
-    """Weighs the final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b E.
+    """Weighs the final map S = (1 - a) S_ms + a S_pg, Eq. (21), plus an optional feature term b D.
 
-    The term b E is this project's extension: E is the distance to the nearest prototype, Eq. (14), in units of how
-    much normal parts differ, or what the picture lacks (`PrototypeBank.deviations`); the paper uses the distance only
-    to place a mask. With b = 0 the map is the paper's.
+    The term b D is this project's extension: D is the distance to the nearest prototype, Eq. (14), in units of the
+    prototypes' squared length (`PrototypeBank.relative`); the paper uses the distance only to place a mask. With
+    b = 0 the map is the paper's.
 
     Args:
         multi_scale: S_ms [N, H, W].
         prototype: S_pg [N, H, W], or None without normal pictures (K = 0): S_ms then keeps its full weight.
-        feature: E [N, H, W], or None: no feature term.
+        feature: D [N, H, W], or None: no feature term.
         prototype_weight: a in [0, 1].
         feature_weight: b >= 0.
 
@@ -148,6 +148,8 @@ def smoothing_sigma(resolution: int, sigma_at_512: float = 4.0) -> float:
     return sigma_at_512 * resolution / 512
 
 
-def image_score(maps: Tensor) -> Tensor:
-    """Takes the maximum of each map of [N, H, W] as image score [N]."""
-    return maps.flatten(start_dim=1).amax(dim=1)
+def image_score(maps: Tensor, top_share: float = 0.0) -> Tensor:
+    """Takes image scores [N] of maps [N, H, W]: the mean of the highest `top_share` of each, at least one pixel; with
+    0 its maximum, as the paper does."""
+    flat = maps.flatten(start_dim=1)
+    return flat.topk(max(1, int(top_share * flat.shape[1])), dim=1).values.mean(dim=1)

@@ -6,7 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-_FAST = {"num_inference_steps": 20, "mask_scales": (1, 2, 4, 8), "mask_grouping": "grouped"}
+_FAST = {
+    "num_inference_steps": 20,
+    "mask_scales": (1, 2, 4, 8),
+    "mask_grouping": "grouped",
+    "feature_weight": 0.0,
+    "top_share": 0.0,
+}
 
 PRESETS = {
     "paper": {
@@ -14,10 +20,11 @@ PRESETS = {
         "mask_scales": (1, 2, 4, 8),
         "mask_grouping": "none",
         "feature_weight": 0.0,
+        "top_share": 0.0,
     },
-    "fast": {**_FAST, "feature_weight": 0.0},
-    # See docs/features.md: the relative distance then outweighs the perceptual one.
-    "sota": {**_FAST, "feature_weight": 1.0},
+    "fast": _FAST,
+    # See docs/features.md: the distance to the prototypes then outweighs the perceptual one.
+    "sota": {**_FAST, "feature_weight": 1.0, "top_share": 0.01},
 }
 """What a preset sets where the checkpoint's own config does not say otherwise."""
 
@@ -40,8 +47,10 @@ class InspectionSettings:
     mask_scales: the k of the multi-scale masks.
     mask_grouping: "none" (a pass per cell) or "grouped" (cells that do not touch share a pass).
     prototype_weight: alpha of Eq. (21), in [0, 1].
-    feature_weight: weight of the prototypes' own finding in the score, see `PrototypeBank.deviations`; 0 in the paper.
+    feature_weight: weight of the prototypes' own finding in the score, see `PrototypeBank.relative`; 0 in the paper.
     guidance_scale: classifier-free guidance, 1 for none.
+    top_share: share of the map, the highest values, of which the image score is the mean; 0 for the maximum, as in the
+        paper.
     """
 
     noise_strength: float
@@ -51,6 +60,7 @@ class InspectionSettings:
     prototype_weight: float
     feature_weight: float
     guidance_scale: float
+    top_share: float = 0.0
 
     @classmethod
     def resolve(cls, preset: str, layers: Sequence[Mapping]) -> InspectionSettings:
@@ -92,6 +102,7 @@ class InspectionSettings:
         _require_number("prototype_weight", self.prototype_weight, 0, 1)
         _require_number("feature_weight", self.feature_weight, 0, math.inf)
         _require_number("guidance_scale", self.guidance_scale, 1, math.inf)
+        _require_number("top_share", self.top_share, 0, 1)
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, for a category's calibration record."""

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 
 from ..common.console import renaming
 from .backbones import backbone_kind, create_backbone, load_weights
+from .packages import PACKAGES, PIXEL_MEAN, PIXEL_STD, packaged_weights
 
-NORMALIZATIONS = ("none", "layer")
+NORMALIZATIONS = ("none", "layer", "position")
+LONGEST = 4.0
+"""Ratio of the sides up to which `keep_shape` keeps it."""
+SIDES = 32
+"""What the sides of a picture whose shape is kept are multiples of: the stride of a CNN's last level."""
 
 
 class PrototypeExtractor(ModelMixin, ConfigMixin):
@@ -36,7 +41,14 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             transformer.
         image_size: Side in px to which pictures are resized first; None keeps theirs, or takes the model's own where
             it is made for one size only.
-        normalize: "none" (the paper), or "layer": every level's channel vectors are scaled to unit length; None:
+        keep_shape: Whether pictures are described in their own shape (not in the paper), see [`picture_size`]:
+            squeezed to a square, a thin part loses half of what there is to see. `forward` then resizes nothing.
+        windows: Odd sides, in positions of each level, over which levels are averaged before they are scaled to unit
+            length; psi has all of its channels once for each (not in the paper). A single position tells fine
+            structure, an average what surrounds it.
+        source: Package that the weights come from, one of `packages.PACKAGES`, see [`from_package`].
+        normalize: "none" (the paper); "layer": every level's channel vectors are scaled to unit length; "position":
+            the same after levels were brought to one grid, where "layer" leaves them shorter between positions; None:
             "none", or "layer" for a plain transformer.
         model_kwargs: Further arguments of `timm.create_model`.
         mean: Per-channel mean of pictures in [0, 1]; None: the model's own.
@@ -51,7 +63,8 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
 
     Raises:
         ValueError: If timm does not know `model_name`, the model has no such `out_indices`, `normalize` is another
-            word, `image_size` is not positive, `context_size` is even, or `final_norm` is asked of another network.
+            word, `image_size` is not positive or missing with `keep_shape`, `context_size` or one of `windows` is
+            even, or `final_norm` is asked of another network.
     """
 
     @register_to_config
@@ -68,6 +81,9 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
         context_size: int = 9,
         context_weight: float = 0.0,
         final_norm: bool | None = None,
+        keep_shape: bool = False,
+        windows: tuple[int, ...] = (1,),
+        source: str | None = None,
     ):
         super().__init__()
         if normalize not in (None, *NORMALIZATIONS):
@@ -78,6 +94,10 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             raise ValueError(
                 f"`image_size` must be at least 1 pixel, or None for the pictures' own, got {image_size}."
             )
+        if keep_shape and image_size is None:
+            raise ValueError("`image_size` must be given with `keep_shape`: the side of a square of as many pixels.")
+        if not windows or not all(isinstance(side, int) and side >= 1 and side % 2 for side in windows):
+            raise ValueError(f"`windows` must be odd whole numbers of at least 1 such as (1, 3), got {windows!r}.")
         self.kind = backbone_kind(model_name, dict(model_kwargs or {}))
         if final_norm and not self.kind.is_plain:
             raise ValueError(f"`final_norm` must be left out for {model_name}, which is no plain vision transformer.")
@@ -98,6 +118,7 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             image_size=image_size,
             normalize=normalize or ("layer" if self.kind.is_plain else "none"),
             final_norm=final_norm,
+            windows=list(windows),
         )
         self.model = self._create(pretrained=False)
         mean = list(mean or self.model.pretrained_cfg["mean"])
@@ -109,14 +130,26 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
 
     @property
     def channels(self) -> list[int]:
-        """Counts the channels of each part of psi: levels, and where they are asked for context and colors."""
+        """Counts the channels of each part of `levels`: levels, and where they are asked for context and colors."""
         levels, c = list(self.model.feature_info.channels()), self.config
-        return levels + [levels[-1]] * (c.context_weight > 0) + [self.color_channels] * (c.color_weight > 0)
+        return levels + [levels[-1]] * (c.context_weight > 0) + [27] * (c.color_weight > 0)
 
     @property
-    def color_channels(self) -> int:
-        """Counts those of psi's last channels that are colors."""
-        return 27 * (self.config.color_weight > 0)
+    def parts(self) -> int:
+        """Counts the equal parts of psi's channels, a part for each of `windows`."""
+        return len(self.config.windows)
+
+    def picture_size(self, height: int, width: int) -> tuple[int, int] | None:
+        """Finds the height and width at which a picture of that size is described.
+
+        With `keep_shape`, sides in the picture's own ratio (at most 4 : 1), multiples of 32, with about as many pixels
+        as a square of `image_size`. None without: any size will do, because `forward` resizes.
+        """
+        if not self.config.keep_shape:
+            return None
+        ratio = min(max(height / width, 1 / LONGEST), LONGEST) ** 0.5
+        sides = (self.config.image_size * ratio, self.config.image_size / ratio)
+        return tuple(max(1, round(side / SIDES)) * SIDES for side in sides)
 
     def _create(self, **weights) -> nn.Module:
         c = self.config
@@ -153,45 +186,107 @@ class PrototypeExtractor(ModelMixin, ConfigMixin):
             extractor.model = extractor._create(pretrained=True)
         return extractor.eval()
 
+    @classmethod
+    def from_package(cls, package: str, out_indices: tuple[int, ...] | None = None, **config) -> PrototypeExtractor:
+        """Creates an extractor with the ImageNet weights of an installed package.
+
+        Args:
+            package: one of `packages.PACKAGES`.
+            config: further arguments of the class.
+
+        Raises:
+            ValueError: If the package is unknown or not installed.
+        """
+        state = packaged_weights(package)
+        own = {"mean": PIXEL_MEAN, "std": PIXEL_STD, "source": package}
+        extractor = cls(PACKAGES[package].model_name, out_indices, **{**config, **own})
+        # Of the classifier, whose last stages are left out here.
+        extractor.model.load_state_dict({name: state[name] for name in extractor.model.state_dict()})
+        return extractor
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> PrototypeExtractor:
+        """As `ModelMixin.from_pretrained`; a folder without weights whose config names a `source` gets them from that
+        package.
+
+        Raises:
+            ValueError: If that package is unknown or not installed.
+        """
+        folder = Path(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+        if not (folder / "config.json").is_file() or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin")):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        config = cls.load_config(folder)
+        if config.get("source") is None:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        own = {name: value for name, value in config.items() if not name.startswith("_")}
+        own.pop("model_name")
+        extractor = cls.from_package(own.pop("source"), **own)
+        dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
+        return nn.Module.to(extractor, dtype) if isinstance(dtype, torch.dtype) else extractor
+
     def forward(self, x: Tensor) -> Tensor:
-        """Computes psi(x) of Eq. (12): the levels, upsampled to the first level's grid and concatenated.
+        """Computes psi(x) of Eq. (12): the levels, upsampled to the first level's grid and concatenated; once for each
+        of `windows`.
 
         Args:
             x: [N, 3, H, W] in [-1, 1].
 
         Returns:
-            [N, C, h, w] in the module's dtype, C the sum of the levels' channels.
+            [N, C, h, w] in the module's dtype, C the sum of `channels` times the number of windows.
 
         Raises:
             ValueError: If `x` has another shape.
         """
+        raw, pictures = self._raw_levels(x)
+        return torch.cat([t for side in self.config.windows for t in self._join(raw, pictures, side)], dim=1)
+
+    def levels(self, x: Tensor) -> list[Tensor]:
+        """Computes what psi is made of, without averages: each level on the first one's grid, then context and colors
+        where they are asked for, [N, C_l, h, w] in the order of `channels`. Arguments and errors as of [`forward`]."""
+        return self._join(*self._raw_levels(x), 1)
+
+    def _raw_levels(self, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Gives the network's levels, [N, C_l, h_l, w_l] each, and the pictures as it saw them."""
         if x.ndim != 4 or x.shape[1] != 3:
             raise ValueError(f"`x` must be [N, 3, H, W], got {list(x.shape)}.")
-        wanted = x.shape[-2:] if self.config.image_size is None else (self.config.image_size,) * 2
+        c = self.config
+        wanted = x.shape[-2:] if c.image_size is None or c.keep_shape else (c.image_size,) * 2
         size = tuple(self.kind.side(length) for length in wanted)
         if x.shape[-2:] != size:
             # In float32: CPUs cannot resize in half precision.
             x = F.interpolate(x.float(), size=size, mode="bilinear", antialias=True)
         x = x.to(self.pixel_mean.dtype)
-        levels = []
-        for level in self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std):
-            if getattr(self.model, "output_fmt", "NCHW") == "NHWC":
-                level = level.permute(0, 3, 1, 2)  # hierarchical transformers
-            if self.config.normalize == "layer":
-                level = F.normalize(level.float(), dim=1).to(level.dtype)
+        levels = self.model(((x + 1) / 2 - self.pixel_mean) / self.pixel_std)
+        if getattr(self.model, "output_fmt", "NCHW") == "NHWC":  # hierarchical transformers
+            levels = [level.permute(0, 3, 1, 2) for level in levels]
+        return levels, x
+
+    def _join(self, raw: list[Tensor], pictures: Tensor, side: int) -> list[Tensor]:
+        """Averages, scales and brings to one grid what [`_raw_levels`] gave."""
+        c, levels = self.config, []
+        for level in raw:
+            if side > 1:
+                level = _averaged(level, side)
+            if c.normalize == "layer":
+                level = _unit(level)
             if levels and level.shape[-2:] != levels[0].shape[-2:]:
                 level = F.interpolate(level, size=levels[0].shape[-2:], mode="bilinear", align_corners=False)
-            levels.append(level)
-        if self.config.context_weight > 0:
-            side = self.config.context_size
-            around = F.avg_pool2d(levels[-1], side, stride=1, padding=side // 2, count_include_pad=False)
-            unit = F.normalize(around.float(), dim=1).to(around.dtype)
-            levels.append(self.config.context_weight * unit)
-        if self.config.color_weight > 0:
-            cells = F.adaptive_avg_pool2d(x, levels[0].shape[-2:])  # [N, 3, h, w]
-            around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3).view(len(x), -1, *cells.shape[-2:])
-            levels.append(self.config.color_weight * around)  # [N, 27, h, w]
-        return torch.cat(levels, dim=1)
+            levels.append(_unit(level) if c.normalize == "position" else level)
+        if c.context_weight > 0:
+            levels.append(c.context_weight * _unit(_averaged(levels[-1], c.context_size)))
+        if c.color_weight > 0:
+            cells = F.adaptive_avg_pool2d(pictures, levels[0].shape[-2:])  # [N, 3, h, w]
+            around = F.unfold(F.pad(cells, (1, 1, 1, 1), mode="replicate"), 3)
+            levels.append(c.color_weight * around.view(len(pictures), -1, *cells.shape[-2:]))  # [N, 27, h, w]
+        return levels
+
+
+def _unit(level: Tensor) -> Tensor:
+    return F.normalize(level.float(), dim=1).to(level.dtype)
+
+
+def _averaged(level: Tensor, side: int) -> Tensor:
+    return F.avg_pool2d(level, side, stride=1, padding=side // 2, count_include_pad=False)
 
 
 def wants_extractor(

@@ -51,9 +51,12 @@ def small_networks() -> dict:
 
 
 def found(pipe, category: str, picture: Path) -> dict:
-    """What an inspection says: score, threshold, and the means of the map's 8 x 8 cells."""
+    """What an inspection says: score, threshold, and the means of the map's 8 x 8 cells; also by the paper's score."""
     output = pipe(Image.open(picture), category=category)
-    cells = output.anomaly_maps[0].reshape(CELLS, 64 // CELLS, CELLS, 64 // CELLS).mean((1, 3))
+    paper = pipe(Image.open(picture), category=category, feature_weight=0.0)
+    cells, of_paper = (
+        o.anomaly_maps[0].reshape(CELLS, 64 // CELLS, CELLS, 64 // CELLS).mean((1, 3)) for o in (output, paper)
+    )
     return {
         "category": category,
         "picture": picture.name,
@@ -61,6 +64,7 @@ def found(pipe, category: str, picture: Path) -> dict:
         "label": output.pred_labels[0],
         "threshold": output.thresholds[0],
         "cells": np.round(cells.astype(float), 8).tolist(),
+        "paper": {"score": float(paper.pred_scores[0]), "cells": np.round(of_paper.astype(float), 8).tolist()},
     }
 
 
