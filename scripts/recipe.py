@@ -173,8 +173,8 @@ EXTRACTOR = {
 }
 """Arguments of `PrototypeExtractor.from_package`: strides 8 and 16, chosen on photographs, see docs/experiments.md."""
 
-BANK = {"max_size": 32768, "max_unturned": 32768}
-"""Limits of the prototype bank: all vectors of up to eight pictures and their turned copies."""
+BANK = {"max_size": 20480, "max_unturned": 20480, "half": True}
+"""The prototype bank: all vectors of up to five pictures and their turned copies, 14 MB."""
 
 DEFAULTS = {
     "default_preset": "fast",

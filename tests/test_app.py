@@ -40,7 +40,7 @@ def page(tmp_path_factory):
     os.environ["GRADIO_TEMP_DIR"] = str(tmp_path_factory.mktemp("gradio"))
     from anomalysd_pipeline.app.page import build
 
-    built = build(Limits(pictures=5, upload_bytes=3_000_000), Models(str(folder), full=False))
+    built = build(Limits(pictures=5, upload_bytes=6_000_000), Models(str(folder), full=False))
     yield built
     built.close()
     os.environ.pop("GRADIO_TEMP_DIR")
@@ -115,9 +115,10 @@ def inspect(client, part, path, preset="fast"):
 class TestFunctions:
     def test_their_names_and_types(self, asker):
         functions = asker.view_api(return_format="dict")["named_endpoints"]
-        assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation"}
+        assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation", "/accept"}
         names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
         assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
+        assert names["/accept"] == ["picture", "part"]
         assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
 
@@ -131,6 +132,16 @@ class TestFunctions:
         with Image.open(files[0]) as drawn:
             assert values.shape == (96, 80) and drawn.size == (80, 96) and drawn.mode.startswith("I")
         assert Path(files[3]).read_bytes().startswith(b"%PDF")
+
+    def test_one_picture_gives_a_guess_and_good_ones_a_threshold(self, client, pictures):
+        *_, (told, _) = teach(client, pictures, count=1)
+        assert told["is_guess"]
+        found = client.predict(sent(pictures / "normal_1.png"), "ring", api_name="/accept")
+        assert found["pictures"] == 1 and not found["is_guess"] and found["threshold"] != told["threshold"]
+        result, _ = inspect(client, "ring", pictures / "normal_1.png")
+        assert result["threshold"] == found["threshold"]
+        with pytest.raises(Exception, match="`part` must be one that you have taught, got 'washer'"):
+            client.predict(sent(pictures / "normal_1.png"), "washer", api_name="/accept")
 
     def test_teach_then_inspect_and_inspect_a_batch(self, client, pictures):
         *_, (told, adaptation) = teach(client, pictures)
@@ -273,7 +284,7 @@ class TestRefused:
         assert len([row for row in answer["rows"] if not row["error"]]) == 5 and answer["rows"][-1]["error"]
 
     def test_a_file_above_the_bound(self, asker, tmp_path):
-        noise = np.random.default_rng(0).integers(0, 256, (1200, 1200, 3), dtype=np.uint8)
+        noise = np.random.default_rng(0).integers(0, 256, (1600, 1600, 3), dtype=np.uint8)
         data = io.BytesIO()
         Image.fromarray(noise).save(data, "PNG")
         (tmp_path / "large.png").write_bytes(data.getvalue())

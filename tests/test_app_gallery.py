@@ -37,7 +37,7 @@ class TestMaking:
     def test_the_stored_result_is_that_of_the_stored_picture(self, made, tiny_pipeline_folder):
         example = made[1][1]
         pipe = AnomalySDPipeline.from_pretrained(tiny_pipeline_folder)
-        pipe.add_category("ring", synthetic.normal_images("ring", 2, gallery.SEED, 64))
+        pipe.add_category("ring", list(map(gallery._compressed, synthetic.normal_images("ring", 2, gallery.SEED, 64))))
         out = pipe(example.path, category="ring", generator=torch.Generator().manual_seed(0))
         assert example.score == pytest.approx(float(out.pred_scores[0]), rel=1e-4)
         step = out.anomaly_maps[0].max() / 255

@@ -139,6 +139,48 @@ class TestInspect:
             work.inspect_one(session, Turns(), None, pictures("nut")[0])
 
 
+class TestAccept:
+    def test_the_threshold_follows_as_by_calibrate(self, base, session):
+        taught(session)
+        (good,) = pictures("ring")[:1]
+        found = work.accept(session, Turns(), "nut", good)
+        alone = own_pipeline(base)
+        alone.add_category("nut", pictures("nut"))
+        before = alone.calibrate("nut", pictures("nut"))
+        after = alone.calibrate("nut", [good])
+        assert found == alone.config.categories["nut"]["calibration"]
+        assert found["pictures"] == before.pictures + 1 and after.threshold != before.threshold
+        assert work.inspect_one(session, Turns(), "nut", good).result.threshold == after.threshold
+
+    def test_a_picture_that_was_taught_changes_nothing(self, session):
+        taught(session)
+        before = session.pipe.config.categories["nut"]["calibration"]
+        assert work.accept(session, Turns(), "nut", pictures("nut")[0]) == before
+
+    def test_from_one_picture_a_doubt_is_told_until_others_are_accepted(self, session):
+        lesson = Lesson("nut", pictures("nut")[:1], None, "quick")
+        *_, last = work.teach(session, Turns(), lesson, threading.Event())
+        assert last.facts["is_guess"]
+        told = work.inspect_one(session, Turns(), "nut", pictures("nut")[1])
+        assert "is a guess, from one picture" in told.remedy
+        work.accept(session, Turns(), "nut", pictures("nut")[1])
+        assert work.inspect_one(session, Turns(), "nut", pictures("nut")[1]).remedy == ""
+
+    @pytest.mark.parametrize("part", ["ring", work.ANY_PART])
+    def test_only_for_parts_that_were_taught(self, session, part):
+        taught(session)
+        with pytest.raises(ValueError, match=f"`part` must be one that you have taught, got '{part}'"):
+            work.accept(session, Turns(), part, pictures("ring")[0])
+
+    def test_not_while_a_part_is_taught(self, session):
+        taught(session)
+        for state in work.teach(session, Turns(), Lesson("ring", pictures("ring")), threading.Event()):
+            if state.stage == "denoiser":
+                with pytest.raises(ValueError, match="being taught in this session already"):
+                    work.accept(session, Turns(), "nut", pictures("nut")[0])
+                break
+
+
 class TestTeach:
     def test_quick(self, session):
         states = taught(session, prompts={"coarse": ["A nut."], "fine": ["A nut with a hole."]})

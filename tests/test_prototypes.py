@@ -229,6 +229,20 @@ class TestParts:
             assert found.dtype == torch.int32 and found.tolist() == sources.tolist()
         assert loaded.sources("cable").tolist() == [0, 0, 0] and loaded["bottle"].dtype == torch.float16
 
+    def test_half_precision_is_what_files_keep(self):
+        bank, whole = PrototypeBank(half=True), PrototypeBank()
+        for each in (bank, whole):
+            each.add("bottle", vectors(60, 10))
+        packed = bank.packed("bottle")
+        assert packed["bank"].dtype == torch.float16 and bank["bottle"].dtype == torch.float32
+        psi = vectors(1, 10, 3, 4, seed=9)
+        copied = PrototypeBank(half=True)
+        copied.add_packed("bottle", packed)
+        assert torch.equal(copied.distances("bottle", psi), bank.distances("bottle", psi))
+        torch.testing.assert_close(bank.distances("bottle", psi), whole.distances("bottle", psi), rtol=2e-3, atol=1e-5)
+        with pytest.raises(ValueError, match="`features` must fit"):
+            bank.add("bottle", torch.full((1, 10), 1e6))
+
     def test_a_filled_bank_knows_what_was_turned_and_where_it_is_from(self):
         images = pictures(3, 4, 6)
         bank, expected = (PrototypeBank(max_size=100, max_unturned=100) for _ in range(2))

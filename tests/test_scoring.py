@@ -216,6 +216,12 @@ class TestSmoothing:
     def test_sigma_scales_with_the_resolution(self):
         assert [smoothing_sigma(512), smoothing_sigma(256), smoothing_sigma(1024, 2.0)] == [4.0, 2.0, 4.0]
 
+    @pytest.mark.parametrize(("share", "count"), [(0.0, 1), (0.004, 1), (0.01, 2), (0.5, 100), (1.0, 200)])
+    def test_image_score_of_a_share_is_the_mean_of_the_highest(self, share, count):
+        maps = torch.rand(3, 10, 20, generator=torch.Generator().manual_seed(0))
+        expected = np.sort(maps.numpy().reshape(3, -1), axis=1)[:, -count:].mean(axis=1)
+        np.testing.assert_allclose(image_score(maps, share), expected, rtol=1e-6)
+
     def test_image_score_is_the_maximum(self):
         maps = torch.rand(3, 6, 7, generator=torch.Generator().manual_seed(0))
         np.testing.assert_array_equal(image_score(maps), maps.numpy().max(axis=(1, 2)))

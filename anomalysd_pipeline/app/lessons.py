@@ -278,16 +278,16 @@ class _Teaching:
 
         pipe, name, pictures = self.pipe, self.lesson.name, list(self.lesson.pictures)
         shots = pipe.config.categories[name]["shots"]  # equal pictures are one
-        total, rounds = shots if shots > 1 else COPIES, [0]
+        pictures_to_score, rounds = shots if shots > 1 else COPIES, [0]
 
         @contextlib.contextmanager
-        def counted(passes: int):
+        def counted(total: int):
             """Stands in for the progress bar, through which alone a calibration tells its progress."""
             done = [0]
 
             def update(count: int) -> None:
                 done[0] += count
-                share = (rounds[0] + done[0] / passes) / total
+                share = (rounds[0] + done[0] / total) / pictures_to_score
                 self.step("calibrating", round(100 * share), 100, self.before + (0.99 - self.before) * share)
                 pipe.use_adaptation_of(name)  # an inspection in between may have switched the shared weights
 

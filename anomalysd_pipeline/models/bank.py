@@ -39,6 +39,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         max_unturned: 0: to a coreset. Above: vectors of the pictures as they were given come first, at most this many
             and evenly spaced, and vectors of their turned copies drawn at random fill up; the cheapest, and no small
             defect then hides in the gaps of a coreset.
+        half: Whether vectors are rounded to half precision (by at most 0.05 %) and packed in it, which halves files.
     """
 
     # Of earlier versions, which kept beside each prototype how much normal pictures differ.
@@ -51,6 +52,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         dim: int = 0,
         max_size: int = 10000,
         max_unturned: int = 0,
+        half: bool = False,
     ):
         super().__init__()
         self._search: tuple[Tensor, tuple, list[NeighborSearch]] | None = None
@@ -86,7 +88,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     def packed(self, category: str) -> dict[str, Tensor]:
         """Packs all that is known of a category, for `add_packed`: "bank" [size, dim] and "sources" [size]."""
-        return {"bank": self[category], "sources": self.sources(category)}
+        bank = self[category]
+        return {"bank": bank.half() if self.config.half else bank, "sources": self.sources(category)}
 
     def add_packed(self, category: str, packed: dict[str, Tensor]) -> None:
         """Stores what `packed` gave. Raises ValueError as `add` does."""
@@ -114,7 +117,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if sources is None:
             sources = torch.zeros(len(features), dtype=torch.int32)
         kept = self._kept(features, unturned, seed)
-        stored = self._stored(features if kept is None else features[kept])
+        features = features if kept is None else features[kept]
+        stored = self._stored(features.half() if self.config.half else features)
         sources = sources.to(self.placeholder.device, torch.int32)
         sources = sources.clone() if kept is None else sources[kept.to(sources.device)]
         self._replace({**self._held(), category: (stored, sources)})
