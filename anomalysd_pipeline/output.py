@@ -22,7 +22,7 @@ class AnomalySDPipelineOutput(BaseOutput):
         anomaly_maps (`np.ndarray` `[N, H, W]`, float32, >= 0, or a tensor with `output_type="pt"`):
             Score of every pixel, S_map of Eq. (21) smoothed, at the input picture's own size.
         pred_masks (`np.ndarray` `[N, H, W]` bool or `None`):
-            Pixels above the threshold; None without a threshold.
+            Pixels above the threshold in pictures that are defective; None without a threshold.
         inpainted (`list[PIL.Image.Image]`):
             The parts as the model thinks they should look, at the input picture's own size.
         prototype_masks (`np.ndarray` `[N, H, W]` bool or `None`):

@@ -294,11 +294,13 @@ class AnomalySDPipeline(DiffusionPipeline):
         regions = found.prototype_masks
         if regions is not None:
             regions = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(regions, sizes, strict=True)]
+        # Nothing is marked in a picture that is normal as a whole, though single pixels may lie above the threshold
+        masks = [(m > threshold) & label for m, label in zip(maps, labels, strict=True)] if threshold else []
         output = AnomalySDPipelineOutput(
             pred_scores=scores.cpu().numpy(),
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
-            pred_masks=None if threshold is None else stack([m > threshold for m in maps], output_type),
+            pred_masks=None if threshold is None else stack(masks, output_type),
             inpainted=[to_pil(x, size) for x, size in zip(found.repainted, sizes, strict=True)],
             prototype_masks=None if regions is None else stack(regions, output_type),
             thresholds=[threshold] * len(labels),

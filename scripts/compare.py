@@ -85,7 +85,7 @@ def comparison(summaries: Mapping[str, Mapping], failures: Mapping[str, str]) ->
             rows.append([name, *cells, " / ".join(percent(own["mean"][m]) for m in COLUMNS)])
         rows += [[name, *["not run"] * (len(categories) + 1)] for name in failures]
         header = [f"{shots} shot{'s' * (shots != 1)}", *map(plain, categories), "mean"]
-        parts.append(table(rows, header))
+        parts += [table(rows, header), *verdicts(summaries, shots)]
     parts.append(f"Each cell: {' / '.join(COLUMNS.values())}, in percent.")
     for name, summary in summaries.items():
         facts = summary["system"]
@@ -96,6 +96,20 @@ def comparison(summaries: Mapping[str, Mapping], failures: Mapping[str, str]) ->
             )
     parts += [f"{name} was not run: {sentence}" for name, sentence in failures.items()]
     return "\n\n".join(parts)
+
+
+def verdicts(summaries: Mapping[str, Mapping], shots: int) -> list[str]:
+    """Says of each system with thresholds how often they are wrong, mean ± spread over the seeds."""
+    said = []
+    for name, summary in summaries.items():
+        means = next((result["mean"] for result in summary["results"] if result["shots"] == shots), {})
+        if means.get("misses") is not None:
+            rate = 100 * summary["system"]["false_alarm_rate"]
+            said.append(
+                f"{name}, thresholds for {rate:g} % false alarms: {percent(means['false_alarms'])} % false alarms, "
+                f"{percent(means['misses'])} % misses."
+            )
+    return said
 
 
 def main() -> None:

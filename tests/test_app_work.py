@@ -419,11 +419,11 @@ class TestViews:
         assert "left:100.00%" in views.gauge(9.0, 1.0)
         assert "needle" not in views.gauge(1.0, None) and "needle" not in views.gauge()
 
-    def test_the_heatmap_has_an_outline_where_something_is_above_the_threshold(self):
+    def test_the_heatmap_has_an_outline_where_something_is_marked(self):
         picture, map_ = pictures("nut")[0], torch.zeros(64, 64).numpy()
-        assert views.heatmap(picture, map_, 1.0).count("<img") == 2
         map_[10:20, 10:20] = 2.0
-        assert views.heatmap(picture, map_, 1.0).count("<img") == 3
+        assert views.heatmap(picture, map_, 1.0, region=map_ > 1).count("<img") == 3
+        assert views.heatmap(picture, map_, 1.0, region=map_ > 3).count("<img") == 2
         assert views.heatmap(picture, map_, None, 1.0).count("<img") == 2
 
     def test_the_curve_of_a_loss_is_smooth_starts_with_the_first_and_keeps_its_steps(self):

@@ -218,8 +218,21 @@ class TestCategories:
         out = tiny_pipeline(nuts, category="hex_nut")
         assert out.thresholds == [record.threshold] * 3
         assert out.pred_labels == [bool(s > record.threshold) for s in out.pred_scores]
-        assert np.array_equal(out.pred_masks, out.anomaly_maps > record.threshold)
+        defective = np.array(out.pred_labels)[:, None, None]
+        assert np.array_equal(out.pred_masks, (out.anomaly_maps > record.threshold) & defective)
         json.dumps(dict(tiny_pipeline.config.categories))
+
+    def test_nothing_is_marked_in_a_picture_that_is_normal_as_a_whole(self, tiny_pipeline, nuts):
+        """With the mean of the whole map for a score, some pixels are always above it."""
+        tiny_pipeline.add_category("hex_nut", nuts)
+        record = tiny_pipeline.calibrate("hex_nut", nuts, top_share=1.0)
+        for threshold, defective in ((record.scores[0] / 2, True), (1.05 * record.scores[0], False)):
+            changed = {**record.to_dict(), "threshold": threshold}
+            tiny_pipeline._store_category("hex_nut", calibration=changed)
+            out = tiny_pipeline(nuts[0], category="hex_nut", top_share=1.0)
+            above = out.anomaly_maps > threshold
+            assert above.any() and out.pred_labels == [defective]
+            assert np.array_equal(out.pred_masks, above & defective)
 
     def test_the_threshold_of_one_picture_is_called_a_guess(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", nuts[:1])

@@ -1,5 +1,6 @@
 """The folder of results, and what was learned from normal pictures as a file."""
 
+import dataclasses
 import json
 import os
 
@@ -34,6 +35,19 @@ def result(score=0.5, threshold=1.0, size=(20, 16)):
 
 def listing(names):
     return Listing({0: Files("x", [f"{name}.png" for name in names], names)}, {})
+
+
+class TestInspection:
+    def test_a_normal_picture_has_no_outline_though_a_pixel_lies_above_the_threshold(self):
+        values = np.zeros((16, 20), np.float32)
+        values[4:8, 4:8] = 2.0
+        normal, defective, open_ = (
+            dataclasses.replace(result(score, threshold), anomaly_map=values)
+            for score, threshold in ((0.5, 1.0), (1.5, 1.0), (1.5, None))
+        )
+        assert not normal.predicted.any() and np.array_equal(defective.predicted, values > 1)
+        assert open_.predicted is None
+        assert np.any(np.asarray(normal.overlay()) != np.asarray(defective.overlay()))
 
 
 class TestFolder:

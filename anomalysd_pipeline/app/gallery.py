@@ -71,10 +71,15 @@ class Example:
         """Puts the verdict in words."""
         return verdict_text(self.score, self.threshold)
 
+    @property
+    def predicted(self) -> np.ndarray:
+        """Marks the defect, see `Inspection.predicted`: bool [S, S]."""
+        return (self.anomaly_map > self.threshold) & self.is_defective
+
     def overlay(self, opacity: float = 0.5) -> Image.Image:
         """Draws the heatmap over the picture, and the outline of the region above the threshold."""
         heat = overlay(self.image, self.anomaly_map, self.threshold, opacity=opacity)
-        return contour(heat, self.anomaly_map > self.threshold)
+        return contour(heat, self.predicted)
 
 
 def load_examples(folder: str | os.PathLike = FOLDER) -> list[Example]:

@@ -80,12 +80,12 @@ def build(desk: Desk, picture: gr.Image, tabs: gr.Tabs) -> None:
         example = examples[number]
         regions = {
             "By the prototypes": example.prototype_mask,
-            "Above the threshold": example.anomaly_map > example.threshold,
+            "Above the threshold": example.predicted,
         }
         return (
             views.verdict(example.sentence, example.is_defective, example.title),
             views.gauge(example.score, example.threshold),
-            views.heatmap(example.image, example.anomaly_map, example.threshold),
+            views.heatmap(example.image, example.anomaly_map, example.threshold, region=example.predicted),
             tuple(published(compare, image) for image in (example.image, example.inpainted)),
             [(published(masks, lit(example.image, region)), title) for title, region in regions.items()],
         )

@@ -95,7 +95,9 @@ def build(desk: Desk, key: gr.State) -> InspectTab:
             visit.key,
             views.verdict(found.sentence, result.is_defective, found.remedy),
             views.gauge(result.score, result.threshold),
-            views.heatmap(result.image, result.anomaly_map, result.threshold, _maximum(result.threshold)),
+            views.heatmap(
+                result.image, result.anomaly_map, result.threshold, _maximum(result.threshold), result.predicted
+            ),
             gr.Button(interactive=result.threshold is not None),
             _compared(desk, visit, result),
             _masks(desk, visit, found),
@@ -217,7 +219,7 @@ def _masks(desk: Desk, visit: Visit, found) -> list[tuple[str, str]]:
     if found.proposed is not None:
         regions["By the prototypes"] = found.proposed
     if found.result.threshold is not None:
-        regions["Above the threshold"] = found.result.anomaly_map > found.result.threshold
+        regions["Above the threshold"] = found.result.predicted
     for number, (title, region) in enumerate(regions.items()):
         path = folder / f"mask_{number}.webp"
         lit(found.result.image, region).save(path, quality=88, method=2)

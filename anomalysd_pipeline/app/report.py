@@ -132,9 +132,8 @@ def _pictures(page: Image.Image, result: Inspection, y: int) -> int:
         outlined, outline = result.image, "Contour: none without a threshold"
     else:
         heat = overlay(result.image, result.anomaly_map, result.threshold)
-        outlined = contour(
-            result.image, result.anomaly_map > result.threshold, width=max(2, result.image.width // 256)
-        )
+        region = (result.anomaly_map > result.threshold) & result.is_defective
+        outlined = contour(result.image, region, width=max(2, result.image.width // 256))
         outline = "Contour of what lies above the threshold"
     width = (PAGE[0] - 2 * _MARGIN - _GAP) // 2
     cells = [

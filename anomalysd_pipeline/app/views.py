@@ -72,7 +72,13 @@ def gauge(score: float | None = None, threshold: float | None = None) -> str:
     )
 
 
-def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None, maximum: float | None = None) -> str:
+def heatmap(
+    image: Image.Image,
+    anomaly_map: np.ndarray,
+    threshold: float | None,
+    maximum: float | None = None,
+    region: np.ndarray | None = None,
+) -> str:
     """Shows the picture under its heatmap, and the outline of the predicted region.
 
     The page sets the opacity of the heatmap.
@@ -81,6 +87,7 @@ def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None
         image: RGB, W x H.
         anomaly_map: float [H, W], 0 or more.
         threshold, maximum: ends of the color scale, see `drawing.heatmap`.
+        region: bool [H, W], to be outlined; None: nothing.
     """
     from ..common.drawing import contour
     from ..common.drawing import heatmap as colored
@@ -94,9 +101,11 @@ def heatmap(image: Image.Image, anomaly_map: np.ndarray, threshold: float | None
     heat.putalpha(Image.fromarray(np.rint(alpha * 255).astype(np.uint8)))
     layers = f"<img src='{data_uri(small)}' alt='The inspected picture'>"
     layers += f"<img class='heat' src='{data_uri(heat)}' alt='Heatmap over the picture'>"
-    if threshold is not None and (values > threshold).any():
+    if region is not None and region.any():
         blank = Image.new("RGB", small.size)
-        line = np.asarray(contour(blank, values > threshold))
+        # Shrunk in gray, so that a region narrower than a pixel of the page leaves a line.
+        shrunken = np.asarray(Image.fromarray(region.astype(np.float32)).resize(small.size, Image.Resampling.BOX))
+        line = np.asarray(contour(blank, shrunken > 0))
         edge = Image.fromarray(np.dstack([line, np.where(line.any(axis=2), 255, 0).astype(np.uint8)]))
         layers += f"<img src='{data_uri(edge)}' alt='Outline of the region above the threshold'>"
     ends = ("0", "threshold", "2 × or more") if threshold is not None else ("0", f"{top / 2:g}", f"{top:g} or more")

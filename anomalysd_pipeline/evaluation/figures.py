@@ -253,8 +253,10 @@ def _heat(case: Mapping) -> Image.Image:
     resized = np.asarray(Image.fromarray(values).resize(small.size, Image.Resampling.BILINEAR))
     if case["threshold"] is None:
         return overlay(small, resized, maximum=case.get("maximum") or UNCALIBRATED_MAXIMUM)
-    # Compared with the threshold at the map's own size, so that the smallest spot keeps its outline.
-    above = Image.fromarray((values > case["threshold"]).astype(np.float32))
+    # Compared with the threshold at the map's own size, so that the smallest spot keeps its outline. Nothing is marked
+    # in a picture that is normal as a whole.
+    above = (values > case["threshold"]) & (case["score"] > case["threshold"])
+    above = Image.fromarray(above.astype(np.float32))
     above = np.asarray(above.resize(small.size, Image.Resampling.BOX)) > 0
     return contour(overlay(small, resized, case["threshold"]), above, width=1)
 

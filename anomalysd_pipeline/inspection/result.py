@@ -56,12 +56,18 @@ class Inspection:
         """Words the verdict for a person; see `drawing.verdict_text`."""
         return verdict_text(self.score, self.threshold)
 
+    @property
+    def predicted(self) -> np.ndarray | None:
+        """Marks the defect: bool [H, W], what lies above the threshold; nothing in a picture that is normal as a
+        whole, where single pixels may lie above it. None where the category is not calibrated."""
+        return None if self.threshold is None else (self.anomaly_map > self.threshold) & self.is_defective
+
     def overlay(self) -> Image.Image:
-        """Lays the heatmap over the picture, and outlines what lies above the threshold."""
+        """Lays the heatmap over the picture, and outlines the defect."""
         if self.threshold is None:
             return overlay(self.image, self.anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
         heat = overlay(self.image, self.anomaly_map, self.threshold)
-        return contour(heat, self.anomaly_map > self.threshold)
+        return contour(heat, self.predicted)
 
 
 def register(pipe, category: str, images: Sequence[Image.Image], seed: int = 0, **options) -> None:
