@@ -2,8 +2,8 @@
 
     python benchmarks/inspection.py [--model DIR|ID] [--preset fast] [--pictures 8] [--threads 2]
 
-Prints the device, seconds to load, to register 4 normal pictures, and per inspected picture (median), and the peak
-memory of the process. Where the processor computes in bfloat16, each picture is inspected in full and in mixed
+Prints the device, seconds to load, to register 4 normal pictures, to calibrate with them, and per inspected picture
+(median), and the peak memory of the process. Where the processor computes in bfloat16, each picture is inspected in full and in mixed
 precision, one after the other. The first picture is left out of the median: it pays for memory that is then reused.
 """
 
@@ -40,6 +40,8 @@ def main() -> None:
     registering = time.perf_counter()
     pipe.add_category("hex_nut", pictures[:4])
     registered = time.perf_counter()
+    pipe.calibrate("hex_nut", pictures[:4], preset=arguments.preset)
+    calibrated = time.perf_counter()
     seconds = {precision: [] for precision in ("no", resolve_precision("auto", pipe.device))}
     for picture in pictures[4:]:
         for precision, own in seconds.items():
@@ -54,6 +56,7 @@ def main() -> None:
     print(f"import               {imported - start:.2f} s")
     print(f"load                 {loaded - imported:.2f} s")
     print(f"register 4 pictures  {registered - registering:.2f} s")
+    print(f"calibrate with them  {calibrated - registered:.2f} s")
     for precision, own in seconds.items():
         words = "inspect one picture" if precision == "no" else f"  the same in {precision}"
         print(f"{words}  {statistics.median(own[1:]):.2f} s (median of {len(own) - 1})")

@@ -12,7 +12,7 @@ from .store import Draw
 
 DRAEM_OPTIONS = ("steps", "batch_size", "resolution")
 IMAGENET_LEVELS = (2, 3)
-"""Strides 8 and 16 of EfficientNet-Lite0: at 256 px the paper's 4 and 8 cover too little of a part."""
+"""Strides 8 and 16 of EfficientNet-Lite2: at 256 px the paper's 4 and 8 cover too little of a part."""
 
 
 def make_system(args: argparse.Namespace, draw: Draw, device: torch.device) -> Detector:
