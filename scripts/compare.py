@@ -103,7 +103,7 @@ def verdicts(summaries: Mapping[str, Mapping], shots: int) -> list[str]:
     said = []
     for name, summary in summaries.items():
         means = next((result["mean"] for result in summary["results"] if result["shots"] == shots), {})
-        if means.get("misses") is not None:
+        if means.get("misses", {}).get("mean") is not None:
             rate = 100 * summary["system"]["false_alarm_rate"]
             said.append(
                 f"{name}, thresholds for {rate:g} % false alarms: {percent(means['false_alarms'])} % false alarms, "

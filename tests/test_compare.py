@@ -53,6 +53,20 @@ class TestCompare:
         trained = {"DRAEM": {**summaries["color patches"], "system": facts}}
         assert "DRAEM was trained for 7 steps of 3 pictures of 64 px" in compare.comparison(trained, {})
 
+    def test_thresholds_are_judged_where_there_are_some(self, finished):
+        _, summaries, _ = finished
+        summary = summaries["color patches"]
+        assert "false alarms" not in compare.comparison(summaries, {})
+        (result,) = summary["results"]
+
+        def stat(*values):
+            return {"mean": sum(values) / 2, "std": abs(values[0] - values[1]) / 2, "values": values}
+
+        mean = {**result["mean"], "false_alarms": stat(0.05, 0.07), "misses": stat(0.2, 0.2)}
+        own = {"system": {**summary["system"], "false_alarm_rate": 0.05}, "results": [{**result, "mean": mean}]}
+        text = compare.comparison({"ours": {**summary, **own}}, {})
+        assert "ours, thresholds for 5 % false alarms: 6.0 ± 1.0 % false alarms, 20.0 ± 0.0 % misses." in text
+
     def test_command(self, tmp_path, monkeypatch, capsys):
         arguments = ["compare", *COMMON, "--systems", "color patches", "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", arguments)
