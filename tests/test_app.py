@@ -1,5 +1,6 @@
 """The app as programs use it: a real server with the embedded checkpoint at a small size, and gradio's own client."""
 
+import gc
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from anomalysd_pipeline import EMBEDDED, synthetic
@@ -298,6 +300,18 @@ class TestRefused:
 
 
 class TestPage:
+    def test_copies_of_its_config_hold_no_weights(self, page):
+        """gradio copies the config for every request: 210 MiB each, where a callback is a method of the desk."""
+        from gradio.utils import safe_deepcopy
+
+        page.desk.models.base()
+        gc.collect()
+        before = sum(isinstance(one, torch.Tensor) for one in gc.get_objects())
+        assert before > 500  # the model's own
+        copies = [safe_deepcopy(page.config) for _ in range(2)]
+        assert len(copies[0]["components"]) == len(page.config["components"])
+        assert sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) - before < 100
+
     def test_it_holds_no_key_and_no_path_of_the_server(self, address, client, pictures, page):
         teach(client, pictures)
         served = httpx.get(address, timeout=60).text + httpx.get(f"{address}config", timeout=60).text

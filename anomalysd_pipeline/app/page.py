@@ -83,8 +83,13 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
     desk = Desk(limits, models)
     with Page(title="AnomalySD: find defects", analytics_enabled=False, delete_cache=(HOUR, 2 * HOUR)) as page:
         page.desk = desk
-        # Only the key of the session; both the session and this state stay on the server.
-        key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=desk.leave)
+
+        def leave(key) -> None:
+            desk.leave(key)
+
+        # Only the key of the session; both the session and this state stay on the server. The callback is a plain
+        # function: gradio copies its config for every request, and with a bound method the desk and all its models.
+        key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=leave)
         gr.Markdown(TITLE, elem_id="title")
         with gr.Row(elem_id="note", visible=False) as note:
             with gr.Column(scale=4, min_width=300):
