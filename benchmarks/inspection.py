@@ -3,8 +3,9 @@
     python benchmarks/inspection.py [--model DIR|ID] [--preset fast] [--pictures 8] [--threads 2]
 
 Prints the device, seconds to load, to register 4 normal pictures, to calibrate with them, and per inspected picture
-(median), and the peak memory of the process. Where the processor computes in bfloat16, each picture is inspected in full and in mixed
-precision, one after the other. The first picture is left out of the median: it pays for memory that is then reused.
+(median), and the peak memory of the process. Where the processor computes in bfloat16, each picture is inspected in
+full and in mixed precision, one after the other. The first picture is left out of the median: it pays for memory that
+is then reused.
 """
 
 import argparse
