@@ -63,7 +63,7 @@ class PackedPart:
 class Knowledge:
     """What a pipeline has learned; everything but the weights that it shares with others of the same base.
 
-    categories: part to its record: `shots`, `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `adapted`
+    categories: part to its record: `shots`, `digests`, `rotations`, `noise_strength`, `adaptation`, `prompt_design`
         and `calibration`.
     prompts: the prompts of every part, and the generic ones.
     adaptations: adaptation to the settings it was made with.

@@ -79,8 +79,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
-            the bank), `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `adapted` (whether the weights
-            that it is inspected with were fine-tuned to it), `calibration`.
+            the bank), `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -359,8 +358,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
                 psi = self.extractor(picture[None])  # [1, C, h, w]
                 distances.append(bank.distances(category, psi, parts, left_out))  # [1, h, w]
-            masks = [prototype_mask(distance, (side, side)) for distance in distances]
-            prototype_masks = torch.cat(masks)  # [N, 1, R, R]
+            prototype_masks = torch.cat([prototype_mask(far, (side, side)) for far in distances])  # [N, 1, R, R]
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
@@ -572,7 +570,6 @@ class AnomalySDPipeline(DiffusionPipeline):
             noise_strength=noise_strength,
             adaptation=None,
             prompt_design="hierarchical",
-            adapted=False,
             calibration=None,
         )
         known.drop_unused_adaptations()
@@ -737,7 +734,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 self.add_category(category, images, (prompts or {}).get(category))
                 # Inspected with the prompts that it was trained with.
                 design = weights.settings.prompt_design
-                self._store_category(category, adaptation=None if full else name, prompt_design=design, adapted=True)
+                self._store_category(category, adaptation=None if full else name, prompt_design=design)
             if not full:
                 # In half precision, as it will be saved: inspections now equal those after a reload.
                 state = {
@@ -1017,7 +1014,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.register_modules(vae=vae)
         known = self.knowledge
         for category in known.categories:
-            known.store(category, calibration=None, adapted=False)  # both of the old weights
+            known.store(category, calibration=None)  # of the old weights
         self.knowledge = known
 
     @contextlib.contextmanager

@@ -257,14 +257,19 @@ class TestRefused:
         (folder / FACTS).write_text(json.dumps(facts))
         assert pipe.load_adaptation(folder) == ["nut", "ring"]
 
-    def test_the_format_before_is_scored_as_it_was(self, folder, pipe):
-        """Its thresholds were found before what the repainting leaves was taken off."""
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_formats_before(self, folder, pipe, number):
+        """They noted no pictures; the second noted what nothing looks at now."""
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         for record in facts["categories"].values():
-            assert record.pop("adapted") is True
-        (folder / FACTS).write_text(json.dumps(facts | {"format": 1}))
-        pipe.load_adaptation(folder)
-        assert pipe.config.categories["nut"]["adapted"] is False
+            del record["digests"]
+            if number == 2:
+                record["adapted"] = True
+        (folder / FACTS).write_text(json.dumps(facts | {"format": number}))
+        assert pipe.load_adaptation(folder) == ["nut", "ring"]
+        assert "adapted" not in pipe.config.categories["nut"]
+        with pytest.raises(ValueError, match="'nut' was registered by an earlier version"):
+            pipe.calibrate("nut", pictures("nut"))
 
     def test_a_pipeline(self, tiny_pipeline_folder, victim):
         refused(victim, tiny_pipeline_folder, f"must hold a complete {FACTS}")
@@ -341,7 +346,8 @@ FACT_EDITS = {
     "category record with more": put(["categories", "nut", "more"], 1),
     "category record with less": put(["categories", "nut", "shots"], ...),
     "prompt design": put(["categories", "nut", "prompt_design"], "poetic"),
-    "adapted text": put(["categories", "nut", "adapted"], "yes"),
+    "digests text": put(["categories", "nut", "digests"], "yes"),
+    "digests of numbers": put(["categories", "nut", "digests"], [1]),
     "prompt design list": put(["categories", "nut", "prompt_design"], ["simple"]),
     "shots text": put(["categories", "nut", "shots"], "2"),
     "rotations zero": put(["categories", "nut", "rotations"], 0),

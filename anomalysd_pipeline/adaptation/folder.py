@@ -45,11 +45,10 @@ _RECORD_KEYS = {
     "noise_strength",
     "adaptation",
     "prompt_design",
-    "adapted",
     "calibration",
 }
-_OPTIONAL_KEYS = {"digests"}
-"""Of records; earlier formats have none."""
+_OPTIONAL_KEYS = {"digests", "adapted"}
+"""Of records: earlier formats lack the first, and have the second, which nothing looks at now."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -215,8 +214,6 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
 
 def _check_record(record: dict) -> dict:
     """Returns the record of a category, once inspections can rely on it."""
-    # Folders without `adapted` have thresholds of scores that did not depend on it.
-    record = {"adapted": False, **record}
     counts = (record["shots"], record["rotations"])
     if record.keys() - _OPTIONAL_KEYS != _RECORD_KEYS or not all(
         type(count) is int and count >= 1 for count in counts
@@ -227,8 +224,7 @@ def _check_record(record: dict) -> dict:
     digests = record.get("digests", [])
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise ValueError("a category's `digests` are no list of words")
-    if type(record["adapted"]) is not bool:
-        raise ValueError("a category's `adapted` is neither true nor false")
+    record = {key: value for key, value in record.items() if key != "adapted"}
     if record["calibration"] is not None:
         calibration = Calibration(**record["calibration"])
         scales = tuple(calibration.settings["mask_scales"])

@@ -23,14 +23,11 @@ class Repainting:
     Attributes:
         differences: float32 `[N, K + 1, R, R]`: S^(k) of Eq. (18) for each scale, then S_pg of Eq. (20); 0 where a
             picture has no prototype mask.
-        average: `[N, 3, R, R]` in [-1, 1], the repainted pictures averaged over the scales, each of which repaints
-            every pixel once.
         shown: `[N, 3, R, R]` in [-1, 1], for people: a coarse scale, which leaves few seams, and over it the pass of
             the prototype mask, which knows where to look.
     """
 
     differences: Tensor
-    average: Tensor
     shown: Tensor
 
 
@@ -68,7 +65,7 @@ def run_passes(
     """
     device, side, scales = pictures.device, pictures.shape[-1], work.scales
     differences = torch.zeros(len(pictures), scales + 1, side, side, device=device)  # [N, K + 1, R, R]
-    average, shown = torch.zeros_like(pictures), torch.zeros_like(pictures)  # [N, 3, R, R]
+    shown = torch.zeros_like(pictures)  # [N, 3, R, R]
     references: dict[int, list[Tensor]] = {}  # made when they are needed: too large to keep for all pictures
     steps = len(start_schedule(scheduler, settings.num_inference_steps, settings.noise_strength, device))
     finished = 0  # steps of finished batches
@@ -120,12 +117,10 @@ def run_passes(
         for index, picture in enumerate(indices.tolist()):
             mask, result, row = masks[index], repainted[index], int(rows[index])
             differences[picture, row] += scale_map(mask[None], distances[index, None])  # Eqs. (18), (20)
-            if row < scales:
-                average[picture] += mask * result / scales
             if row in (scales // 2, scales):
                 shown[picture] = torch.where(mask > 0.5, result, shown[picture])
         finished += steps
         pending = 0
 
     in_batches(run, len(work), batch_size)
-    return Repainting(differences, average, shown)
+    return Repainting(differences, shown)
