@@ -37,7 +37,7 @@ from .method.inpainting import draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks, prototype_mask
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
-from .method.scoring import ScoreMaps, harmonic_mean, image_score
+from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
 from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
 from .method.workload import Workload
 from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
@@ -358,6 +358,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
                 psi = self.extractor(picture[None])  # [1, C, h, w]
                 distances.append(bank.distances(category, psi, parts, left_out))  # [1, h, w]
+            check_finite("comparison with the normal pictures", distances)
             prototype_masks = torch.cat([prototype_mask(far, (side, side)) for far in distances])  # [N, 1, R, R]
 
         # 5. Multi-scale masks, latents and noise
@@ -396,6 +397,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         if distances and settings.feature_weight > 0:
             found = [bank.relative(category, distance, parts) for distance in distances]
             deviations = torch.cat([resize(deviation, (side, side)) for deviation in found])  # [N, R, R]
+        check_finite("repainting", painted.differences)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
             guided=None if prototype_masks is None else painted.differences[:, -1],
@@ -537,8 +539,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
 
-        A category of that name is replaced, and its calibration and adaptation forgotten. On an error nothing is
-        changed.
+        A category of that name is replaced, and its calibration and adaptation forgotten. Of copies of one picture the
+        first counts, see `Inputs.alike`. On an error nothing is changed.
 
         Args:
             category: name of the part; it fills the generic prompts where the part has none of its own.
@@ -558,14 +560,19 @@ class AnomalySDPipeline(DiffusionPipeline):
         inputs = self._inputs(load_pictures(normal_images, "normal_images"))
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
-        # Equal pictures say nothing twice, and could not be left out of each other's comparison.
-        shots = dict(zip(inputs.digests(), inputs.shaped, strict=True))
-        shaped = [picture.to(device) for picture in shots.values()]
+        # Copies say nothing twice, and could not be left out of each other's comparison.
+        kept = sorted(set(inputs.alike()))
+        digests, shaped = inputs.digests(), [inputs.shaped[index].to(device) for index in kept]
+        if len(kept) < len(inputs):
+            logger.warning(
+                f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
+                "others, and count once with these."
+            )
         fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations)
         known.store(
             category,
-            shots=len(shots),
-            digests=list(shots),
+            shots=len(kept),
+            digests=[digests[index] for index in kept],
             rotations=rotations,
             noise_strength=noise_strength,
             adaptation=None,

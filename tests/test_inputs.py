@@ -1,12 +1,17 @@
 """Pictures in the sizes at which the networks take them."""
 
+import io
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from anomalysd_pipeline.app.uploads import kept_size
 from anomalysd_pipeline.data.inputs import Inputs
 from anomalysd_pipeline.data.tensors import to_tensor
+from anomalysd_pipeline.synthetic import normal_images
 
 
 def noise(width, height, seed=0):
@@ -51,3 +56,33 @@ def test_what_a_session_keeps_has_the_shape_of_the_picture():
     small = noise(50, 40)
     kept = kept_size(small, 64)
     assert kept is not small and kept.tobytes() == small.tobytes()
+
+
+def compressed(picture, quality):
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality)
+    return Image.open(file).convert("RGB")
+
+
+def noisy(picture, deviation):
+    values = np.asarray(picture) + np.random.default_rng(3).normal(0, deviation, (picture.height, picture.width, 3))
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def sheet(seed):
+    """An even surface with a fine texture of its own, under the same lamp as any other."""
+    texture = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(256, 256, 1)), (1, 1, 0))
+    return Image.fromarray((150 + 4 * texture / texture.std()).round().astype(np.uint8).repeat(3, axis=2))
+
+
+@pytest.mark.parametrize("family", ["hex_nut", "washer", "wood", "sheet"])
+def test_copies_are_told_from_other_pictures(family):
+    good = [sheet(seed) for seed in range(4)] if family == "sheet" else normal_images(family, 4, seed=2)
+    copies = [compressed(good[0], 75), noisy(good[1], 2.0), good[2].copy(), compressed(noisy(good[3], 2.0), 90)]
+    inputs = Inputs.of([*good, *copies], 256, lambda height, width: None)
+    assert inputs.alike() == [0, 1, 2, 3, 0, 1, 2, 3]
+
+
+def test_even_pictures_of_one_level_are_one():
+    inputs = Inputs.of([Image.new("RGB", (64, 64), (level,) * 3) for level in (255, 255, 250)], 64, own_shape)
+    assert inputs.alike() == [0, 0, 2]

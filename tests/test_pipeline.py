@@ -1,5 +1,6 @@
 """The pipeline's contract: reproducibility, saving, errors."""
 
+import io
 import json
 
 import numpy as np
@@ -11,6 +12,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     StableDiffusionInpaintPipeline,
 )
+from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
 
@@ -264,6 +266,25 @@ class TestCategories:
         assert more.scores == [*first.scores, pytest.approx(float(new.pred_scores[0]), rel=1e-6)]
         assert new.thresholds == [more.threshold] and more.threshold != first.threshold
 
+    def test_copies_change_no_threshold(self, tiny_pipeline, nuts):
+        """The same pictures once more as JPEG: neither independent of the others, nor new."""
+        copies = []
+        for nut in nuts:
+            file = io.BytesIO()
+            nut.save(file, "JPEG", quality=90)
+            copies.append(Image.open(file).convert("RGB"))
+        found = []
+        for pictures in (nuts, [*nuts, *copies], [copies[1], *nuts, copies[0]]):
+            tiny_pipeline.add_category("hex_nut", pictures)
+            found.append(tiny_pipeline.calibrate("hex_nut", pictures))
+        assert [record.pictures for record in found] == [3, 3, 3]
+        assert found[1].threshold == found[0].threshold
+        assert found[2].threshold == pytest.approx(found[0].threshold, rel=0.02)
+        with warnings_of() as said:
+            tiny_pipeline.add_category("hex_nut", [nuts[0], copies[0]])
+        assert "1 of the 2 normal pictures of 'hex_nut' are copies of others" in said[0]
+        assert not tiny_pipeline.calibrate("hex_nut", [nuts[0], copies[0]]).held_out
+
     def test_equal_pictures_are_one(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", [nuts[0], nuts[1], nuts[0]])
         assert tiny_pipeline.config.categories["hex_nut"]["shots"] == 2
@@ -275,6 +296,25 @@ class TestCategories:
             for pipe, pictures in ((tiny_pipeline, nuts[:2] * 2), (other, nuts[:2]))
         ]
         assert found[0] == found[1] and len(found[0]) == 2
+
+    def test_what_is_not_finite_has_no_score(self, nuts):
+        """One weight that is NaN: the score was 0, and the part normal."""
+        pipe = make_tiny_pipeline()
+        pipe.add_category("hex_nut", nuts)
+        pipe.calibrate("hex_nut", nuts)
+        with torch.no_grad():
+            pipe.vae.decoder.conv_out.weight[0, 0, 0, 0] = torch.nan
+        with pytest.raises(ValueError, match="Picture 1 of 2 has no score, because the repainting gave values that"):
+            pipe(nuts[:2], category="hex_nut")
+        with pytest.raises(ValueError, match="has no score, because the repainting"):
+            pipe.calibrate("hex_nut", nuts)
+
+    def test_a_bank_that_is_not_finite_gives_no_score(self, nuts):
+        pipe = make_tiny_pipeline()
+        pipe.add_category("hex_nut", nuts)
+        pipe.bank["hex_nut"][3] = torch.nan
+        with pytest.raises(ValueError, match="Picture 1 of 1 has no score, because the comparison with the normal"):
+            pipe(nuts[0], category="hex_nut")
 
     def test_other_settings_have_no_threshold(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", nuts[:1])

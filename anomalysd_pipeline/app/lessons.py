@@ -201,7 +201,7 @@ class _Teaching:
             self.calibrate()
             record = self.pipe.config.categories[self.lesson.name]["calibration"]
             facts = {
-                "pictures": len(self.lesson.pictures),
+                "pictures": self.pipe.config.categories[self.lesson.name]["shots"],  # without copies
                 "length": self.lesson.length,
                 "threshold": record["threshold"],
                 "is_guess": not record["held_out"],

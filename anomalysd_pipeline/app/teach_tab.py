@@ -203,11 +203,14 @@ def _taught_in_steps(desk: Desk, visit: Visit, lesson):
 
 def _left(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str | None]:
     """Sums a lesson up in a message, and packs its adaptation, if there is one, into a file."""
-    count = len(lesson.pictures)
+    count, copies = facts["pictures"], len(lesson.pictures) - facts["pictures"]
     message = (
         f"Learned from {count} picture{'s' if count > 1 else ''} in {facts['seconds']:.0f} s; the threshold is "
         f"{facts['threshold']:.3f}."
     )
+    if copies:
+        said = "are copies of others" if copies > 1 else "is a copy of another"
+        message += f" {copies} of those given {said}, and told nothing new."
     if facts["is_guess"]:
         message += " With a single picture the threshold is a guess; two or more make it a measurement."
     if lesson.length == "quick":

@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from .tensors import augment, to_tensor
+
+COPY_DIFFERENCE = 2.0
+"""Mean difference, of 255 levels, of the averages in 32 x 32 cells of a picture and its copy."""
+COPY_CORRELATION = 0.6
+"""Correlation of what is finer: even surfaces differ as little under one lamp, but not in their texture."""
 
 
 @dataclass(frozen=True)
@@ -69,3 +75,28 @@ class Inputs:
         """Tells pictures apart: 16 hexadecimal digits of each, equal for pictures of equal pixels."""
         levels = ((self.squares + 1) * 127.5).round().to("cpu", torch.uint8)
         return [hashlib.sha256(picture.numpy().tobytes()).hexdigest()[:16] for picture in levels]
+
+    def alike(self) -> list[int]:
+        """Tells copies apart from other pictures: for each picture the number of the first that it is a copy of, its
+        own if it is none.
+
+        A copy is the same picture in another file format, with the noise of another exposure, or of a part that did
+        not move. In pictures of fourteen kinds of parts and four of plain sheets, copies as a JPEG of quality 75 and
+        with noise of four levels differ by at most 1.4 levels and correlate by 0.68 or more; of different pictures
+        either the levels differ by 3 or more, or the correlation is below 0.1.
+        """
+        levels = (self.squares.float() + 1) * 127.5
+        coarse = F.adaptive_avg_pool2d(levels, 32).flatten(start_dim=1)
+        fine = F.adaptive_avg_pool2d(levels, 64)
+        fine = (fine - F.avg_pool2d(F.pad(fine, (2, 2, 2, 2), mode="replicate"), 5, stride=1)).flatten(start_dim=1)
+        first = list(range(len(self)))
+        for index in range(len(self)):
+            for other in range(index):
+                difference = (coarse[index] - coarse[other]).abs().mean()
+                # Nothing fine in either: cosine_similarity gives 0.
+                plain = not (fine[index].any() or fine[other].any())
+                correlation = F.cosine_similarity(fine[index], fine[other], dim=0)
+                if difference < COPY_DIFFERENCE and (plain or correlation > COPY_CORRELATION):
+                    first[index] = first[other]
+                    break
+        return first

@@ -124,7 +124,8 @@ def calibrate_threshold(
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
     A picture of the bank is scored against the prototypes of the others; what these would find closer if they were
-    one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Equal pictures count once.
+    one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Copies of one picture count
+    once, as that of the bank if there is one among them.
     A single picture of the bank is compared with copies of itself, and the threshold is a guess.
 
     Args:
@@ -147,8 +148,11 @@ def calibrate_threshold(
         scores.update(zip(before.get("digests", ()), before["scores"], strict=False))
     floor = float(np.finfo(np.float32).tiny)  # a map that is zero everywhere has no logarithm
     growth = ((len(shots) - 1) / len(shots)) ** GROWTH if shots and settings.feature_weight > 0 else 1.0
-    for index, digest in enumerate(pictures.digests()):
-        if digest not in shots:
+    digests, known = pictures.digests(), set(shots)
+    for group in _groups(pictures.alike()):
+        index = next((one for one in group if digests[one] in known), group[0])
+        digest = digests[index]
+        if digest not in known:
             scores[digest] = max(score(pictures[index], None), floor)
         elif len(shots) > 1:
             scores[digest] = max(growth * score(pictures[index], shots.index(digest)), floor)
@@ -159,4 +163,12 @@ def calibrate_threshold(
         return Calibration(threshold, values, pictures=len(values), held_out=True, digests=list(scores), **facts)
     values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
     threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
-    return Calibration(threshold, values, pictures=1, held_out=False, digests=pictures.digests()[:1], **facts)
+    return Calibration(threshold, values, pictures=1, held_out=False, digests=digests[:1], **facts)
+
+
+def _groups(first: Sequence[int]) -> list[list[int]]:
+    """Lists the members of each group, given the number of the first member for each."""
+    groups: dict[int, list[int]] = {}
+    for index, head in enumerate(first):
+        groups.setdefault(head, []).append(index)
+    return list(groups.values())

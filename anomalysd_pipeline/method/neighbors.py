@@ -42,6 +42,6 @@ class NeighborSearch:
             distance = (part - self.vectors[index]).square().sum(dim=1)
             # A vector compared with itself differs by rounding alone, which must not look like a pattern.
             rounding = _ROUNDING * (part + self.center).square().sum(dim=1)
-            distances.append(torch.where(distance > rounding, distance, torch.zeros_like(distance)))
+            distances.append(torch.where(distance <= rounding, torch.zeros_like(distance), distance))  # NaN stays
             indices.append(index)
         return torch.cat(distances), torch.cat(indices)

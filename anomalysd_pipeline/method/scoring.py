@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,24 @@ class ScoreMaps:
         return smooth(fused, smoothing_sigma(fused.shape[-1]))
 
 
+def check_finite(stage: str, values: Sequence[Tensor]) -> None:
+    """Refuses values that are not finite, which would end as a score of a normal part.
+
+    Args:
+        stage: of an inspection, for the error.
+        values: a tensor for each picture.
+
+    Raises:
+        ValueError: naming the stage and the first picture, counted from 1.
+    """
+    for number, own in enumerate(values, start=1):
+        if not torch.isfinite(own).all():
+            raise ValueError(
+                f"Picture {number} of {len(values)} has no score, because the {stage} gave values that are not "
+                "finite; check the weights and the adaptation, or compute in float32 with `mixed_precision` 'no'."
+            )
+
+
 def scale_map(masks: Tensor, distances: Tensor) -> Tensor:
     """Picks at every pixel the distance of the pass that repainted it: S^(k) of Eq. (18).
 
@@ -47,7 +66,7 @@ def scale_map(masks: Tensor, distances: Tensor) -> Tensor:
 
 
 def harmonic_mean(maps: Tensor) -> Tensor:
-    """Takes the harmonic mean over the first dimension: S_ms of Eq. (19).
+    """Takes the harmonic mean over the first dimension: S_ms of Eq. (19). NaN stays NaN.
 
     Args:
         maps: [K, ...], >= 0.
@@ -61,7 +80,8 @@ def harmonic_mean(maps: Tensor) -> Tensor:
     # Ratios to the smallest value lie in (0, 1], whereas 1 / S overflows for denormal S.
     ratios = smallest / torch.where(positive, maps, torch.ones_like(maps))
     total = torch.where(positive, ratios.sum(dim=0), torch.ones_like(smallest))
-    return torch.where(positive, smallest * (maps.shape[0] / total), torch.zeros_like(smallest))
+    mean = torch.where(positive, smallest * (maps.shape[0] / total), torch.zeros_like(smallest))
+    return torch.where(smallest.isnan(), smallest, mean)
 
 
 def fuse(
