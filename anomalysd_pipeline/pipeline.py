@@ -395,8 +395,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations = None
         if distances and settings.feature_weight > 0:
-            found = [bank.relative(category, distance, parts) for distance in distances]
-            deviations = torch.cat([resize(deviation, (side, side)) for deviation in found])  # [N, R, R]
+            resized = torch.cat([resize(far, (side, side)) for far in distances])  # [N, R, R]
+            deviations = bank.relative(category, resized, parts)
         check_finite("repainting", painted.differences)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),

@@ -1,9 +1,9 @@
 """What visitors take home, read back by other means."""
 
 import csv
+import dataclasses
 import io
 import zipfile
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from PIL import Image
 
 from anomalysd_pipeline.app import downloads
 from anomalysd_pipeline.app.downloads import BatchRow, ReportFacts
+from anomalysd_pipeline.inspection.result import Inspection
 
 FACTS = ReportFacts("hex nut", "photo 1.png", "embedded (small)", {"noise_strength": 0.5, "mask_scales": [1, 2]})
 
@@ -19,7 +20,7 @@ def result(score=2.3, threshold=1.0, size=(60, 40)):
     """An inspection with a defect in the lower right corner."""
     anomaly_map = np.full(size[::-1], 0.2, dtype=np.float32)
     anomaly_map[30:, 45:] = score
-    return SimpleNamespace(
+    return Inspection(
         image=Image.new("RGB", size, (90, 120, 150)),
         inpainted=Image.new("RGB", size, (200, 160, 40)),
         anomaly_map=anomaly_map,
@@ -108,9 +109,10 @@ class TestReport:
     @pytest.mark.parametrize("size", [(8, 4000), (4000, 8), (8, 8)])
     def test_odd_pictures(self, size):
         shape = size[::-1]
-        odd = result(size=(60, 40))
-        odd.image, odd.inpainted = Image.new("RGB", size), Image.new("RGB", size)
-        odd.anomaly_map = np.zeros(shape, dtype=np.float32)
+        blank = Image.new("RGB", size)
+        odd = dataclasses.replace(
+            result(), image=blank, inpainted=blank, anomaly_map=np.zeros(shape, dtype=np.float32)
+        )
         assert downloads.report(odd, FACTS).size == (1240, 1754)
 
     def test_pdf(self):

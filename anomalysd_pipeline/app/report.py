@@ -79,7 +79,7 @@ def report(result: Inspection, facts: ReportFacts) -> Image.Image:
     """Draws the page: verdict, score, gauge, pictures (given, heatmap, contour, repainted), settings.
 
     Args:
-        result: an `Inspection`, or an object with its attributes.
+        result: an `Inspection`, or an object with its attributes and `predicted`.
         facts: further facts.
 
     Returns:
@@ -132,8 +132,7 @@ def _pictures(page: Image.Image, result: Inspection, y: int) -> int:
         outlined, outline = result.image, "Contour: none without a threshold"
     else:
         heat = overlay(result.image, result.anomaly_map, result.threshold)
-        region = (result.anomaly_map > result.threshold) & result.is_defective
-        outlined = contour(result.image, region, width=max(2, result.image.width // 256))
+        outlined = contour(result.image, result.predicted, width=max(2, result.image.width // 256))
         outline = "Contour of what lies above the threshold"
     width = (PAGE[0] - 2 * _MARGIN - _GAP) // 2
     cells = [

@@ -89,14 +89,13 @@ class Inputs:
         coarse = F.adaptive_avg_pool2d(levels, 32).flatten(start_dim=1)
         fine = F.adaptive_avg_pool2d(levels, 64)
         fine = (fine - F.avg_pool2d(F.pad(fine, (2, 2, 2, 2), mode="replicate"), 5, stride=1)).flatten(start_dim=1)
+        difference = torch.cdist(coarse, coarse, p=1) / coarse.shape[1]  # [N, N]
+        unit, plain = F.normalize(fine, dim=1), ~fine.any(dim=1)
+        same_texture = (unit @ unit.T > COPY_CORRELATION) | (plain[:, None] & plain)
+        copies = (difference < COPY_DIFFERENCE) & same_texture
         first = list(range(len(self)))
-        for index in range(len(self)):
-            for other in range(index):
-                difference = (coarse[index] - coarse[other]).abs().mean()
-                # Nothing fine in either: cosine_similarity gives 0.
-                plain = not (fine[index].any() or fine[other].any())
-                correlation = F.cosine_similarity(fine[index], fine[other], dim=0)
-                if difference < COPY_DIFFERENCE and (plain or correlation > COPY_CORRELATION):
-                    first[index] = first[other]
-                    break
+        for index in first[1:]:
+            earlier = copies[index, :index].nonzero()
+            if len(earlier):
+                first[index] = first[int(earlier[0])]
         return first
