@@ -916,8 +916,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         super().save_pretrained(save_directory, *args, **kwargs)
 
     def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
-        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB
-        to some 20.
+        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB.
 
         Args:
             save_directory: made if missing; replaced as a whole if it holds an adaptation.
