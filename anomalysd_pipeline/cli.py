@@ -84,6 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     publish.add_argument("repo_id", metavar="USER/NAME", help="repository, made if missing")
     publish.add_argument("--private", action="store_true", help="a new repository is private")
     publish.add_argument("--create-pr", action="store_true", help="propose the upload as a pull request")
+    publish.add_argument(
+        "--without-exemplars",
+        action="store_true",
+        help="leave out the normal pictures that parts were registered with",
+    )
     publish.set_defaults(run=_publish)
 
     synth = commands.add_parser("synth", help="draw synthetic parts in the layout of MVTec-AD")
@@ -202,7 +207,12 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _publish(args: argparse.Namespace) -> int:
+    from .hub.exemplars import count_exemplars
     from .hub.publishing import push
 
-    print(push(args.folder, args.repo_id, private=args.private or None, create_pr=args.create_pr))
+    count = 0 if args.without_exemplars else count_exemplars(args.folder)
+    if count:
+        print(f"{count} normal pictures of the registered parts travel along; --without-exemplars leaves them out.")
+    options = {"private": args.private or None, "create_pr": args.create_pr, "exemplars": not args.without_exemplars}
+    print(push(args.folder, args.repo_id, **options))
     return 0

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adaptation.folder import StoredAdaptation
+from .data.shots import SHOT_NAMES
 from .method.prompts import PromptBook
 from .models.adapters import AdapterStore
 from .models.bank import PrototypeBank
@@ -157,8 +158,8 @@ class Knowledge:
         self.adapters.add(name, state)
         self.adaptations[name] = dict(record)
 
-    def pack_adaptation(self, name: str) -> StoredAdaptation:
-        """Packs an adaptation and the parts that rest on it, for a folder."""
+    def pack_adaptation(self, name: str, exemplars: bool = True) -> StoredAdaptation:
+        """Packs an adaptation and the parts that rest on it, for a folder, with their normal pictures or without."""
         parts = {category: self.pack(category) for category in self.categories_of(name)}
         prompts = self.prompts.to_dict()["categories"]
         return StoredAdaptation(
@@ -166,7 +167,10 @@ class Knowledge:
             record=self.adaptations[name],
             categories={category: part.record for category, part in parts.items()},
             prompts={category: prompts[category] for category in parts},
-            banks={category: part.tensors for category, part in parts.items()},
+            banks={
+                category: {key: value for key, value in part.tensors.items() if exemplars or key not in SHOT_NAMES}
+                for category, part in parts.items()
+            },
             state=self.adapters.state(name),
         )
 

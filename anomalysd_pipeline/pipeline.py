@@ -7,7 +7,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,9 +30,10 @@ from .adaptation.settings import AdaptationSettings
 from .common.files import recover
 from .data.images import load_pictures
 from .data.inputs import Inputs
-from .data.tensors import resize, stack, to_pil
+from .data.tensors import fit, resize, stack, to_pil
 from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
+from .method.exemplars import build_exemplar, keep_outside
 from .method.inpainting import draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks, prototype_mask
 from .method.passes import run_passes
@@ -73,7 +74,9 @@ class AnomalySDPipeline(DiffusionPipeline):
         adapters: `AdapterStore`, what adaptations have learned.
         resolution: side in pixels at which pictures are inspected.
         default_preset: "paper", "fast" or "sota", used where a call names none.
-        preset_overrides: what this checkpoint changes in a preset, such as `{"fast": {"num_inference_steps": 8}}`.
+        preset_overrides: what this checkpoint changes in a preset, such as `{"fast": {"num_inference_steps": 8}}`; and
+            under "exemplar" what it changes where exemplars are the start, unless a call or the part says how much
+            noise or how many steps.
         noise_strength, prototype_weight, feature_weight: this checkpoint's defaults of the settings of the same name;
             a `feature_weight` of 0 leaves it to the preset.
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
@@ -205,7 +208,18 @@ class AnomalySDPipeline(DiffusionPipeline):
             of_category,
             given,
         ]
-        return InspectionSettings.resolve(preset, layers)
+        settings = InspectionSettings.resolve(preset, layers)
+        if settings.start == "image":
+            return settings
+        if category in self.bank and self.bank.shots(category) is None:
+            if given.get("start") is not None:
+                raise ValueError(
+                    f"`start` 'exemplar' needs the normal pictures of a part, and none are kept of {category!r}; "
+                    "register it anew by `add_category`, or give 'image'."
+                )
+            return replace(settings, start="image")
+        own = [layer.get(name) for layer in (of_category, given) for name in ("noise_strength", "num_inference_steps")]
+        return settings.with_exemplars(self.config.preset_overrides) if own == [None] * len(own) else settings
 
     # Inspection
 
@@ -223,6 +237,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         feature_weight: float | None = None,
         guidance_scale: float | None = None,
         top_share: float | None = None,
+        start: str | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -239,8 +254,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 ones, multi-scale masks only. None: an unnamed part.
             preset: "paper", "fast" or "sota"; None: the checkpoint's default.
             noise_strength, num_inference_steps, mask_scales, mask_grouping, prototype_weight, feature_weight,
-                guidance_scale, top_share: see `InspectionSettings`; None: the category's, the checkpoint's or the
-                preset's value.
+                guidance_scale, top_share, start: see `InspectionSettings`; None: the category's, the checkpoint's or
+                the preset's value.
             batch_size: passes (picture and mask) at once; halved by itself when memory runs out. It does not change
                 the result. None: 16 on a GPU, 4 on a CPU.
             generator: source of the noise, one for all or one per picture. None: every picture gets the same noise, so
@@ -268,6 +283,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             feature_weight=feature_weight,
             guidance_scale=guidance_scale,
             top_share=top_share,
+            start=start,
         )
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
 
@@ -352,20 +368,30 @@ class AnomalySDPipeline(DiffusionPipeline):
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        distances, prototype_masks = [], None
+        distances, built, prototype_masks, exemplars = [], [], None, None
         if category in self.bank:
             bank, parts = self.bank.to(device), self.extractor.parts
+            shots = bank.shots(category) if settings.start == "exemplar" else None
             for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
                 psi = self.extractor(picture[None])  # [1, C, h, w]
-                distances.append(bank.distances(category, psi, parts, left_out))  # [1, h, w]
+                far, nearest = bank.nearest(category, psi, parts, left_out)  # [1, h, w], [parts, 1, h, w]
+                distances.append(far)
+                if shots is not None:
+                    compared = bank.compared(category, left_out)
+                    exemplar = build_exemplar(picture, psi[0], nearest[:, 0], bank[category], shots, compared)
+                    built.append(fit(exemplar, (side, side)))
             check_finite("comparison with the normal pictures", distances)
             prototype_masks = torch.cat([prototype_mask(far, (side, side)) for far in distances])  # [N, 1, R, R]
+            exemplars = torch.stack(built) if built else None  # [N, 3, R, R]
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
         work = Workload(len(pictures), masks, prototype_masks)
         latents = torch.cat([encode(self.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
         noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
+        starts = None
+        if exemplars is not None:
+            starts = torch.cat([encode(self.vae, part) for part in exemplars.split(AT_ONCE)])  # [N, 4, h, w]
 
         # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
         def on_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
@@ -388,22 +414,27 @@ class AnomalySDPipeline(DiffusionPipeline):
                 settings,
                 batch_size or (16 if device.type == "cuda" else 4),
                 self.mixed_precision,
+                starts,
                 update=progress.update,
                 on_step=None if callback is None else on_step,
             )
 
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
-        deviations = None
-        if distances and settings.feature_weight > 0:
-            resized = torch.cat([resize(far, (side, side)) for far in distances])  # [N, R, R]
-            deviations = bank.relative(category, resized, parts)
+        deviations, shown = None, painted.shown
         check_finite("repainting", painted.differences)
+        if distances:
+            resized = torch.cat([resize(far, (side, side)) for far in distances])  # [N, R, R]
+            if settings.feature_weight > 0:
+                deviations = bank.relative(category, resized, parts)
+            if exemplars is not None:
+                shown = keep_outside(pictures, shown, resized)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
             guided=None if prototype_masks is None else painted.differences[:, -1],
             deviations=deviations,
-            repainted=painted.shown,
+            repainted=shown,
             prototype_masks=prototype_masks,
+            exemplars=exemplars,
         )
 
     def _inputs(self, pictures) -> Inputs:
@@ -915,12 +946,15 @@ class AnomalySDPipeline(DiffusionPipeline):
         take_out_adapters(self.vae)
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
-        """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB.
+    def save_adaptation(self, save_directory, adaptation: str | None = None, exemplars: bool = True) -> None:
+        """Writes an adaptation without the base: LoRA weights, banks, prompts, thresholds and the normal pictures that
+        were registered, a few MB.
 
         Args:
             save_directory: made if missing; replaced as a whole if it holds an adaptation.
             adaptation: its name; None: the only one there is.
+            exemplars: False leaves the normal pictures out. Whoever loads it then repaints from the image itself
+                (`start`), and has to calibrate anew.
 
         Raises:
             ValueError: if there is none of that name, or several and none is named, or the folder cannot be written.
@@ -932,7 +966,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 )
             adaptation = self.adaptations[0]
         self._check_adaptation(adaptation)
-        write_adaptation(self.knowledge.pack_adaptation(adaptation), self.base, Path(save_directory))
+        write_adaptation(self.knowledge.pack_adaptation(adaptation, exemplars), self.base, Path(save_directory))
 
     def read_adaptation(self, pretrained_adaptation_name_or_path, **hub) -> StoredAdaptation:
         """Reads an adaptation and checks that it fits, without taking it in; arguments and errors are those of
@@ -979,7 +1013,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         Args:
             repo_id: "user/name"; made if it does not exist.
             **kwargs: those of `publishing.push_to_hub`: `adaptation` (a name; None: the whole pipeline), `private`,
-                `create_pr`, `token`, `figures` (measured ones, for the card), `license`, `commit_message`, `revision`.
+                `create_pr`, `token`, `figures` (measured ones, for the card), `license`, `commit_message`, `revision`,
+                `exemplars` (False leaves the registered normal pictures out).
 
         Returns:
             The address of the commit or of the pull request.

@@ -20,6 +20,7 @@ from anomalysd_pipeline.evaluation.run import evaluate
 SYSTEMS = {
     "AnomalySD": [],
     "AnomalySD, the paper's score": ["--feature_weight", "0", "--top_share", "0"],
+    "AnomalySD, from the image": ["--start", "image"],
     "AnomalySD, adapted": ["--adapt"],
     "color patches": ["--peer", "color_patches"],
     "plain inpainting": ["--peer", "plain_inpainting"],

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.adaptation.folder import FACTS, WEIGHTS
+from anomalysd_pipeline.data.shots import SHOT_NAMES
 
 from .tiny_adaptations import Standing, adapted_to, drawn, inspected, learned, pictures, quick_pipeline
 
@@ -67,7 +68,8 @@ class TestSaveAndLoad:
         assert {path.name for path in saved.iterdir()} == {FACTS, WEIGHTS}
         tensors = load_file(saved / WEIGHTS)
         lora = {name for name in tensors if ".lora_A." in name or ".lora_B." in name}
-        assert tensors.keys() - lora == {"bank.0", "bank.1", "sources.0", "sources.1"}
+        kinds = ("bank", "sources", *SHOT_NAMES)
+        assert tensors.keys() - lora == {f"{kind}.{index}" for kind in kinds for index in range(2)}
         assert all(tensors[name].dtype == torch.float16 for name in lora)
         values = sum(weight.numel() for weight in (learned("nut", "ring").denoiser | learned("nut").decoder).values())
         assert (saved / WEIGHTS).stat().st_size < 2 * values + 4 * sum(

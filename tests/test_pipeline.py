@@ -51,6 +51,7 @@ class TestInspection:
         pipe = tiny_pipeline
         pipe.add_category("hex_nut", nuts[:2])
         settings = {"mask_scales": (1, 2), "mask_grouping": "none", "feature_weight": 0.3, "top_share": 0.05}
+        settings["start"] = "image"
         out = pipe(nuts[2], category="hex_nut", **settings)
         x = to_tensor(nuts[2], RESOLUTION)[None]
         embeds = average_embedding(pipe.prompt_book.prompts("hex_nut"), pipe.tokenizer, pipe.text_encoder)

@@ -5,8 +5,9 @@ from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
+from anomalysd_pipeline.data.tensors import resample_rotated
 from anomalysd_pipeline.models.bank import PrototypeBank
-from anomalysd_pipeline.models.collection import _resample_rotated, collect_prototypes, fill_bank
+from anomalysd_pipeline.models.collection import collect_prototypes, fill_bank
 from anomalysd_pipeline.models.coreset import greedy_coreset
 from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
@@ -247,17 +248,26 @@ class TestParts:
         images = pictures(3, 4, 6)
         bank, expected = (PrototypeBank(max_size=100, max_unturned=100) for _ in range(2))
         fill_bank(bank, "bottle", torch.nn.Identity(), images, rotations=3)
-        features, sources = collect_prototypes(torch.nn.Identity(), images, rotations=3)
-        expected.add("bottle", features, sources, unturned=72)
+        features, places = collect_prototypes(torch.nn.Identity(), images, rotations=3)
+        expected.add("bottle", features, places[:, 0] % 3, unturned=72)
         assert torch.equal(bank["bottle"], expected["bottle"])
         assert torch.equal(bank.sources("bottle"), expected.sources("bottle"))
         assert bank.distances("bottle", images).max() == 0  # the pictures themselves are all there
 
-    def test_sources_of_collected_vectors_of_pictures_of_several_sizes(self):
-        images = [torch.full((3, 2 + size, 4), float(size)) for size in range(5)]
-        features, sources = collect_prototypes(torch.nn.Identity(), images, rotations=4)
-        assert torch.equal(sources, features[:, 0].round().long())
+    def test_places_of_collected_vectors_of_pictures_of_several_sizes(self):
+        rows, columns = torch.arange(6.0)[:, None], torch.arange(4.0)
+        whole = torch.stack([torch.zeros(6, 4), rows.expand(6, 4), columns.expand(6, 4)])
+        images = [whole[:, : 2 + size] + torch.tensor([size, 0, 0])[:, None, None] for size in range(5)]
+        features, places = collect_prototypes(torch.nn.Identity(), images, rotations=4)
+        assert torch.equal(places[:, 0] % 5, features[:, 0].long())
         assert len(features) == 4 * sum(4 * (2 + size) for size in range(5))
+        first = places[:, 0] < 5  # not turned
+        assert torch.equal(places[first, 1:], features[first, 1:].long())
+        # A quarter turn: the right column becomes the upper row.
+        number = places[:, 0] == 5 + 4
+        assert torch.equal(
+            places[number, 1:].flip(1), (features[number, 1:] * torch.tensor([1, -1]) + torch.tensor([0, 3])).long()
+        )
 
 
 class TestGreedyCoreset:
@@ -309,7 +319,7 @@ class TestCollectPrototypes:
 
     def test_resampled_quarter_turn_equals_the_exact_one(self):
         images = pictures(1, 9, 9)
-        torch.testing.assert_close(_resample_rotated(images, 90.0), torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
+        torch.testing.assert_close(resample_rotated(images, 90.0), torch.rot90(images, 1, (2, 3)), atol=1e-5, rtol=0)
 
     def test_oblique_turn_of_an_oblong_picture_equals_scipy(self):
         height, width = 40, 60
@@ -317,7 +327,7 @@ class TestCollectPrototypes:
         pattern = np.sin(rows / 5) + np.cos(columns / 7)
         images = torch.from_numpy(pattern).float().expand(1, 3, -1, -1)
         expected = ndimage.rotate(pattern, 45, reshape=False, order=1)
-        actual = _resample_rotated(images, 45.0)[0, 0]
+        actual = resample_rotated(images, 45.0)[0, 0]
         center = (slice(10, 30), slice(20, 40))
         np.testing.assert_allclose(actual[center], expected[center], atol=1e-4)
 

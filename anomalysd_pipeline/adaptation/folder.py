@@ -16,16 +16,17 @@ from torch import Tensor
 
 from .. import EMBEDDED, __version__
 from ..common.files import disk_errors, recover, written_whole
+from ..data.shots import SHOT_NAMES
 from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
 from ..models.adapters import PARTS, check_fits, same_fingerprint
-from ..models.bank import unpacked
+from ..models.bank import unpacked, unpacked_shots
 from .base import EMBEDDED_NAME, Base
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
-_FORMAT = 3
-_BANKS = ("bank", "sources")
+_FORMAT = 4
+_BANKS = ("bank", "sources", *SHOT_NAMES)
 _OLD_BANKS = ("colors", "views")
 """Of earlier formats; nothing looks at them now."""
 _KEYS = {
@@ -262,6 +263,7 @@ def _check_fits(stored: StoredAdaptation, base: Base, settings: Callable[..., ob
             raise ValueError("a bank that is not finite")
         if sources.shape != bank.shape[:1] or sources.is_floating_point():
             raise ValueError(f"`sources` of the shape {list(sources.shape)} and type {sources.dtype}")
+        unpacked_shots(banks)
 
 
 def _download(repo_id: str, hub: dict) -> Path:

@@ -264,7 +264,7 @@ class _Teaching:
         book.add(self.lesson.name, self.lesson.prompts)
         texts = book.prompts(self.lesson.name)
         good, _, repainted = validation_pictures(
-            self.pipe.base, stage, module, self.lesson.pictures[0], self.pipe.settings(), texts
+            self.pipe.base, stage, module, self.lesson.pictures[0], self.pipe.settings(start="image"), texts
         )
         side = self.pipe.config.resolution
         figure = Image.new("RGB", (2 * side + side // 16, side), "white")

@@ -74,6 +74,30 @@ def augment(
     return varied, torch.nn.functional.grid_sample(mask[None, None].to(image), grid, **options)[0, 0] > 0.5
 
 
+def rotate(images: Tensor, degrees: float) -> Tensor:
+    """Rotates pictures `[N, C, H, W]`: exactly by multiples of 90 degrees, else bilinearly, mirrored beyond."""
+    if degrees % 90 == 0:
+        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
+    return resample_rotated(images, degrees)
+
+
+def resample_rotated(images: Tensor, degrees: float) -> Tensor:
+    """Rotates pictures `[N, C, H, W]` about their center in the frame that they have, bilinearly, mirrored beyond."""
+    height, width = images.shape[-2:]
+    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
+    cos, sin = angle.cos().item(), angle.sin().item()
+    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
+    grid = torch.nn.functional.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
+    return torch.nn.functional.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
+
+
+def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resizes a picture `[3, h, w]` in [-1, 1] to `[3, H, W]`, antialiased; unchanged if it has that size."""
+    if picture.shape[1:] == size:
+        return picture
+    return torch.nn.functional.interpolate(picture[None], size=size, mode="bilinear", antialias=True)[0].clamp(-1, 1)
+
+
 def resize(maps: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:
     """Resizes maps `[N, h, w]` to `[N, H, W]`; `mode` is "bilinear" or "nearest"."""
     corners = {"align_corners": False} if mode == "bilinear" else {}

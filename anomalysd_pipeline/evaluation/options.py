@@ -24,6 +24,7 @@ INSPECTION = (
     "feature_weight",
     "guidance_scale",
     "top_share",
+    "start",
 )
 """Settings of an inspection, see `InspectionSettings`."""
 
@@ -134,6 +135,9 @@ def _add_model(group) -> None:
     group.add_argument("--guidance_scale", type=float, metavar="X")
     group.add_argument(
         "--top_share", type=float, metavar="X", help="share of the map whose mean is the score; 0: its maximum"
+    )
+    group.add_argument(
+        "--start", choices=("image", "exemplar"), help="from where masks are repainted: the paper's, or good parts"
     )
     group.add_argument("--prompt_design", choices=("hierarchical", "simple", "none"), default="hierarchical")
     group.add_argument("--no_calibration", action="store_true", help="set no thresholds")

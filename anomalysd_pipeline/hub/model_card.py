@@ -204,6 +204,7 @@ def _settings(facts: Mapping, kind: str) -> list[tuple[str, str]]:
         preset = facts["default_preset"]
         overrides = facts["preset_overrides"].get(preset, {})
         chosen = InspectionSettings.resolve(preset, [{"guidance_scale": 1.0}, checkpoint_settings(facts), overrides])
+        chosen = chosen.with_exemplars(facts["preset_overrides"])
         common = {"preset": preset, "resolution": f"{facts['resolution']} px", "rotations": facts["rotations"]}
         rows = [(f"`{key}`", value) for key, value in {**common, **chosen.to_dict()}.items()]
     own = {c: r["noise_strength"] for c, r in (facts.get("categories") or {}).items() if r.get("noise_strength")}

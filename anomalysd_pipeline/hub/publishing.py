@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..common.files import disk_errors, written_whole
 from .bundle import bundle_source, component_source
+from .exemplars import without_exemplars
 from .model_card import PLACEHOLDER, hub_id, model_card
 
 INDEX, FACTS, CARD, CODE = "model_index.json", "adaptation.json", "README.md", "pipeline.py"
@@ -29,6 +30,7 @@ def export(
     repo_id: str | None = None,
     license: str | None = None,
     overwrite: bool = False,
+    exemplars: bool = True,
 ) -> Path:
     """Writes a folder that can be published as it is.
 
@@ -41,6 +43,8 @@ def export(
         adaptation: name of the adaptation to write without its base; None: the whole pipeline.
         figures, repo_id, license: for the card, see `model_card`.
         overwrite: whether an earlier export in `folder` may be replaced.
+        exemplars: False leaves out the normal pictures that were registered. Parts are then repainted from the image
+            itself (`start`), and have to be calibrated anew.
 
     Returns:
         `folder`.
@@ -58,6 +62,9 @@ def export(
             pipe.save_pretrained(partial)
         else:
             pipe.save_adaptation(partial, adaptation)
+        if not exemplars:
+            for path, content in without_exemplars(partial).items():
+                (partial / path).write_bytes(content)
         for path, text in _completion(partial, repo_id, figures, license).items():
             (partial / path).write_text(text, encoding="utf-8", newline="\n")
     return folder
@@ -71,6 +78,7 @@ def push(
     token: str | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
+    exemplars: bool = True,
 ) -> str:
     """Uploads a saved pipeline or adaptation to the Hub.
 
@@ -86,6 +94,7 @@ def push(
         token: of the Hub; None: HF_TOKEN or that of `hf auth login`. It is never printed.
         commit_message: None: one that names the package.
         revision: branch; None: main.
+        exemplars: see `export`.
 
     Returns:
         The URL of the pull request or of the commit.
@@ -102,6 +111,8 @@ def push(
             f"`revision` must be left out with `create_pr`, which proposes a change of main, got {revision!r}."
         )
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    if not exemplars:
+        files |= without_exemplars(folder)
     files |= {path: text.encode() for path, text in _completion(folder, repo_id).items()}
     visible = [path for path in files if not any(part.startswith(".") for part in path.split("/"))]
     try:
@@ -132,11 +143,12 @@ def push_to_hub(
     license: str | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
+    exemplars: bool = True,
 ) -> str:
     """Calls `export` to a temporary folder, and `push`; arguments, URL and errors are theirs."""
     check_repo_id(repo_id)
     with tempfile.TemporaryDirectory(prefix="anomalysd-") as parent:
-        folder = export(pipe, Path(parent, "export"), adaptation, figures, repo_id, license)
+        folder = export(pipe, Path(parent, "export"), adaptation, figures, repo_id, license, exemplars=exemplars)
         return push(folder, repo_id, private, create_pr, token, commit_message, revision)
 
 

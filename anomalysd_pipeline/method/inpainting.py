@@ -87,6 +87,7 @@ def repaint(
     noise_strength: float,
     num_inference_steps: int,
     guidance_scale: float = 1.0,
+    starts: Tensor | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Repaints the masked part of each picture, Eq. (11) and the denoising after it.
@@ -98,6 +99,7 @@ def repaint(
         noise: `[N, 4, h, w]`.
         prompt_embeds: `[N, L, d]`.
         negative_prompt_embeds: `[N, L, d]`, used where `guidance_scale` exceeds 1.
+        starts: `[N, 4, h, w]`, latents of which the noise is added inside the masks; None: `latents`.
         on_step: called after each step with its index, timestep and latents; returns the latents to go on with.
 
     Returns:
@@ -107,6 +109,8 @@ def repaint(
     timesteps = start_schedule(scheduler, num_inference_steps, noise_strength, images.device)
     small_masks = latent_mask(masks.to(dtype), *latents.shape[-2:])  # [N, 1, h, w]
     masked_latents = encode(vae, images * (masks < 0.5)).to(dtype)  # [N, 4, h, w]
+    if starts is not None:
+        latents = torch.where(small_masks > 0.5, starts.to(latents.dtype), latents)
     if noise_strength >= 1.0:
         latents = noise.to(dtype) * scheduler.init_noise_sigma
     else:

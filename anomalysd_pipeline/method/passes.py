@@ -45,6 +45,7 @@ def run_passes(
     settings: InspectionSettings,
     batch_size: int,
     mixed_precision: str = "no",
+    starts: Tensor | None = None,
     update: Callable[[int], None] | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Repainting:
@@ -58,6 +59,7 @@ def run_passes(
         prompt_embeds, negative_prompt_embeds: `[1, L, d]`.
         batch_size: passes at once; halved when memory runs out. It does not change the result.
         mixed_precision: "no", "bf16" or "fp16", see `autocast`.
+        starts: `[N, 4, h, w]`, latents of the pictures' exemplars, from which masks are repainted; None: `latents`.
         update: called after each step with the number of passes that moved on by a step; negative when a batch that
             ran out of memory starts again.
         on_step: called as `on_step(step, timestep, latents)` after each denoising step; returns the latents to go on
@@ -99,6 +101,7 @@ def run_passes(
                 noise_strength=settings.noise_strength,
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
+                starts=None if starts is None else starts[indices],
                 on_step=after_step,
             )  # [B, 3, R, R]
             features = perceptual.features(repainted)

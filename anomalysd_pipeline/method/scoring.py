@@ -20,6 +20,7 @@ class ScoreMaps:
         deviations: D, see `PrototypeBank.relative`, float32 `[N, R, R]`; None where they are not asked for.
         repainted: pictures to show to people, `[N, 3, R, R]` in [-1, 1].
         prototype_masks: M^(p), Eq. (15), bool `[N, 1, R, R]`; None without normal pictures.
+        exemplars: the parts as they should look, `[N, 3, R, R]` in [-1, 1]; None where they are not the start.
     """
 
     multi_scale: Tensor
@@ -27,6 +28,7 @@ class ScoreMaps:
     deviations: Tensor | None
     repainted: Tensor
     prototype_masks: Tensor | None
+    exemplars: Tensor | None = None
 
     def fused(self, prototype_weight: float, feature_weight: float) -> Tensor:
         """Weighs and smooths: S_map, Eq. (21), float32 `[N, R, R]`."""

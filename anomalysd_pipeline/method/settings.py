@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+
+STARTS = ("image", "exemplar")
 
 _FAST = {
     "num_inference_steps": 20,
@@ -12,6 +14,7 @@ _FAST = {
     "mask_grouping": "grouped",
     "feature_weight": 0.0,
     "top_share": 0.0,
+    "start": "exemplar",
 }
 
 PRESETS = {
@@ -21,6 +24,7 @@ PRESETS = {
         "mask_grouping": "none",
         "feature_weight": 0.0,
         "top_share": 0.0,
+        "start": "image",
     },
     "fast": _FAST,
     # See docs/features.md: the distance to the prototypes then outweighs the perceptual one.
@@ -51,6 +55,8 @@ class InspectionSettings:
     guidance_scale: classifier-free guidance, 1 for none.
     top_share: share of the map, the highest values, of which the image score is the mean; 0 for the maximum, as in the
         paper.
+    start: from where the inside of a mask is repainted: "image", the picture itself, Eq. (11), or "exemplar", the part
+        as it should look, see `exemplars.build_exemplar`; a part without kept normal pictures has none.
     """
 
     noise_strength: float
@@ -61,6 +67,7 @@ class InspectionSettings:
     feature_weight: float
     guidance_scale: float
     top_share: float = 0.0
+    start: str = "image"
 
     @classmethod
     def resolve(cls, preset: str, layers: Sequence[Mapping]) -> InspectionSettings:
@@ -103,6 +110,20 @@ class InspectionSettings:
         _require_number("feature_weight", self.feature_weight, 0, math.inf)
         _require_number("guidance_scale", self.guidance_scale, 1, math.inf)
         _require_number("top_share", self.top_share, 0, 1)
+        if self.start not in STARTS:
+            raise ValueError(f"`start` must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}.")
+
+    def with_exemplars(self, preset_overrides: Mapping) -> InspectionSettings:
+        """Adds what a checkpoint changes where exemplars are the start, "exemplar" among its `preset_overrides`.
+
+        Raises:
+            ValueError: for a value out of its range.
+        """
+        if self.start != "exemplar":
+            return self
+        settings = replace(self, **preset_overrides.get("exemplar", {}))
+        settings.check()
+        return settings
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, for a category's calibration record."""

@@ -8,6 +8,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..data.shots import SHOT_NAMES, Shots
 from ..method.neighbors import NeighborSearch
 from .collection import is_finite
 from .coreset import greedy_coreset
@@ -25,12 +26,29 @@ def unpacked(packed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     return bank[:, :-_OLD_COLUMNS], torch.zeros(len(bank), dtype=torch.int32)
 
 
+def unpacked_shots(packed: dict[str, Tensor]) -> Shots | None:
+    """Gives the normal pictures of what `PrototypeBank.packed` gave; None without.
+
+    Raises:
+        ValueError: if they are not complete or do not fit.
+    """
+    given = {name: packed[name] for name in SHOT_NAMES if name in packed}
+    if not given:
+        return None
+    if len(given) < len(SHOT_NAMES):
+        raise ValueError(f"normal pictures beside a bank that lack {sorted(set(SHOT_NAMES) - set(given))[0]!r}")
+    shots = Shots(**given)
+    shots.check(len(packed["bank"]))
+    return shots
+
+
 class PrototypeBank(ModelMixin, ConfigMixin):
     """Keeps a bank of normal feature vectors P_c per category, Eq. (13), savable as safetensors.
 
     Banks are buffers `bank_0`, `bank_1`, … [size, dim] in the alphabetical order of their categories (the order in
     which a saved config lists them), so that a category may have any name. Dtype and device follow `.to()`. Beside
-    each is a buffer `source_0`, … [size], int32: from which normal picture each vector is; all 0: not known.
+    each is a buffer `source_0`, … [size], int32: from which normal picture each vector is; all 0: not known. Where the
+    normal pictures are kept too, buffers `places_0`, `pixels_0`, `sizes_0` and `rotations_0` hold them, see `Shots`.
 
     Args:
         sizes: Number of prototypes per category.
@@ -40,6 +58,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             and evenly spaced, and vectors of their turned copies drawn at random fill up; the cheapest, and no small
             defect then hides in the gaps of a coreset.
         half: Whether vectors are rounded to half precision (by at most 0.05 %) and packed in it, which halves files.
+        shots: For each category whose normal pictures are kept, their number and that of their pixels.
     """
 
     # Of earlier versions, which kept beside each prototype how much normal pictures differ.
@@ -53,16 +72,23 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         max_size: int = 10000,
         max_unturned: int = 0,
         half: bool = False,
+        shots: dict[str, tuple[int, int]] | None = None,
     ):
         super().__init__()
         self._search: tuple[Tensor, tuple, list[NeighborSearch]] | None = None
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
         sizes = dict(sorted((sizes or {}).items()))
-        self.register_to_config(sizes=sizes)
-        for index, size in enumerate(sizes.values()):
+        self.register_to_config(sizes=sizes, shots=dict(shots or {}))
+        for index, (category, size) in enumerate(sizes.items()):
             self.register_buffer(f"bank_{index}", torch.zeros(size, dim))
             self.register_buffer(f"source_{index}", torch.zeros(size, dtype=torch.int32))
+            if category in self.config.shots:
+                count, pixels = self.config.shots[category]
+                self.register_buffer(f"places_{index}", torch.zeros(size, 3, dtype=torch.int16))
+                self.register_buffer(f"pixels_{index}", torch.zeros(pixels, dtype=torch.uint8))
+                self.register_buffer(f"sizes_{index}", torch.zeros(count, 2, dtype=torch.int32))
+                self.register_buffer(f"rotations_{index}", torch.zeros((), dtype=torch.int32))
 
     @property
     def categories(self) -> list[str]:
@@ -80,6 +106,17 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         """Tells from which normal picture each prototype is, int32 [size]. Raises ValueError if there is no bank."""
         return getattr(self, f"source_{self._index(category)}")
 
+    def shots(self, category: str | None) -> Shots | None:
+        """Gives the normal pictures of a category; None where they are not kept."""
+        if category not in self.config.shots:
+            return None
+        index = self._index(category)
+        return Shots(**{name: getattr(self, f"{name}_{index}") for name in SHOT_NAMES})
+
+    def forget_shots(self, category: str) -> None:
+        """Drops the normal pictures of a category, and keeps its prototypes."""
+        self._replace({**self._held(), category: (self[category], self.sources(category), None)})
+
     def _index(self, category: str) -> int:
         if category not in self:
             known = ", ".join(json.dumps(c, ensure_ascii=False) for c in self.categories) or "none"
@@ -87,18 +124,27 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return self.categories.index(category)
 
     def packed(self, category: str) -> dict[str, Tensor]:
-        """Packs all that is known of a category, for `add_packed`: "bank" [size, dim] and "sources" [size]."""
-        bank = self[category]
-        return {"bank": bank.half() if self.config.half else bank, "sources": self.sources(category)}
+        """Packs all that is known of a category, for `add_packed`: "bank" [size, dim], "sources" [size], and the
+        attributes of `Shots` where there are some."""
+        bank, shots = self[category], self.shots(category)
+        packed = {"bank": bank.half() if self.config.half else bank, "sources": self.sources(category)}
+        return packed if shots is None else {**packed, **shots.packed()}
 
     def add_packed(self, category: str, packed: dict[str, Tensor]) -> None:
-        """Stores what `packed` gave. Raises ValueError as `add` does."""
+        """Stores what `packed` gave. Raises ValueError as `add` does, or for pictures that do not fit."""
         bank, sources = unpacked(packed)
         self._check(category, bank)
-        self._replace({**self._held(), category: (self._stored(bank), sources.to(self.placeholder.device))})
+        shots = unpacked_shots(packed)
+        self._replace({**self._held(), category: (self._stored(bank), sources.to(self.placeholder.device), shots)})
 
     def add(
-        self, category: str, features: Tensor, sources: Tensor | None = None, unturned: int = 0, seed: int = 0
+        self,
+        category: str,
+        features: Tensor,
+        sources: Tensor | None = None,
+        unturned: int = 0,
+        seed: int = 0,
+        shots: Shots | None = None,
     ) -> None:
         """Stores the prototypes of a category, in place of those it had; more than `max_size` are thinned.
 
@@ -109,6 +155,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
                 None: from one.
             unturned: How many vectors, from the first on, are of pictures that were not turned.
             seed: Of the thinning.
+            shots: The normal pictures, to be kept beside.
 
         Raises:
             ValueError: If `category` is empty, or `features` has another shape, is not finite, or overflows the dtype.
@@ -121,7 +168,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         stored = self._stored(features.half() if self.config.half else features)
         sources = sources.to(self.placeholder.device, torch.int32)
         sources = sources.clone() if kept is None else sources[kept.to(sources.device)]
-        self._replace({**self._held(), category: (stored, sources)})
+        self._replace({**self._held(), category: (stored, sources, None if shots is None else shots.select(kept))})
 
     def _kept(self, features: Tensor, unturned: int, seed: int) -> Tensor | None:
         """Chooses the vectors that stay, indices in order; None: all."""
@@ -158,20 +205,23 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         self[category]
         self._replace({other: held for other, held in self._held().items() if other != category})
 
-    def _held(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {category: (self[category], self.sources(category)) for category in self.categories}
+    def _held(self) -> dict[str, tuple[Tensor, Tensor, Shots | None]]:
+        return {name: (self[name], self.sources(name), self.shots(name)) for name in self.categories}
 
-    def _replace(self, banks: dict[str, tuple[Tensor, Tensor]]) -> None:
-        for index in range(len(self.categories)):
-            delattr(self, f"bank_{index}")
-            delattr(self, f"source_{index}")
+    def _replace(self, banks: dict[str, tuple[Tensor, Tensor, Shots | None]]) -> None:
+        for name in [name for name in self._buffers if name != "placeholder"]:
+            delattr(self, name)
         banks = dict(sorted(banks.items()))
-        for index, (bank, sources) in enumerate(banks.values()):
+        for index, (bank, sources, shots) in enumerate(banks.values()):
             self.register_buffer(f"bank_{index}", bank)
             self.register_buffer(f"source_{index}", sources)
+            for name, tensor in {} if shots is None else shots.to(self.placeholder.device).packed().items():
+                self.register_buffer(f"{name}_{index}", tensor)
+        kept = {category: shots for category, (_, _, shots) in banks.items() if shots is not None}
         self.register_to_config(
-            sizes={category: len(bank) for category, (bank, _) in banks.items()},
-            dim=next((bank.shape[1] for bank, _ in banks.values()), 0),
+            sizes={category: len(bank) for category, (bank, _, _) in banks.items()},
+            dim=next((bank.shape[1] for bank, _, _ in banks.values()), 0),
+            shots={category: (len(shots.sizes), len(shots.pixels)) for category, shots in kept.items()},
         )
 
     @torch.no_grad()
@@ -183,7 +233,24 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         left_out: int | None = None,
         chunk: int | None = None,
     ) -> Tensor:
-        """Measures the squared distance E of every position to its nearest prototype, Eq. (14).
+        """Measures the squared distance E of every position to its nearest prototype, Eq. (14); arguments and errors
+        are those of [`nearest`].
+
+        Returns:
+            float32 [N, h, w], >= 0; exactly 0 where a distance is below 1e-10 of the squared length of psi.
+        """
+        return self.nearest(category, psi, parts, left_out, chunk)[0]
+
+    @torch.no_grad()
+    def nearest(
+        self,
+        category: str,
+        psi: Tensor,
+        parts: int = 1,
+        left_out: int | None = None,
+        chunk: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Finds the nearest prototype of every position, and the squared distance E to it, Eq. (14).
 
         Matrix products find the nearest prototype; the distance to it is then computed by differences, so that small
         distances are not lost to cancellation.
@@ -200,7 +267,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
                 copies of `psi` and of the bank; None: as many as fit in 2^22 values (16 MiB).
 
         Returns:
-            float32 [N, h, w], >= 0; exactly 0 where a distance is below 1e-10 of the squared length of psi.
+            - E, float32 [N, h, w], as [`distances`] gives it.
+            - int64 [parts, N, h, w], rows of the nearest.
 
         Raises:
             ValueError: If `category` has no bank, `psi` has another shape, or no prototype is left.
@@ -211,12 +279,17 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         searches = self._searches(category, parts, left_out)
         n, _, h, w = psi.shape
         queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2)  # [N h w, C]
-        found = [
-            search.nearest(part, chunk)[0]
-            for search, part in zip(searches, queries.chunk(len(searches), dim=1), strict=True)
-        ]
+        asked = zip(searches, queries.chunk(len(searches), dim=1), strict=True)
+        found, rows = zip(*[search.nearest(part, chunk) for search, part in asked], strict=True)
         mean = found[0] if len(found) == 1 else torch.stack(found).log().mean(dim=0).exp()
-        return mean.view(n, h, w)
+        rows = torch.stack(rows)
+        if left_out is not None:
+            rows = self.compared(category, left_out).nonzero()[:, 0][rows]
+        return mean.view(n, h, w), rows.view(-1, n, h, w)
+
+    def compared(self, category: str, left_out: int | None) -> Tensor | None:
+        """Tells which prototypes are looked at without a picture, bool [size]; None: all."""
+        return None if left_out is None else self.sources(category) != left_out
 
     def relative(self, category: str, distances: Tensor, parts: int = 1) -> Tensor:
         """Gives D: distances of [`distances`] in units of the mean squared length of the prototypes, which is the same
@@ -235,7 +308,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         bank = self[category]
         # Prepared once for all pictures in a row; the tensor itself is a key, because a changed bank is another one.
         if self._search is None or self._search[0] is not bank or self._search[1] != (parts, left_out):
-            rows = bank if left_out is None else bank[self.sources(category) != left_out]
+            rows = bank if left_out is None else bank[self.compared(category, left_out)]
             if not len(rows):
                 raise ValueError(f"`left_out` must leave prototypes of another picture, got {left_out!r}.")
             self._search = bank, (parts, left_out), [NeighborSearch(part) for part in rows.chunk(parts, dim=1)]

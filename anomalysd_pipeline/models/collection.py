@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..data.shots import Shots
+from ..data.tensors import rotate
 
 _CHECKED = 2**12
 
@@ -13,7 +15,7 @@ _CHECKED = 2**12
 def collect_prototypes(
     extractor: Callable[[Tensor], Tensor], images: Sequence[Tensor], rotations: int = 4
 ) -> tuple[Tensor, Tensor]:
-    """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13).
+    """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13), and where they are from.
 
     Args:
         extractor: A [`PrototypeExtractor`], or anything from [1, 3, H, W] to [1, C, h, w].
@@ -23,7 +25,7 @@ def collect_prototypes(
 
     Returns:
         - [M, C]: all positions of the pictures as they are, one picture after another, then of the turned ones.
-        - int64 [M], from which picture each is, 0 ... K - 1.
+        - int64 [M, 3], the place of each: number of the copy (its turn times K, plus its picture), row and column.
 
     Raises:
         ValueError: If `images` has other shapes, `rotations` is less than 1, or features are not finite.
@@ -34,44 +36,31 @@ def collect_prototypes(
         )
     if rotations < 1:
         raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
-    features, sources = [], []
+    features, places = [], []
     for step in range(rotations):
-        for source, image in enumerate(images):  # one by one, which takes least memory
-            psi = extractor(_rotate(image[None], 360 * step / rotations))
+        for image in images:  # one by one, which takes least memory
+            psi = extractor(rotate(image[None], 360 * step / rotations))
             features.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
-            sources.append(torch.full((len(features[-1]),), source))
+            rows, columns = map(torch.arange, psi.shape[2:])
+            places.append(torch.cartesian_prod(torch.tensor([len(places)]), rows, columns))
     found = torch.cat(features)
     if not is_finite(found):
         raise ValueError(
             "`images` gave features that are not finite: use finite pictures in [-1, 1] or a wider dtype."
         )
-    return found, torch.cat(sources)
+    return found, torch.cat(places)
 
 
 def fill_bank(bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4) -> None:
-    """Stores the prototypes of normal pictures in a [`PrototypeBank`].
+    """Stores the prototypes of normal pictures, and the pictures, in a [`PrototypeBank`].
 
     Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
-    features, sources = collect_prototypes(extractor, images, rotations)
-    bank.add(category, features, sources, unturned=len(features) // rotations)
+    features, places = collect_prototypes(extractor, images, rotations)
+    shots = Shots.of(images, places, rotations)
+    bank.add(category, features, places[:, 0] % len(images), unturned=len(features) // rotations, shots=shots)
 
 
 def is_finite(features: Tensor) -> bool:
     """Tells whether all of [M, C] are finite, in pieces: PyTorch's own check takes more memory than they do."""
     return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
-
-
-def _rotate(images: Tensor, degrees: float) -> Tensor:
-    if degrees % 90 == 0:
-        return torch.rot90(images, int(degrees // 90), dims=(2, 3))
-    return _resample_rotated(images, degrees)
-
-
-def _resample_rotated(images: Tensor, degrees: float) -> Tensor:
-    height, width = images.shape[-2:]
-    angle = torch.deg2rad(torch.tensor(degrees, dtype=torch.float64))
-    cos, sin = angle.cos().item(), angle.sin().item()
-    theta = images.new_tensor([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
-    grid = F.affine_grid(theta.expand(len(images), -1, -1), list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, mode="bilinear", padding_mode="reflection", align_corners=False)

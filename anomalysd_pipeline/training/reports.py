@@ -120,7 +120,7 @@ class Reports:
                     stage,
                     module,
                     images[0],
-                    self.pipe.settings(category=category),
+                    self.pipe.settings(category=category, start="image"),
                     self._texts(category),
                 )
                 for category, images in self.shots.items()

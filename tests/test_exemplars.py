@@ -1,0 +1,368 @@
+"""Exemplars: the part as it should look, from patches of its normal pictures."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scipy.ndimage import gaussian_filter
+
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.data.shots import SHOT_NAMES, Shots
+from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
+from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
+from anomalysd_pipeline.hub.publishing import export, push
+from anomalysd_pipeline.knowledge import PackedPart
+from anomalysd_pipeline.method.exemplars import _propagate, build_exemplar
+from anomalysd_pipeline.method.inpainting import encode, repaint
+from anomalysd_pipeline.method.scoring import smoothing_sigma
+from anomalysd_pipeline.models.bank import PrototypeBank
+from anomalysd_pipeline.models.collection import fill_bank
+
+from .conftest import make_tiny_pipeline, warnings_of
+
+DESCRIBE = torch.nn.PixelUnshuffle(8)
+"""As exact as an extractor can be: all pixels of a cell."""
+
+
+def textures(count, height=64, width=64, seed=0, detail=4):
+    """Smooth random pictures [3, h, w] in [-1, 1], rounded to 8 bits: no two places look alike."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, height // detail, width // detail, generator=generator)
+    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 1)
+    return list((fine * 255).round() / 127.5 - 1)
+
+
+def bank_of(images, rotations=1):
+    bank = PrototypeBank()
+    fill_bank(bank, "part", DESCRIBE, images, rotations)
+    return bank
+
+
+def exemplar(bank, picture, left_out=None, describe=DESCRIBE):
+    psi = describe(picture[None])
+    _, nearest = bank.nearest("part", psi, left_out=left_out)
+    compared = bank.compared("part", left_out)
+    return build_exemplar(picture, psi[0], nearest[:, 0], bank["part"], bank.shots("part"), compared)
+
+
+def mean_difference(a, b, border=0):
+    inside = slice(border, -border or None)
+    return (a - b)[:, inside, inside].abs().mean().item()
+
+
+class TestBuildExemplar:
+    @pytest.mark.parametrize("size", [(64, 64), (96, 40), (40, 104)])
+    def test_a_normal_picture_comes_back_as_it_is(self, size):
+        images = textures(2, *size)
+        bank = bank_of(images)
+        for image in images:
+            torch.testing.assert_close(exemplar(bank, image), image, atol=2e-6, rtol=0)
+
+    @pytest.mark.parametrize("turn", [1, 2, 3])
+    def test_a_turned_picture_comes_back_from_the_copy_that_was_turned(self, turn):
+        images = textures(2, 64, 96)
+        turned = rotate(images[1][None], 90 * turn)[0]
+        torch.testing.assert_close(exemplar(bank_of(images, rotations=4), turned), turned, atol=2e-6, rtol=0)
+
+    def test_patches_move_by_less_than_a_cell(self):
+        (wide,) = textures(1, 96, 96, detail=16)
+        shot, moved = wide[:, 8:72, 8:72], wide[:, 11:75, 6:70]
+        found = exemplar(bank_of([shot]), moved)
+        assert mean_difference(found, moved, border=16) < 0.02 < 0.15 < mean_difference(shot, moved, border=16)
+
+    def test_a_defect_is_gone_and_what_is_around_it_stays(self):
+        shots = textures(3)
+        defective = shots[1].clone()
+        defective[:, 24:36, 28:40] = torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+        found = exemplar(bank_of(shots), defective)
+        difference = (defective - shots[1])[:, 24:36, 28:40].square().mean()
+        left = (found - shots[1])[:, 24:36, 28:40].square().mean() / difference
+        # Features of pixels alone do not know what belongs there; no patch of a shot is of that color.
+        assert left < 0.5 and (found[:, 24:36, 28:40] - defective[:, 24:36, 28:40]).square().mean() > 0.5 * difference
+        torch.testing.assert_close(found[:, :, :8], shots[1][:, :, :8], atol=2e-6, rtol=0)
+
+    def test_continues_a_neighbors_patch_under_a_defect(self):
+        """Where features say nothing, a patch continues those around it."""
+        images = textures(4, 64, 64)
+        defective = images[2].clone()
+        defective[:, 32:40, 32:40] = 0
+
+        def blind(pictures):
+            psi = DESCRIBE(pictures)
+            psi[:, :, 4, 4] = 0
+            return psi
+
+        bank = bank_of(images)
+        psi = blind(defective[None])
+        _, nearest = bank.nearest("part", psi)
+        places = bank.shots("part").places.long()
+        rows = _propagate(psi[0], nearest[:, 0], bank["part"], places, None)
+        assert places[rows[3, 3]].tolist() == [2, 3, 3]
+        queries = psi[0].flatten(1).T
+        chosen, first = ((queries - bank["part"][r.flatten()]).square().sum(1) for r in (rows, nearest[0, 0]))
+        assert (chosen <= first).all()
+
+    def test_takes_of_several_parts_the_nearest_in_all_channels(self):
+        bank = PrototypeBank()
+        generator = torch.Generator().manual_seed(0)
+        vectors, psi = torch.randn(50, 6, generator=generator), torch.randn(1, 6, 5, 4, generator=generator)
+        bank.add("part", vectors)
+        _, nearest = bank.nearest("part", psi, parts=2)
+        places = torch.stack(
+            [torch.zeros(50).long(), torch.arange(50) * 2, torch.zeros(50).long()], dim=1
+        )  # all apart
+        rows = _propagate(psi[0], nearest[:, 0], vectors, places, None).flatten()
+        queries = psi[0].flatten(1).T.numpy()
+        costs = np.square(queries[None] - vectors.numpy()[nearest.flatten(1)]).sum(-1)  # [parts, P]
+        expected = nearest.flatten(1).numpy()[costs.argmin(0), np.arange(20)]
+        np.testing.assert_array_equal(rows, expected)
+
+    def test_without_a_picture_it_comes_from_the_others(self):
+        images = textures(3)
+        bank = bank_of(images, rotations=4)
+        assert mean_difference(exemplar(bank, images[1]), images[1]) < 1e-5
+        assert mean_difference(exemplar(bank, images[1], left_out=1), images[1]) > 0.1
+        others = bank_of([images[0], images[2]], rotations=4)
+        assert torch.equal(exemplar(bank, images[1], left_out=1), exemplar(others, images[1]))
+
+    def test_takes_over_the_light(self):
+        (image,) = textures(1)
+        darker = image * 0.5
+        light = torch.tensor([0.2, 0.1, -0.1])[:, None, None]
+        found = exemplar(bank_of([darker]), darker + light)
+        torch.testing.assert_close(found, darker + light, atol=2e-2, rtol=0)
+
+    def test_fine_grids_and_grids_that_do_not_divide_the_picture(self):
+        image = textures(1, 136, 136)[0]  # 136 px in 34 cells of 4 px: more cells than patches
+        fine = torch.nn.PixelUnshuffle(4)
+        bank = PrototypeBank()
+        fill_bank(bank, "part", fine, [image], 1)
+        torch.testing.assert_close(exemplar(bank, image, describe=fine), image, atol=2e-6, rtol=0)
+
+        def resized(pictures):  # 60 px become 7 cells, as vision transformers resize
+            return DESCRIBE(torch.nn.functional.interpolate(pictures, size=56, mode="bilinear", antialias=True))
+
+        image = textures(1, 60, 60)[0]
+        bank = PrototypeBank()
+        fill_bank(bank, "part", resized, [image], 1)
+        found = exemplar(bank, image, describe=resized)
+        assert found.shape == image.shape and mean_difference(found, image) < 0.06
+
+
+class TestShots:
+    def test_are_saved_packed_and_forgotten_with_their_bank(self, tmp_path):
+        images = [textures(1, 16, 24)[0], textures(1, 32, 8, seed=1)[0]]
+        bank = bank_of(images, rotations=4)
+        bank.add("another", torch.ones(3, 192))
+        bank.half().save_pretrained(tmp_path)
+        loaded = PrototypeBank.from_pretrained(tmp_path, dtype=torch.float16)
+        copied = PrototypeBank()
+        copied.add_packed("part", loaded.packed("part"))
+        for own in (bank, loaded, copied):
+            for number in range(8):
+                expected = rotate(images[number % 2][None], 90 * (number // 2))[0]
+                torch.testing.assert_close(own.shots("part").copy(number), expected, atol=1e-6, rtol=0)
+            assert own.shots("another") is None and own.shots("part").sizes.tolist() == [[16, 24], [32, 8]]
+        loaded.forget_shots("part")
+        assert loaded.shots("part") is None and torch.equal(loaded["part"], bank["part"])
+        assert set(loaded.packed("part")) == {"bank", "sources"}
+        bank.remove("part")
+        assert not bank.config.shots and set(bank.state_dict()) == {"placeholder", "bank_0", "source_0"}
+
+    def test_places_follow_a_bank_that_is_thinned(self):
+        images = textures(3, 32, 32)
+        bank = PrototypeBank(max_size=20, max_unturned=8)
+        fill_bank(bank, "part", DESCRIBE, images, 4)
+        shots = bank.shots("part")
+        assert len(bank["part"]) == len(shots.places) == 20
+        for vector, (number, row, column) in zip(bank["part"], shots.places.tolist(), strict=True):
+            assert torch.equal(DESCRIBE(shots.copy(number)[None])[0, :, row, column], vector)
+        assert exemplar(bank, images[0]).isfinite().all()
+
+    def test_take_less_than_a_megabyte_for_four_pictures(self):
+        bank = PrototypeBank(half=True)
+        fill_bank(bank, "part", DESCRIBE, textures(4, 256, 256), 4)
+        packed = bank.packed("part")
+        assert sum(packed[name].nbytes for name in SHOT_NAMES) < 1e6
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("places", torch.zeros(3, 3, dtype=torch.int16)),
+            ("places", torch.full((16, 3), 4, dtype=torch.int16)),
+            ("places", torch.full((16, 3), -1, dtype=torch.int16)),
+            ("places", torch.zeros(16, 3)),
+            ("pixels", torch.zeros(10, dtype=torch.uint8)),
+            ("pixels", torch.zeros(3 * 32 * 32)),
+            ("sizes", torch.tensor([[32, -32]], dtype=torch.int32)),
+            ("sizes", torch.tensor([[32, 2**31 - 1]], dtype=torch.int32)),
+            ("sizes", torch.zeros(0, 2, dtype=torch.int32)),
+            ("rotations", torch.tensor(0, dtype=torch.int32)),
+            ("rotations", torch.tensor(2**31 - 1, dtype=torch.int32)),
+            ("rotations", torch.tensor([4], dtype=torch.int32)),
+        ],
+    )
+    def test_that_do_not_fit_are_refused(self, name, value):
+        packed = bank_of(textures(1, 32, 32)).packed("part")
+        with pytest.raises(ValueError, match="normal pictures beside a bank that do not fit"):
+            PrototypeBank().add_packed("part", {**packed, name: value})
+        with pytest.raises(ValueError, match="lack 'sizes'"):
+            PrototypeBank().add_packed("part", {key: packed[key] for key in packed if key != "sizes"})
+
+    def test_more_copies_than_a_place_can_number_are_not_kept(self):
+        assert Shots.of([torch.zeros(3, 1, 1)] * 9000, torch.zeros(1, 3), rotations=4) is None
+
+
+class TestStart:
+    def test_noise_is_added_to_the_exemplar_inside_the_mask_alone(self, tiny_pipeline):
+        pipe, generator = tiny_pipeline, torch.Generator().manual_seed(0)
+        images, others = (torch.rand(2, 3, 64, 64, generator=generator) * 2 - 1 for _ in range(2))
+        latents, starts = encode(pipe.vae, images).detach(), encode(pipe.vae, others).detach()
+        noise, embeds = torch.randn(2, 4, 16, 16, generator=generator), torch.randn(2, 7, 32, generator=generator)
+        masks = torch.zeros(2, 1, 64, 64)
+        masks[..., 16:40, 8:32] = 1
+        small = masks[..., ::4, ::4]
+
+        def run(latents, **options):
+            with torch.no_grad():
+                networks = (pipe.unet, pipe.vae, pipe.scheduler)
+                strength = {"noise_strength": 0.4, "num_inference_steps": 5}
+                return repaint(*networks, images, latents, masks, noise, embeds, **strength, **options)
+
+        assert torch.equal(run(latents, starts=latents), run(latents))
+        mixed = small * starts + (1 - small) * latents
+        assert torch.equal(run(latents, starts=starts), run(mixed))
+        assert not torch.equal(run(latents, starts=starts), run(latents))
+
+    def test_is_the_exemplar_where_pictures_are_kept_but_for_the_paper(self, tiny_pipeline, nuts):
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts)
+        assert [pipe.settings(p, "hex_nut").start for p in ("paper", "fast", "sota")] == [
+            *("image", "exemplar", "exemplar")
+        ]
+        assert pipe.settings("paper", "hex_nut", start="exemplar").start == "exemplar"
+        with pytest.raises(ValueError, match="`start` must be one of 'image', 'exemplar', got 'noise'"):
+            pipe(nuts[0], category="hex_nut", start="noise")
+        zero_shot = [pipe(nuts[0], category="bottle", start=start).pred_scores for start in ("image", "exemplar")]
+        assert zero_shot[0] == zero_shot[1]
+        from_exemplar = pipe(nuts[0], category="hex_nut")
+        from_image = pipe(nuts[0], category="hex_nut", start="image")
+        assert from_exemplar.pred_scores != from_image.pred_scores
+        pipe.bank.forget_shots("hex_nut")
+        before = pipe(nuts[0], category="hex_nut")
+        assert np.array_equal(before.anomaly_maps, from_image.anomaly_maps)
+        assert pipe.settings("fast", "hex_nut").start == "image"
+        with pytest.raises(ValueError, match="`start` 'exemplar' needs the normal pictures.*'hex_nut'"):
+            pipe(nuts[0], category="hex_nut", start="exemplar")
+
+    def test_needs_other_noise_unless_a_call_or_the_part_says_how_much(self, nuts):
+        own = {"noise_strength": 0.2, "num_inference_steps": 5}
+        pipe = make_tiny_pipeline(preset_overrides={"exemplar": own})
+
+        def noise(**given):
+            settings = pipe.settings(category="hex_nut", **given)
+            return settings.noise_strength, settings.num_inference_steps
+
+        pipe.add_category("hex_nut", nuts)
+        assert noise() == (0.2, 5) and noise(start="image") == (0.4, 20) and noise(preset="paper") == (0.4, 50)
+        assert noise(noise_strength=0.5) == (0.5, 20) and noise(num_inference_steps=7) == (0.4, 7)
+        pipe.add_category("hex_nut", nuts, noise_strength=0.3)
+        assert noise(num_inference_steps=None, noise_strength=None) == (0.3, 20)
+        with pytest.raises(ValueError, match="`noise_strength` must be a number above 0"):
+            make_tiny_pipeline(preset_overrides={"exemplar": {"noise_strength": 2.0}})
+
+    def test_shows_the_picture_itself_where_nothing_differs(self, tiny_pipeline, nuts, tested_nuts):
+        pipe, picture = tiny_pipeline, tested_nuts[-1]
+        pipe.add_category("hex_nut", nuts)
+        out = pipe(picture, category="hex_nut")
+        far = pipe.bank.distances("hex_nut", pipe.extractor(to_tensor(picture, 64)[None]).detach())
+        far = gaussian_filter(resize(far, (64, 64))[0], smoothing_sigma(64), mode="reflect")
+        changed = np.abs(np.asarray(out.inpainted[0], dtype=int) - np.asarray(picture, dtype=int)).max(axis=2) > 0
+        assert not changed[far < 0.2 * far.max()].any() and changed[far > 0.5 * far.max()].mean() > 0.9
+        assert 0.1 < (far < 0.2 * far.max()).mean() < 0.9
+
+    def test_a_score_does_not_depend_on_the_pictures_beside_it(self, tiny_pipeline, nuts, tested_nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
+        together = tiny_pipeline(tested_nuts, category="hex_nut", batch_size=3).pred_scores
+        alone = [tiny_pipeline(picture, category="hex_nut").pred_scores[0] for picture in tested_nuts]
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+
+    def test_calibration_leaves_a_picture_out_of_the_exemplar_too(self, tiny_pipeline, nuts):
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts)
+        score = pipe.calibrate("hex_nut", nuts).scores[1]
+        others = make_tiny_pipeline()
+        others.add_category("hex_nut", [nuts[0], nuts[2]])
+        assert score == pytest.approx(others(nuts[1], category="hex_nut").pred_scores[0], rel=1e-4)
+
+    def test_a_threshold_holds_for_the_start_it_was_set_with(self, tiny_pipeline, nuts):
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts)
+        pipe.calibrate("hex_nut", nuts)
+        assert pipe(nuts[0], category="hex_nut").thresholds[0] is not None
+        with warnings_of() as said:
+            assert pipe(nuts[0], category="hex_nut", start="image").thresholds == [None]
+        assert "(start differ)" in said[0]
+
+
+class TestTravel:
+    """They are people's own pictures: they go where people send them, and stay where people say so."""
+
+    @pytest.fixture
+    def pipe(self, nuts):
+        pipe = make_tiny_pipeline()
+        pipe.add_category("hex_nut", nuts)
+        return pipe
+
+    def test_with_a_saved_pipeline_and_a_part(self, pipe, nuts, tmp_path):
+        expected = pipe(nuts[0], category="hex_nut").pred_scores
+        pipe.save_pretrained(tmp_path / "saved")
+        loaded = AnomalySDPipeline.from_pretrained(tmp_path / "saved")
+        np.testing.assert_array_equal(loaded(nuts[0], category="hex_nut").pred_scores, expected)
+        pipe.knowledge.pack("hex_nut").save(tmp_path / "part.safetensors")
+        other, known = make_tiny_pipeline(), None
+        known = other.knowledge
+        known.unpack("hex_nut", PackedPart.load(tmp_path / "part.safetensors"))
+        other.knowledge = known
+        np.testing.assert_array_equal(other(nuts[0], category="hex_nut").pred_scores, expected)
+
+    def test_not_with_an_export_without_them(self, pipe, nuts, tmp_path):
+        export(pipe, tmp_path / "with")
+        export(pipe, tmp_path / "without", exemplars=False)
+        assert count_exemplars(tmp_path / "with") == 3 and count_exemplars(tmp_path / "without") == 0
+        shot = ((to_tensor(nuts[0], 64) + 1) * 127.5).round().byte().numpy().tobytes()
+        held = [path.read_bytes().find(shot) >= 0 for path in (tmp_path / "with" / "bank").glob("*.safetensors")]
+        assert held == [True]
+        assert not any(path.read_bytes().find(shot) >= 0 for path in (tmp_path / "without").rglob("*.*"))
+        loaded = AnomalySDPipeline.from_pretrained(tmp_path / "without")
+        assert loaded.settings(category="hex_nut").start == "image"
+        expected = pipe(nuts[0], category="hex_nut", start="image").pred_scores
+        np.testing.assert_array_equal(loaded(nuts[0], category="hex_nut").pred_scores, expected)
+        assert without_exemplars(tmp_path / "without") == {}
+
+    def test_not_with_an_upload_without_them(self, pipe, tmp_path, hub):
+        export(pipe, tmp_path / "with")
+        before = {path: path.read_bytes() for path in (tmp_path / "with").rglob("*.*")}
+        for name, wanted, count in (("user/with", True, 3), ("user/without", False, 0)):
+            push(tmp_path / "with", name, token=hub.token, exemplars=wanted)
+            files = hub.repositories[name].files("main")
+            folder = tmp_path / name.replace("/", "-")
+            for path, content in files.items():
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path).write_bytes(content)
+            assert count_exemplars(folder) == count
+        assert before == {path: path.read_bytes() for path in (tmp_path / "with").rglob("*.*")}
+
+    def test_with_an_adaptation_or_not(self, nuts, tmp_path):
+        pipe = make_tiny_pipeline()
+        pipe.adapt({"hex_nut": nuts}, steps=1, decoder_steps=1, calibrate=False)
+        pipe.save_adaptation(tmp_path / "with")
+        pipe.save_adaptation(tmp_path / "without", exemplars=False)
+        assert count_exemplars(tmp_path / "with") == 3 and count_exemplars(tmp_path / "without") == 0
+        assert not any("pixels" in key for key in load_file(tmp_path / "without" / "adaptation.safetensors"))
+        for name, start in (("with", "exemplar"), ("without", "image")):
+            other = make_tiny_pipeline()
+            other.load_adaptation(tmp_path / name)
+            assert other.settings(category="hex_nut").start == start
+            expected = pipe(nuts[0], category="hex_nut", start=start).pred_scores
+            np.testing.assert_allclose(other(nuts[0], category="hex_nut").pred_scores, expected, rtol=1e-3)
