@@ -79,7 +79,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
-            the bank), `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `calibration`.
+            the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `adaptation`, `prompt_design`,
+            `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -562,7 +563,11 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations = self.config.rotations if rotations is None else rotations
         # Copies say nothing twice, and could not be left out of each other's comparison.
         kept = sorted(set(inputs.alike()))
-        digests, shaped = inputs.digests(), [inputs.shaped[index].to(device) for index in kept]
+        digests, marks, shaped = (
+            inputs.digests(),
+            inputs.fingerprints(),
+            [inputs.shaped[index].to(device) for index in kept],
+        )
         if len(kept) < len(inputs):
             logger.warning(
                 f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
@@ -573,6 +578,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             category,
             shots=len(kept),
             digests=[digests[index] for index in kept],
+            fingerprints=[marks[index] for index in kept],
             rotations=rotations,
             noise_strength=noise_strength,
             adaptation=None,
@@ -637,7 +643,14 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         try:
             calibration = calibrate_threshold(
-                score, inputs, record["digests"], chosen, false_alarm_rate, seed, record["calibration"]
+                score,
+                inputs,
+                record["digests"],
+                chosen,
+                false_alarm_rate,
+                seed,
+                record["calibration"],
+                record.get("fingerprints", ()),
             )
         finally:
             self.maybe_free_model_hooks()

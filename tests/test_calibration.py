@@ -5,13 +5,16 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from anomalysd_pipeline.data.inputs import Inputs
 from anomalysd_pipeline.method.calibration import TYPICAL_SPREAD, calibrate_threshold, prediction_threshold
 from anomalysd_pipeline.method.masks import multi_scale_masks
+from anomalysd_pipeline.method.scoring import NotFiniteError
 from anomalysd_pipeline.method.settings import PRESETS, InspectionSettings
 from anomalysd_pipeline.method.workload import Workload, in_batches
+from anomalysd_pipeline.synthetic import normal_images
 
 SETTINGS = InspectionSettings.resolve(
     "sota", [{"noise_strength": 0.4, "prototype_weight": 0.1, "guidance_scale": 1.0}]
@@ -91,13 +94,13 @@ class TestCalibrateThreshold:
         return Inputs(squares, list(squares))
 
     @staticmethod
-    def calibrate(pictures, shots, before=None, settings=SETTINGS, calls=None):
+    def calibrate(pictures, shots, before=None, settings=SETTINGS, calls=None, marks=()):
         def score(picture, left_out):
             if calls is not None:
                 calls.append(left_out)
             return picture.squares.mean().item() + 1 + (0 if left_out is None else 0.001 * (left_out + 1))
 
-        return calibrate_threshold(score, pictures, shots, settings, 0.05, 0, before)
+        return calibrate_threshold(score, pictures, shots, settings, 0.05, 0, before, marks)
 
     def test_pictures_of_the_bank_are_scored_without_themselves(self):
         pictures, calls = self.inputs(0.1, 0.2, 0.4), []
@@ -116,6 +119,37 @@ class TestCalibrateThreshold:
         whole = self.calibrate(self.inputs(0.1, 0.2, 0.3), shots)
         assert both.pictures == 3 and sorted(both.scores) == sorted(whole.scores)
         assert both.threshold == pytest.approx(whole.threshold, rel=1e-9)
+
+    def test_copies_that_come_later_count_no_further(self):
+        """With the noise of another exposure, of a picture of the bank and of a further one."""
+        good = normal_images("hex_nut", 4, seed=2, size=64)
+        noise = np.random.default_rng(3).normal(0, 2, (2, 64, 64, 3))
+        copies = [
+            Image.fromarray((np.asarray(good[index]) + noise[place]).round().clip(0, 255).astype(np.uint8))
+            for place, index in enumerate((1, 2))
+        ]
+        bank, third, later = (
+            Inputs.of(pictures, 64, lambda height, width: None) for pictures in (good[:2], good[2:3], copies)
+        )
+        shots, marks = bank.digests(), bank.fingerprints()
+        first = self.calibrate(bank, shots, marks=marks)
+        second = self.calibrate(third, shots, first.to_dict(), marks=marks)
+        assert (first.pictures, second.pictures) == (2, 3)
+        assert self.calibrate(later, shots, second.to_dict(), marks=marks) == second
+        # Without the picture of the bank itself, its copy stands for it.
+        calls = []
+        alone = self.calibrate(later, shots, calls=calls, marks=marks)
+        assert calls == [1, None] and alone.digests == [shots[1], later.digests()[1]]
+
+    def test_a_picture_without_a_score_is_named(self):
+        def score(picture, left_out):
+            if picture.squares.mean() > 0.3:
+                raise NotFiniteError("Picture 1 of 1", "repainting")
+            return 1.0
+
+        pictures = self.inputs(0.1, 0.2, 0.4)
+        with pytest.raises(ValueError, match="^Normal picture 3 of 3 has no score, because the repainting"):
+            calibrate_threshold(score, pictures, pictures.digests(), SETTINGS, 0.05, 0)
 
     def test_scores_of_other_settings_do_not_count(self):
         pictures = self.inputs(0.1, 0.2)

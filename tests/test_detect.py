@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
 from anomalysd_pipeline.inspection.folder import ResultFolder
 from anomalysd_pipeline.inspection.result import load_part, load_pipeline
+from anomalysd_pipeline.method.scoring import check_finite
 
 from .conftest import make_tiny_pipeline
 from .detect_driver import table
@@ -202,6 +204,40 @@ class TestTogether:
         expected = {row["file"]: row["score"] for row in rows_of(whole) if "score" in row}
         found = {row["file"]: row["score"] for row in rows_of(tmp_path / "out") if "score" in row}
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+
+
+class TestNotFinite:
+    def test_one_picture_is_left_out_without_a_label_and_the_others_are_inspected(
+        self, parts, base, whole, tmp_path, monkeypatch, capsys
+    ):
+        """The distance of one picture overflows, as in half precision."""
+        bad = torch.from_numpy(np.array(Image.open(parts / "test" / "3.png")))
+
+        class Overflowing(AnomalySDPipeline):
+            def _score_maps(self, inputs, *args, **options):
+                found = super()._score_maps(inputs, *args, **options)
+                levels = ((inputs.squares + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+                check_finite("repainting", [torch.tensor(torch.nan if own.equal(bad) else 0.0) for own in levels])
+                return found
+
+        def load(*args, **options):
+            pipe = load_pipeline(*args, **options)
+            pipe.__class__ = Overflowing
+            return pipe
+
+        inspect_pictures = detect_run.inspect_pictures
+        monkeypatch.setattr(detect_run, "load_pipeline", load)
+        monkeypatch.setattr(detect_run, "inspect_pictures", lambda *args: inspect_pictures(*args, at_once=4))
+        assert detect.main(arguments(parts, base, tmp_path / "out")) == 1
+        told = capsys.readouterr()
+        rows, expected = table(tmp_path / "out"), table(whole)
+        assert [row["verdict"] for row in rows] == [row["verdict"] if i != 3 else "" for i, row in enumerate(expected)]
+        assert [float(row["score"]) for i, row in enumerate(rows) if i not in (2, 3)] == pytest.approx(
+            [float(row["score"]) for i, row in enumerate(expected) if i not in (2, 3)], rel=1e-5
+        )
+        assert rows[3]["score"] == "" and f"`--test` '{parts / 'test' / '3.png'}' has no score" in rows[3]["error"]
+        assert "`--mixed-precision` 'no'" in rows[3]["error"] and rows[3]["error"] in told.err
+        assert "3 inspected" in told.out and "1 could not be read" in told.out and "1 without a score" in told.out
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import EMBEDDED, __version__
 from ..common.files import disk_errors, recover, written_whole
+from ..data.inputs import check_fingerprints
 from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
@@ -47,8 +48,8 @@ _RECORD_KEYS = {
     "prompt_design",
     "calibration",
 }
-_OPTIONAL_KEYS = {"digests", "adapted"}
-"""Of records: earlier formats lack the first, and have the second, which nothing looks at now."""
+_OPTIONAL_KEYS = {"digests", "fingerprints", "adapted"}
+"""Of records: earlier formats lack the first two, and have the last, which nothing looks at now."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -224,6 +225,7 @@ def _check_record(record: dict) -> dict:
     digests = record.get("digests", [])
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise ValueError("a category's `digests` are no list of words")
+    check_fingerprints(record.get("fingerprints", []))
     record = {key: value for key, value in record.items() if key != "adapted"}
     if record["calibration"] is not None:
         calibration = Calibration(**record["calibration"])
@@ -238,6 +240,7 @@ def _check_record(record: dict) -> dict:
             raise ValueError("a calibration has another number of pictures")
         if not all(isinstance(digest, str) for digest in calibration.digests):
             raise ValueError("a calibration has `digests` that are no words")
+        check_fingerprints(calibration.fingerprints)
     return record
 
 

@@ -21,6 +21,7 @@ from ..common.devices import choose_device
 from ..data.picture import Picture
 from ..data.sources import Listing, gather, read_normals
 from ..method.prompts import check_category
+from ..method.scoring import NotFiniteError
 from .folder import Counts, ResultFolder
 from .result import inspect, load_part, load_pipeline, register, save_part
 
@@ -32,6 +33,9 @@ _SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
 
 def run(args: argparse.Namespace) -> int:
     """Runs an inspection with parsed options, see `options.add_arguments`; on every process.
+
+    Returns:
+        The exit status: 0, or 1 where a picture could be read and has no score.
 
     Raises:
         ValueError: for input that cannot be used; in one sentence, with the names of the options.
@@ -100,9 +104,10 @@ def run(args: argparse.Namespace) -> int:
 
     # 5. What the table of all processes says
     if state.is_main_process:
-        if counts is None or not counts.inspected:
+        if counts is None or not counts.inspected + counts.unscored:
             raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
         print(summary(folder, counts))
+        return 1 if counts.unscored else 0
     return 0
 
 
@@ -116,7 +121,8 @@ def inspect_pictures(
     bar: tqdm | None = None,
     at_once: int | None = None,
 ) -> None:
-    """Inspects pictures into a folder, several together; those that cannot be read are reported and noted.
+    """Inspects pictures into a folder, several together; those that cannot be read, or have no finite score, are
+    reported and noted.
 
     Args:
         pipe: an `AnomalySDPipeline`.
@@ -131,26 +137,37 @@ def inspect_pictures(
     at_once = at_once or (16 if pipe.device.type == "cuda" else 1)
     waiting: list[tuple[Picture, Image.Image]] = []
 
-    def inspect_waiting() -> None:
-        if waiting:
-            found = inspect(pipe, [image for _, image in waiting], category, seed, **(options or {}))
-            for (picture, _), result in zip(waiting, found, strict=True):
-                folder.add(picture, result)
-                bar.update()
-            waiting.clear()
+    def leave_out(picture: Picture, error: ValueError, read: bool) -> None:
+        sentence = renamed(error, _names("--test") | {"mixed_precision": "--mixed-precision"})
+        folder.fail(picture, sentence, read)
+        with bar.external_write_mode(file=sys.stderr):
+            _report(sentence)
+        bar.update()
+
+    def inspect_together(pairs: Sequence[tuple[Picture, Image.Image]]) -> None:
+        try:
+            found = inspect(pipe, [image for _, image in pairs], category, seed, **(options or {}))
+        except NotFiniteError as error:
+            if len(pairs) == 1:
+                leave_out(pairs[0][0], NotFiniteError(f"`source` '{pairs[0][0].file}'", error.stage), read=True)
+            else:  # one of them spoils the others' results
+                for pair in pairs:
+                    inspect_together([pair])
+            return
+        for (picture, _), result in zip(pairs, found, strict=True):
+            folder.add(picture, result)
+            bar.update()
 
     for picture in pictures:
         try:
             waiting.append((picture, picture.load()))
         except ValueError as error:
-            sentence = renamed(error, _names("--test"))
-            folder.fail(picture, sentence)
-            with bar.external_write_mode(file=sys.stderr):
-                _report(sentence)
-            bar.update()
+            leave_out(picture, error, read=False)
         if len(waiting) == at_once:
-            inspect_waiting()
-    inspect_waiting()
+            inspect_together(waiting)
+            waiting.clear()
+    if waiting:
+        inspect_together(waiting)
 
 
 def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> dict[str, object]:
@@ -228,4 +245,6 @@ def summary(folder: ResultFolder, counts: Counts) -> str:
         parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
     if counts.failed:
         parts.append(f"{counts.failed} could not be read")
+    if counts.unscored:
+        parts.append(f"{counts.unscored} without a score, see the column `error`")
     return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 from scipy import stats
 
-from ..data.inputs import Inputs
+from ..data.inputs import Inputs, first_alike
+from .scoring import NotFiniteError
 from .settings import InspectionSettings
 
 SCORE_VERSION = 2
@@ -43,7 +44,7 @@ class Calibration:
     settings: the inspection settings it holds for.
     pictures: how many pictures these are.
     held_out: whether each was scored as if it were new; if not, the threshold is a guess from copies of one picture.
-    digests: the picture of each score, see `Inputs.digests`.
+    digests, fingerprints: the picture of each score, see `Inputs`; earlier versions have no fingerprints.
     version: of the score.
     """
 
@@ -54,6 +55,7 @@ class Calibration:
     pictures: int
     held_out: bool
     digests: list[str] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
     version: int = 1
 
     def to_dict(self) -> dict:
@@ -120,12 +122,13 @@ def calibrate_threshold(
     false_alarm_rate: float,
     seed: int,
     before: Mapping | None = None,
+    fingerprints: Sequence[str] = (),
 ) -> Calibration:
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
     A picture of the bank is scored against the prototypes of the others; what these would find closer if they were
     one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Copies of one picture count
-    once, as that of the bank if there is one among them.
+    once, whether they come together or one after the other: as that of the bank if there is one among them.
     A single picture of the bank is compared with copies of itself, and the threshold is a guess.
 
     Args:
@@ -138,37 +141,57 @@ def calibrate_threshold(
         seed: of the copies.
         before: the record of an earlier calibration with the same bank, whose pictures count too if it holds for the
             same settings.
+        fingerprints: of the pictures in the bank, see `Inputs.fingerprints`; none in earlier versions.
 
     Raises:
-        ValueError: see `prediction_threshold`.
+        ValueError: see `prediction_threshold`; or a picture has no finite score.
     """
     check_rate(false_alarm_rate)
     scores: dict[str, float] = {}
+    marks = dict(zip(shots, fingerprints, strict=False))
     if before is not None and before["held_out"] and not differing_settings(before, settings):
-        scores.update(zip(before.get("digests", ()), before["scores"], strict=False))
+        earlier = before.get("digests", ())
+        scores.update(zip(earlier, before["scores"], strict=False))
+        marks |= dict(zip(earlier, before.get("fingerprints", ()), strict=False))
     floor = float(np.finfo(np.float32).tiny)  # a map that is zero everywhere has no logarithm
     growth = ((len(shots) - 1) / len(shots)) ** GROWTH if shots and settings.feature_weight > 0 else 1.0
-    digests, known = pictures.digests(), set(shots)
-    for group in _groups(pictures.alike()):
-        index = next((one for one in group if digests[one] in known), group[0])
-        digest = digests[index]
-        if digest not in known:
-            scores[digest] = max(score(pictures[index], None), floor)
-        elif len(shots) > 1:
-            scores[digest] = max(growth * score(pictures[index], shots.index(digest)), floor)
+    digests = pictures.digests()
+    given = dict(zip(digests, pictures.fingerprints(), strict=True))
+    # Pictures of the bank first, so that they stand for their copies.
+    marks = {digest: given[digest] for digest in shots if digest in given} | marks | given
+    for head, group in _groups(marks, given).items():
+        if head in scores and head not in given:
+            continue  # a copy of an earlier picture
+        index = digests.index(head if head in given else group[0])
+        if head in shots and len(shots) == 1:
+            continue  # nothing is left to compare it with
+        try:
+            if head in shots:
+                scores[head] = max(growth * score(pictures[index], shots.index(head)), floor)
+            else:
+                scores[head] = max(score(pictures[index], None), floor)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"Normal picture {index + 1} of {len(pictures)}", error.stage) from error
     facts = {"false_alarm_rate": false_alarm_rate, "settings": settings.to_dict(), "version": SCORE_VERSION}
+
+    def known(names: Iterable[str]) -> dict[str, list[str]]:
+        return {"digests": list(names), "fingerprints": [marks.get(name, "") for name in names]}
+
     if scores:
         values = list(scores.values())
         threshold = prediction_threshold(values, false_alarm_rate)
-        return Calibration(threshold, values, pictures=len(values), held_out=True, digests=list(scores), **facts)
+        return Calibration(threshold, values, pictures=len(values), held_out=True, **known(scores), **facts)
     values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
     threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
-    return Calibration(threshold, values, pictures=1, held_out=False, digests=digests[:1], **facts)
+    return Calibration(threshold, values, pictures=1, held_out=False, **known(digests[:1]), **facts)
 
 
-def _groups(first: Sequence[int]) -> list[list[int]]:
-    """Lists the members of each group, given the number of the first member for each."""
-    groups: dict[int, list[int]] = {}
-    for index, head in enumerate(first):
-        groups.setdefault(head, []).append(index)
-    return list(groups.values())
+def _groups(marks: Mapping[str, str], given: Iterable[str]) -> dict[str, list[str]]:
+    """Groups the digests `given` by the first of `marks` whose picture they are copies of."""
+    named = {digest: mark for digest, mark in marks.items() if mark}
+    names = list(named)
+    heads = {digest: names[first] for digest, first in zip(names, first_alike(list(named.values())), strict=True)}
+    groups: dict[str, list[str]] = {}
+    for digest in given:
+        groups.setdefault(heads[digest], []).append(digest)
+    return groups
