@@ -28,6 +28,7 @@ from .adaptation.folder import (
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.files import recover
+from .data.depth import KEY
 from .data.images import load_pictures
 from .data.inputs import Inputs
 from .data.tensors import resize, stack, to_pil
@@ -79,8 +80,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
-            the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `adaptation`, `prompt_design`,
-            `calibration`.
+            the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `bit_depth` (of its 16-bit gray),
+            `adaptation`, `prompt_design`, `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -273,7 +274,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Pictures to the sizes of the networks
-        loaded = load_pictures(image, "image")
+        loaded = load_pictures(image, "image", self.config.categories.get(category, {}).get("bit_depth"))
         sizes = [(picture.height, picture.width) for picture in loaded]
         inputs = self._inputs(loaded)
 
@@ -536,6 +537,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         prompts=None,
         noise_strength: float | None = None,
         rotations: int | None = None,
+        bit_depth: int | None = None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -549,25 +551,28 @@ class AnomalySDPipeline(DiffusionPipeline):
             prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
             noise_strength: lambda for this part; None: the checkpoint's.
             rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
+            bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
+                their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
 
         Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
+            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1] or a depth
+                out of its range.
         """
         check_category(category)
         known = self.knowledge
         known.prompts.add(category, prompts)
         if noise_strength is not None:
             self.settings(noise_strength=noise_strength)
-        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
+        loaded = load_pictures(normal_images, "normal_images", bit_depth)
+        if bit_depth is None:  # pictures that were read before keep theirs
+            bit_depth = max((picture.info[KEY] for picture in loaded if KEY in picture.info), default=None)
+        inputs = self._inputs(loaded)
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
         # Copies say nothing twice, and could not be left out of each other's comparison.
         kept = sorted(set(inputs.alike()))
-        digests, marks, shaped = (
-            inputs.digests(),
-            inputs.fingerprints(),
-            [inputs.shaped[index].to(device) for index in kept],
-        )
+        digests, marks = inputs.digests(), inputs.fingerprints()
+        shaped = [inputs.shaped[index].to(device) for index in kept]
         if len(kept) < len(inputs):
             logger.warning(
                 f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
@@ -581,6 +586,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             fingerprints=[marks[index] for index in kept],
             rotations=rotations,
             noise_strength=noise_strength,
+            bit_depth=bit_depth,
             adaptation=None,
             prompt_design="hierarchical",
             calibration=None,
@@ -634,7 +640,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 f"`category` {category!r} was registered by an earlier version, which did not note its pictures; "
                 "register it again by `add_category`."
             )
-        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
+        inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")))
 
         def score(picture: Inputs, left_out: int | None) -> float:
             noise = torch.Generator().manual_seed(seed)

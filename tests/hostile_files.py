@@ -34,6 +34,22 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
+def with_chunk(png: bytes, kind: bytes, content: bytes) -> bytes:
+    """A PNG with one more chunk after its header."""
+    chunk = struct.pack(">L", len(content)) + kind + content + struct.pack(">L", zlib.crc32(kind + content))
+    return png[:33] + chunk + png[33:]
+
+
+def packed_tiff(values: np.ndarray) -> bytes:
+    """A TIFF of 12-bit gray, two pixels in three bytes."""
+    first, second = values.reshape(-1, 2).T
+    data = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], 1).astype(np.uint8).tobytes()
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHLL", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    return b"II*\0" + struct.pack("<L", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
 def gif_header(screen: tuple, frame: tuple) -> bytes:
     """A GIF whose frame may exceed its screen."""
     return (

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.data.images import list_images, load_image, load_images
+from anomalysd_pipeline.data.images import common_depth, list_images, load_image, load_images, load_pictures
 from anomalysd_pipeline.data.tensors import augment, to_tensor
 
-from .hostile_files import tiff_tags
+from .hostile_files import encoded, packed_tiff, tiff_tags, with_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,52 @@ class TestLoadImageFiles:
         assert np.array_equal(pixels_of(tmp_path / f"deep.{suffix}")[..., 0], np.rint(values / 65535 * 255))
         Image.fromarray(values // 1000).save(tmp_path / f"dark.{suffix}")
         assert np.array_equal(pixels_of(tmp_path / f"dark.{suffix}")[..., 1], values // 1000)
+
+    @pytest.mark.parametrize("depth", [10, 12, 14])
+    def test_16_bit_files_of_fewer_bits(self, tmp_path, depth, caplog):
+        gray = np.random.default_rng(0).integers(0, 256, (24, 24), np.uint16)
+        gray[0, 0] = 255
+        deep = (gray * ((2**depth - 1) / 255)).round().astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        for source in (tmp_path / "deep.png", deep, Image.fromarray(deep)):
+            caplog.clear()
+            assert np.array_equal(pixels_of(source)[..., 0], gray)
+            assert f"looks like {depth} bits" in caplog.text and "`bit_depth`" in caplog.text
+            caplog.clear()
+            assert load_image(source, depth).info["bit_depth"] == depth and not caplog.text
+        assert load_image(deep, 16).getextrema()[0][1] == round((2**depth - 1) / 257)
+
+    def test_files_that_tell_their_depth(self, tmp_path, caplog):
+        values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 10
+        expected = np.rint(values * (255 / 4095)).astype(np.uint8)
+        ome = '<OME><Image><Pixels ID="Pixels:0" Type="uint16" SignificantBits="12"/></Image></OME>'
+        Image.fromarray(values).save(tmp_path / "ome.tif", description=ome)
+        (tmp_path / "packed.tif").write_bytes(packed_tiff(values))
+        (tmp_path / "sbit.png").write_bytes(with_chunk(encoded(Image.fromarray(values)), b"sBIT", b"\x0c"))
+        for name in ("ome.tif", "packed.tif", "sbit.png"):
+            assert np.array_equal(pixels_of(tmp_path / name)[..., 0], expected), name
+            # What the file tells goes first.
+            assert np.array_equal(np.asarray(load_image(tmp_path / name, 14))[..., 0], expected)
+        scaled = encoded(Image.fromarray(values * 100))  # as the standard of PNG has it: scaled to 16 bits
+        (tmp_path / "scaled.png").write_bytes(with_chunk(scaled, b"sBIT", b"\x0c"))
+        assert np.array_equal(pixels_of(tmp_path / "scaled.png")[..., 0], np.rint(values / 655.35 * 255))
+        assert not caplog.text
+
+    def test_pictures_of_one_part_have_one_depth(self, tmp_path, caplog):
+        """A dark one among them is no 8-bit picture."""
+        for name, highest in (("dark", 200), ("bright", 4000)):
+            Image.fromarray(np.full((8, 8), highest, np.uint16)).save(tmp_path / f"{name}.tif")
+        picture().save(tmp_path / "eight.png")
+        paths = [tmp_path / "dark.tif", tmp_path / "bright.tif", tmp_path / "eight.png"]
+        assert common_depth([*paths, tmp_path / "nowhere.png"]) == 12 and common_depth(paths[2:]) is None
+        assert [image.getpixel((0, 0))[0] for _, image in load_images(paths)] == [12, 249, 255]
+        assert [image.getpixel((0, 0))[0] for image in load_pictures(paths, "image")] == [12, 249, 255]
+        assert pixels_of(paths[0]).max() == 200
+        with pytest.raises(ValueError, match="bright.tif' has gray values up to 4000, but its 10 bits end at 1023"):
+            load_image(paths[1], 10)
+        for depth in (7, 17, 12.0, True):
+            with pytest.raises(ValueError, match="^`bit_depth` must be a whole number from 8 to 16"):
+                load_pictures(paths, "image", depth)
 
     def test_one_bit(self, tmp_path):
         Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "bits.png")

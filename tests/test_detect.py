@@ -206,6 +206,43 @@ class TestTogether:
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
 
 
+class TestBitDepth:
+    @pytest.fixture
+    def gray(self, parts, tmp_path):
+        """The parts in gray of 8 bits, and the same with 4096 levels in files of 16 bits, of which no tested one is as
+        bright as the normal ones."""
+        for name, image in [
+            *((f"normal/{i}.png", Image.open(parts / "normal" / f"{i}.png")) for i in range(2)),
+            *((f"test/{i}.png", Image.open(parts / "test" / f"{i}.png").point(lambda v: v // 5)) for i in (0, 4)),
+        ]:
+            values = np.array(image.convert("L"))
+            if name.startswith("normal"):
+                values[0, 0] = 255
+            for bits in (8, 12):
+                path = tmp_path / str(bits) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                deep = (values * (4095 / 255)).round().astype(np.uint16)
+                Image.fromarray(values if bits == 8 else deep).save(path)
+        return tmp_path
+
+    def test_a_part_has_the_same_scores_at_8_and_at_12_bits(self, gray, base, capsys, caplog):
+        found = {}
+        for bits, more in ((8, ()), (12, ()), (16, ("--bit-depth", "16"))):
+            out = gray / f"out-{bits}"
+            assert detect.main(arguments(gray / str(min(bits, 12)), base, out, *more)) == 0
+            found[bits] = [float(row["score"]) for row in table(out)]
+        assert found[12] == found[8] != found[16]
+        assert caplog.text.count("looks like 12 bits") == 1
+        given = arguments(gray / "12", base, gray / "out-12", "--resume", "--bit-depth", "16")
+        assert detect.main(given) == 2 and "`--bit-depth` gives '16'" in capsys.readouterr().err
+
+    def test_brighter_than_the_depth_is_no_verdict(self, gray, base):
+        Image.fromarray(np.full((64, 64), 5000, np.uint16)).save(gray / "12" / "test" / "5.png")
+        assert detect.main(arguments(gray / "12", base, gray / "out")) == 0
+        error = table(gray / "out")[2]["error"]
+        assert "5.png' has gray values up to 5000, but its 12 bits end at 4095; give the `--bit-depth`" in error
+
+
 class TestNotFinite:
     def test_one_picture_is_left_out_without_a_label_and_the_others_are_inspected(
         self, parts, base, whole, tmp_path, monkeypatch, capsys

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import EMBEDDED, __version__
 from ..common.files import disk_errors, recover, written_whole
+from ..data.depth import check_bit_depth
 from ..data.inputs import check_fingerprints
 from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
@@ -48,8 +49,8 @@ _RECORD_KEYS = {
     "prompt_design",
     "calibration",
 }
-_OPTIONAL_KEYS = {"digests", "fingerprints", "adapted"}
-"""Of records: earlier formats lack the first two, and have the last, which nothing looks at now."""
+_OPTIONAL_KEYS = {"digests", "fingerprints", "bit_depth", "adapted"}
+"""Of records: earlier formats lack the first three, and have the last, which nothing looks at now."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -226,6 +227,7 @@ def _check_record(record: dict) -> dict:
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise ValueError("a category's `digests` are no list of words")
     check_fingerprints(record.get("fingerprints", []))
+    check_bit_depth(record.get("bit_depth"))
     record = {key: value for key, value in record.items() if key != "adapted"}
     if record["calibration"] is not None:
         calibration = Calibration(**record["calibration"])

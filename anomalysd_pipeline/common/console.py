@@ -44,6 +44,17 @@ def add_device(group) -> None:
     group.set_defaults(device="auto", cpu=False)
 
 
+def add_bit_depth(group) -> None:
+    """Adds `--bit-depth`; it sets `bit_depth`."""
+    group.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=range(8, 17),
+        metavar="BITS",
+        help="bits in use in 16-bit gray: 8 to 16 (default: what the files tell, else the normal pictures)",
+    )
+
+
 class _Device(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):
         namespace.device = self.const or values

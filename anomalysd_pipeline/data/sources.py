@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from .images import list_images, load_images
+from .images import common_depth, list_images
 from .picture import Picture
 from .streamed import StreamedDataset, is_dataset
 
@@ -183,34 +184,44 @@ def _candidates(given: str | None, plain: str, relative: str) -> Iterator[str]:
     yield from (f"{plain}_{number}" for number in count(2))
 
 
-def read_normals(given: Sequence[str | os.PathLike], report: Callable[[str], None]) -> list[Image.Image]:
+def read_normals(
+    given: Sequence[str | os.PathLike], report: Callable[[str], None], bit_depth: int | None = None
+) -> list[Image.Image]:
     """Reads the normal pictures of folders, files and datasets as RGB, and skips unreadable ones.
 
     Args:
         given: as in `gather`.
         report: called with a sentence about each picture that cannot be read, and about each dataset with more than
             `MAX_NORMALS` pictures, of which the first are taken.
+        bit_depth: see `load_image`; None: one for all, see `common_depth`.
 
     Raises:
         ValueError: a source does not exist, or no picture can be read.
     """
     given = [os.fspath(source) for source in given]
     plain = [source for source in given if not is_dataset(source)]
-    loaded = []
-    if plain:
-        loaded += [image for _, image in load_images(list_images(plain), lambda _, sentence: report(sentence))]
+    pictures = (
+        [Picture(str(path), path.stem, str(path), 0, 0, str(path)) for path in list_images(plain)] if plain else []
+    )
     for source in given:
         if source in plain:
             continue
-        listing = Listing({0: StreamedDataset(source)}, {})
-        pictures = list(islice(listing.deal(), MAX_NORMALS + 1))
-        if len(pictures) > MAX_NORMALS:
+        found = list(islice(Listing({0: StreamedDataset(source)}, {}).deal(), MAX_NORMALS + 1))
+        if len(found) > MAX_NORMALS:
             report(f"of `source` '{source}' the first {MAX_NORMALS} pictures are taken.")
-        for picture in pictures[:MAX_NORMALS]:
-            try:
-                loaded.append(picture.load())
-            except ValueError as error:
-                report(str(error))
+        pictures += found[:MAX_NORMALS]
+    if bit_depth is None:
+        opened = []
+        for picture in pictures:
+            with contextlib.suppress(ValueError):  # told below
+                opened.append(picture.open())
+        bit_depth = common_depth(opened)
+    loaded = []
+    for picture in pictures:
+        try:
+            loaded.append(picture.load(bit_depth))
+        except ValueError as error:
+            report(str(error))
     if not loaded:
         raise ValueError("`source` holds no picture that can be read; give at least one, or leave the option out.")
     return loaded

@@ -104,14 +104,14 @@ def choose_shots(args: argparse.Namespace, root: Path, categories: Mapping[str, 
     return {count: dict(list(by_seed.items())[:1]) if count == 0 else by_seed for count, by_seed in in_order.items()}
 
 
-def load_picture(path: Path) -> Image.Image:
-    """Loads a picture of the data set, RGB.
+def load_picture(path: Path, bit_depth: int | None = None) -> Image.Image:
+    """Loads a picture of the data set, RGB; `bit_depth` as in `load_image`.
 
     Raises:
         ValueError: as `load_image`, in the words of a person who gave a folder.
     """
     try:
-        return load_image(path)
+        return load_image(path, bit_depth)
     except ValueError as error:
         raise ValueError(str(error).replace("`source`", "the picture")) from error
 

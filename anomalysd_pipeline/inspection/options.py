@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..common.console import add_device, positive
+from ..common.console import add_bit_depth, add_device, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     earlier.add_argument("--resume", action="store_true", help="go on with the results of an earlier run in --out")
     earlier.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
     parser.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
+    add_bit_depth(parser)
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
     parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")

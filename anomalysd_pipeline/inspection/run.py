@@ -51,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
     normals = []
     if args.normal and state.is_main_process:
         with renaming(_names("--normal")):
-            normals = read_normals(args.normal, lambda sentence: _report(renamed(sentence, _names("--normal"))))
+            normals = read_normals(
+                args.normal, lambda sentence: _report(renamed(sentence, _names("--normal"))), args.bit_depth
+            )
     earlier = folder.earlier()
     with renaming(_names("--test")):
         listing = gather(args.test, args.out, earlier.names)
@@ -96,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         bar.set_description("inspecting")
         try:
             with renaming(_names("--test")):
-                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar)
+                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
             state.wait_for_everyone()
         finally:  # an interrupted run keeps what it has found
             folder.close()
@@ -119,6 +121,7 @@ def inspect_pictures(
     seed: int = 0,
     options: Mapping[str, object] | None = None,
     bar: tqdm | None = None,
+    bit_depth: int | None = None,
     at_once: int | None = None,
 ) -> None:
     """Inspects pictures into a folder, several together; those that cannot be read, or have no finite score, are
@@ -130,10 +133,12 @@ def inspect_pictures(
         folder: begun by one process.
         category, seed, options: see `result.inspect`.
         bar: goes on by one for each picture.
+        bit_depth: see `load_image`; None: that of the category.
         at_once: pictures inspected together; None: 16 on a GPU, whose batches of passes then span pictures, and 1 on a
             CPU, which gains nothing by it.
     """
     bar = tqdm(disable=True) if bar is None else bar
+    bit_depth = bit_depth or pipe.config.categories.get(category, {}).get("bit_depth")
     at_once = at_once or (16 if pipe.device.type == "cuda" else 1)
     waiting: list[tuple[Picture, Image.Image]] = []
 
@@ -160,7 +165,7 @@ def inspect_pictures(
 
     for picture in pictures:
         try:
-            waiting.append((picture, picture.load()))
+            waiting.append((picture, picture.load(bit_depth)))
         except ValueError as error:
             leave_out(picture, error, read=False)
         if len(waiting) == at_once:
@@ -177,6 +182,7 @@ def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> 
     named = {f"--{name.replace('_', '-')}" if name in _SETTINGS else name: v for name, v in settings.to_dict().items()}
     return {
         "--category": args.category,
+        "--bit-depth": args.bit_depth,
         "--base": _digest(pipe.adaptation_base()),
         "--resolution": pipe.config.resolution,
         "--adaptation": _digest(*_knowledge(pipe, args.category)),
@@ -229,7 +235,7 @@ def _progress(state: PartialState, listing: Listing, done: int, learning: bool) 
 
 def _names(option: str) -> dict[str, str]:
     """Maps the arguments that an option stands for to it."""
-    return dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option)
+    return {**dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option), "bit_depth": "--bit-depth"}
 
 
 def _report(sentence: str) -> None:
