@@ -1,6 +1,7 @@
 """Pictures in: every kind that should load, every kind that should not, folders and augmentation."""
 
 import math
+import os
 import warnings
 import zlib
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline.data.images import common_depth, list_images, load_image, load_images, load_pictures
+from anomalysd_pipeline.data import listing
+from anomalysd_pipeline.data.images import FORMATS, common_depth, load_image, load_images, load_pictures
+from anomalysd_pipeline.data.listing import list_images
 from anomalysd_pipeline.data.tensors import augment, to_tensor
 
 from .hostile_files import encoded, packed_tiff, tiff_tags, with_chunk
@@ -298,6 +301,52 @@ class TestLists:
         assert list_images(str(folder / "notes.txt")) == [folder / "notes.txt"]
         twice = list_images([folder / "b.png", folder / "a", folder / "b.png"])
         assert twice == [folder / "b.png", folder / "a/z.JPG"]
+
+    def test_what_is_left_out_is_told(self, folder, caplog, monkeypatch):
+        monkeypatch.setattr(listing, "SUFFIXES", tuple(s for s in listing.SUFFIXES if not s.startswith(".he")))
+        picture().save(folder / "pages.tif", save_all=True, append_images=[picture(), picture()])
+        picture().save(folder / "web.jfif", "JPEG")
+        for name in ("phone.HEIC", "more.heic", "bare", "results/heatmaps/1.png", "mine/1.png"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        (folder / "results" / "run.json").write_text('{"facts": {}, "given": {}}')
+        (folder / "mine" / "run.json").write_text('["of another program"]')
+        told = []
+        names = [path.relative_to(folder).as_posix() for path in list_images(folder, told.append)]
+        assert names == ["B.webp", "a-1.tif", "a/z.JPG", "b.png", "mine/1.png", "pages.tif", "web.jfif"]
+        (sentence,) = told
+        assert sentence.startswith(f"`source` '{folder}': left out files of other types (2 .heic, 1 ")
+        assert all(kind in sentence for kind in ("1 without suffix", "1 .json", "1 .txt"))
+        assert (
+            "of which HEIC is read after `pip install pillow-heif`; results of an inspection in folders (1)"
+            in sentence
+        )
+        assert sentence.endswith("; further pages (2) of TIFF files (1), whose first pages are read.")
+        assert list_images(folder, skip=folder / "results") == list_images(folder)
+        assert "left out files" in caplog.text  # said without anyone who asks for it, too
+        with pytest.raises(ValueError, match="results' holds results of an inspection; give the folder of the"):
+            list_images([folder / "results"])
+
+    @pytest.mark.skipif(not hasattr(os, "symlink"), reason="links to folders")
+    def test_linked_folders_are_followed_once(self, folder, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        picture().save(elsewhere / "far.png")
+        for name, target in (("0", elsewhere), ("1", elsewhere), ("2", folder / "a"), ("3", folder), ("4", "gone")):
+            (folder / name).symlink_to(target, target_is_directory=True)
+        (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+        names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+        assert names == ["0/far.png", "B.webp", "a-1.tif", "a/z.JPG", "b.png"]
+
+    def test_heic(self, tmp_path):
+        head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+        (tmp_path / "phone.jpg").write_bytes(head)
+        if "HEIF" in FORMATS:
+            picture(64, 48).save(tmp_path / "phone.heic", quality=95)
+            assert np.abs(pixels_of(tmp_path / "phone.heic") - np.asarray(picture(64, 48)).astype(int)).mean() < 5
+            assert list_images(tmp_path) == [tmp_path / "phone.heic", tmp_path / "phone.jpg"]
+        else:
+            with pytest.raises(ValueError, match="phone.jpg' is a HEIC picture; run `pip install pillow-heif`"):
+                load_image(tmp_path / "phone.jpg")
 
     def test_nothing_to_list(self, folder):
         (folder / "empty").mkdir()

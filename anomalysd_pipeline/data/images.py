@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 from torch import Tensor
 
@@ -20,9 +20,14 @@ MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
 """Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS, SUFFIXES = (*FORMATS, "HEIF"), (*SUFFIXES, ".heic", ".heif")
 _RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
 
 
@@ -43,8 +48,8 @@ def load_image(source, bit_depth: int | None = None) -> Image.Image:
 
     Returns:
         A new image in mode RGB, with the depth of 16-bit gray as `info["bit_depth"]`. It has at least 8 x 8 pixels and
-        at most `MAX_PIXELS` (100 megapixels). The size is checked
-        before decoding, and so are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`.
+        at most `MAX_PIXELS` (100 megapixels). The size is checked before decoding, and so are the tiles of a TIFF:
+        none may exceed both its picture and `LARGEST_TILE`.
 
     Raises:
         ValueError: the source is missing, a folder, damaged, no picture, too small, too large, of a wrong shape or
@@ -92,14 +97,20 @@ def _open(path: str | os.PathLike, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ValueError(_too_large(name)) from error
         except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
-            ) from error
+            with open(path, "rb") as file:
+                raise ValueError(unidentified(name, file.read(12))) from error
         except PermissionError as error:
             raise ValueError(f"{name} may not be read by this user; change its permissions.") from error
         # Decoders raise nearly every kind of exception over damaged bytes: OSError, SyntaxError, struct.error, ...
         except Exception as error:
             raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {_RESAVE}.") from error
+
+
+def unidentified(name: str, head: bytes) -> str:
+    """Words that no decoder takes a file, by its first 12 bytes; `name` begins the sentence."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") and "HEIF" not in FORMATS:
+        return f"{name} is a HEIC picture; run `pip install pillow-heif` to have it read, or save it as a PNG or JPEG."
+    return f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -125,6 +136,30 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(
                 f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {_RESAVE}."
             ) from error
+
+
+def upright_size(path: str | os.PathLike, name: str) -> tuple[int, int]:
+    """Reads width and height of a picture as it is after the rotation noted in EXIF, from its header alone.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    with _open(path, name) as image:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:  # what is wrong with EXIF data is no fault of a picture
+            turned = False
+        return image.size[::-1] if turned else image.size
+
+
+def count_pages(path: str | os.PathLike) -> int:
+    """Counts the pages or frames of a picture file; 1 where they cannot be counted."""
+    try:
+        with _open(path, "") as image, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(image, "n_frames", 1)
+    except Exception:  # decoding meets the fault again, and tells it
+        return 1
 
 
 def _tile_pixels(image: Image.Image, name: str) -> int:
@@ -226,43 +261,6 @@ def _from_array(array: np.ndarray, name: str, bit_depth: int | None) -> Image.Im
     if depth is not None:
         image.info[KEY] = depth
     return image
-
-
-def list_images(source) -> list[Path]:
-    """Lists the pictures of a folder, a file, or several of either.
-
-    Args:
-        source: a folder (searched with its subfolders, links to folders not followed), a picture file, or an iterable
-            of those. In folders, files count by their suffix, see `SUFFIXES`, in upper or lower case, and hidden files
-            and folders are skipped; a file given by name is taken as it is.
-
-    Returns:
-        Paths without repetition, those of each folder sorted by their relative path as text.
-
-    Raises:
-        ValueError: a path does not exist, or there is no picture at all.
-    """
-    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    found: dict[Path, None] = {}
-    for entry in map(Path, sources):
-        if os.path.isdir(entry):
-            found.update(dict.fromkeys(_walk(entry)))
-        elif os.path.isfile(entry):
-            found[entry] = None
-        else:
-            raise ValueError(f"`source` '{entry}' does not exist; give a folder of pictures or a picture file.")
-    if not found:
-        where = ", ".join(f"'{entry}'" for entry in sources) or "an empty list"
-        raise ValueError(f"`source` {where} holds no pictures; put files in it that end in {', '.join(SUFFIXES)}.")
-    return list(found)
-
-
-def _walk(folder: Path) -> list[Path]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(root, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def load_images(

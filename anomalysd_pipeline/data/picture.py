@@ -6,9 +6,9 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from .images import FORMATS, load_image
+from .images import FORMATS, load_image, unidentified
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,11 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(unidentified(f"`source` '{name}'", data[:12])) from error
     # Decoders raise nearly every kind of exception over damaged bytes.
     except Exception as error:
-        raise ValueError(
-            f"`source` '{name}' is damaged, too large, or not a picture in a format we read (BMP, GIF, JPEG, PNG, "
-            "TIFF, WebP); replace it."
-        ) from error
+        raise ValueError(f"`source` '{name}' is damaged or too large ({cause(error)}); replace it.") from error
 
 
 def cause(error: Exception) -> str:

@@ -12,7 +12,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from .images import common_depth, list_images
+from .images import common_depth
+from .listing import list_images
 from .picture import Picture
 from .streamed import StreamedDataset, is_dataset
 
@@ -125,13 +126,19 @@ class Listing:
         return place
 
 
-def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, str] | None = None) -> Listing:
+def gather(
+    given: Sequence[str | os.PathLike],
+    skip: Path,
+    names: Mapping[str, str] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Listing:
     """Lists the pictures of folders, files and datasets, and names the outputs of each.
 
     Args:
         given: folders, searched with their subfolders; files; datasets.
         skip: a folder whose pictures are left out: the folder of results, which may lie in a given folder.
         names: file to name for pictures that have outputs already; no other picture gets such a name.
+        report: see `list_images`.
 
     Returns:
         The listing, without repetition. The name of a file starts below its source; a suffix, then a number is added
@@ -151,7 +158,7 @@ def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, s
             sources[number] = StreamedDataset(source)
             continue
         try:
-            found = list_images(source)
+            found = list_images(source, report, skip)
         except ValueError as error:
             errors[number] = (source, str(error))
             continue
@@ -191,8 +198,8 @@ def read_normals(
 
     Args:
         given: as in `gather`.
-        report: called with a sentence about each picture that cannot be read, and about each dataset with more than
-            `MAX_NORMALS` pictures, of which the first are taken.
+        report: called with a sentence about each picture that cannot be read, what `list_images` leaves out, and each
+            dataset with more than `MAX_NORMALS` pictures, of which the first are taken.
         bit_depth: see `load_image`; None: one for all, see `common_depth`.
 
     Raises:
@@ -200,9 +207,8 @@ def read_normals(
     """
     given = [os.fspath(source) for source in given]
     plain = [source for source in given if not is_dataset(source)]
-    pictures = (
-        [Picture(str(path), path.stem, str(path), 0, 0, str(path)) for path in list_images(plain)] if plain else []
-    )
+    paths = list_images(plain, report) if plain else []
+    pictures = [Picture(str(path), path.stem, str(path), 0, row, str(path)) for row, path in enumerate(paths)]
     for source in given:
         if source in plain:
             continue

@@ -24,6 +24,7 @@ from . import costs
 from . import store as names
 from .data import (
     check_data_options,
+    check_pictures,
     choose_shots,
     describe_pictures,
     limited,
@@ -111,6 +112,11 @@ class _Evaluation:
         self._load(self.draws[0])
         self._check_shots()
         facts = self._facts()
+        self.notes = []
+        if self.state.is_main_process:
+            self.notes = check_pictures(self.categories, self.root, self.args.map_resolution)
+        for note in self.notes:
+            self.report(note)
         if not self.args.overwrite:
             self.store.check_facts(facts)
         self.state.wait_for_everyone()
@@ -318,7 +324,8 @@ class _Evaluation:
         cases = self._cases(sorted(last, key=lambda number: (last[number] is None, last[number] or 0.0, number)))
         with self._writing():
             write_results(self.args.out, rows)
-            write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
+            total = costs.total(self.store.costs(), rows)
+            write_report(self.args.out, summary, total, curves, cases, notes=self.notes)
             self.store.write_json(names.SUMMARY, summary)
             for draw in self.draws:
                 self.store.clear(draw, maps=False)

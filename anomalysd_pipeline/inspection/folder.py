@@ -28,6 +28,7 @@ from PIL import Image
 
 from ..common.drawing import montage
 from ..common.files import remove, write_whole
+from ..data.listing import RESULTS
 from ..data.picture import Picture
 from ..data.sources import Listing
 from .result import Inspection, caption, table_values, write_table
@@ -35,7 +36,7 @@ from .result import Inspection, caption, table_values, write_table
 MONTAGE_ROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
-_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", "run.json", "rows", "montage.png"
+_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", RESULTS, "rows", "montage.png"
 _CELL = 176  # pixels, the side of a picture in the montage
 
 

@@ -49,17 +49,20 @@ def run(args: argparse.Namespace) -> int:
     folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
     check_category(args.category)
     normals = []
+
+    def say(sentence: str, option: str) -> None:
+        if state.is_main_process:
+            _report(renamed(sentence, _names(option)))
+
     if args.normal and state.is_main_process:
         with renaming(_names("--normal")):
-            normals = read_normals(
-                args.normal, lambda sentence: _report(renamed(sentence, _names("--normal"))), args.bit_depth
-            )
+            normals = read_normals(args.normal, lambda told: say(told, "--normal"), args.bit_depth)
     earlier = folder.earlier()
     with renaming(_names("--test")):
-        listing = gather(args.test, args.out, earlier.names)
+        listing = gather(args.test, args.out, earlier.names, lambda told: say(told, "--test"))
     sentences = {number: renamed(sentence, _names("--test")) for number, (_, sentence) in listing.errors.items()}
-    for sentence in sentences.values() if state.is_main_process else ():
-        _report(sentence)
+    for sentence in sentences.values():
+        say(sentence, "--test")
     if not listing.sources:
         raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
 

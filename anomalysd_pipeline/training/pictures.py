@@ -11,7 +11,8 @@ from PIL import Image
 
 from ..common.console import renamed
 from ..data.datasets import draw_shots, read_dataset
-from ..data.images import common_depth, list_images, load_image
+from ..data.images import common_depth, load_image
+from ..data.listing import list_images
 from ..method.prompts import PromptBook, check_category
 from ..synthetic import normal_images
 from .options import DEFAULT_SHOTS
@@ -53,7 +54,7 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
             raise ValueError("`--normal` needs `--category`; give the name of the part in the pictures.")
         _check_name(args.category, "--category")
         try:
-            paths = list_images(args.normal)
+            paths = list_images(args.normal, lambda told: report(renamed(told, {"source": "--normal"})))
         except ValueError as error:
             raise ValueError(str(error).replace("`source`", "`--normal`")) from error
         return {args.category: _load(args.category, paths, args, args.shots, "--normal", report)}
