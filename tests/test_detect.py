@@ -206,6 +206,33 @@ class TestTogether:
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
 
 
+class TestBase:
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            ("./nothing", "is no folder here, and no Hub id of the form 'user/name'; give a checkpoint's folder"),
+            ("{tmp}", "holds no model_index.json; give the folder of a saved pipeline"),
+            ("{tmp}/1.safetensors", "is a file; give a checkpoint's folder"),
+            ("somebody/nothing", "cannot be loaded ("),
+            ("{tmp}/bare", "); a bare inpainting checkpoint needs a connection once, for the networks that it lacks."),
+        ],
+    )
+    def test_a_base_that_cannot_be_loaded_is_one_sentence(self, given, sentence, parts, base, tmp_path, capsys):
+        """Offline, as all tests are."""
+        (tmp_path / "1.safetensors").touch()
+        if given.endswith("bare"):
+            ours = {"extractor": None, "perceptual": None, "bank": None, "adapters": None}
+            shutil.copytree(base, tmp_path / "bare")
+            index = json.loads((tmp_path / "bare" / "model_index.json").read_text())
+            index |= dict.fromkeys(ours, [None, None])
+            (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
+        given = given.format(tmp=tmp_path)
+        assert detect.main(arguments(parts, given, tmp_path / "out")) == 2
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("anomalysd: error")]
+        assert told.startswith(f"anomalysd: error: `--base` '{given}' ") and sentence in told
+        assert not (tmp_path / "out").exists()
+
+
 class TestBitDepth:
     @pytest.fixture
     def gray(self, parts, tmp_path):

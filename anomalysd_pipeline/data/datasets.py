@@ -323,7 +323,7 @@ def read_shots(path: str | os.PathLike, root: str | os.PathLike, categories: Map
             its shots, or a picture is outside `root`, missing or a test picture.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         cause = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`path` '{path}' cannot be read as JSON ({cause}); give another file.") from error

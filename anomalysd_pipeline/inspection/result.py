@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..common.console import base_errors
 from ..common.devices import choose_device
 from ..common.drawing import contour, overlay, verdict_text
 from ..common.files import write_whole
@@ -155,15 +156,15 @@ def load_pipeline(base: str | None, device: str | torch.device, mixed_precision:
         overrides: of the checkpoint's config, such as `resolution`; None where it is the checkpoint's.
 
     Raises:
-        ValueError: there is no such device here.
-        OSError: for a base that cannot be loaded.
+        ValueError: there is no such device here, or the base cannot be loaded.
     """
     from .. import AnomalySDPipeline
     from ..common.devices import resolve_precision
 
     device = choose_device(device)
     given = {name: value for name, value in overrides.items() if value is not None}
-    pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
+    with base_errors(base):
+        pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.mixed_precision = resolve_precision(mixed_precision, device)
     return pipe

@@ -82,7 +82,7 @@ def read_prompts(path: Path | None, categories: Collection[str]) -> dict | None:
     if path is None:
         return None
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         cause = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`--prompts` '{path}' cannot be read as JSON ({cause}); give another file.") from error
