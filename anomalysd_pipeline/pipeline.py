@@ -606,9 +606,16 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def calibrate(
-        self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
+        self,
+        category: str,
+        normal_images,
+        false_alarm_rate: float = 0.05,
+        seed: int = 0,
+        defective_images=None,
+        **settings,
     ) -> Calibration:
-        """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
+        """Sets a part's threshold from normal pictures, alone or with a few known defective ones; see
+        `calibration.calibrate_threshold`.
 
         Called again with further pictures of good parts, the threshold follows; those of earlier calls with the same
         settings count on until the part is registered anew.
@@ -619,6 +626,9 @@ class AnomalySDPipeline(DiffusionPipeline):
                 compared with the others alone. From one of these alone the threshold is a guess.
             false_alarm_rate: share of good parts that may exceed the threshold.
             seed: of the noise, and of the copies where there is one picture.
+            defective_images: pictures of defective parts, none of them normal; None: none are known. The threshold is
+                then where as large a share of good parts is expected above it as of defective ones below it, with a
+                warning where that is more than `false_alarm_rate`.
             **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
                 inspected. The threshold applies to inspections with the same settings.
 
@@ -641,6 +651,9 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "register it again by `add_category`."
             )
         inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")))
+        defective = None
+        if defective_images is not None:
+            defective = self._inputs(load_pictures(defective_images, "defective_images", record.get("bit_depth")))
 
         def score(picture: Inputs, left_out: int | None) -> float:
             noise = torch.Generator().manual_seed(seed)
@@ -657,6 +670,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 seed,
                 record["calibration"],
                 record.get("fingerprints", ()),
+                defective,
             )
         finally:
             self.maybe_free_model_hooks()
@@ -664,6 +678,12 @@ class AnomalySDPipeline(DiffusionPipeline):
             logger.warning(
                 f"The threshold of {category!r} is a guess, because one picture does not show how good parts differ; "
                 "give `calibrate` one more picture of a good part, better four."
+            )
+        if (calibration.expected_misses or 0) > false_alarm_rate:
+            logger.warning(
+                f"The threshold of {category!r} cannot keep false alarms and misses to {false_alarm_rate:.1%}: "
+                f"{calibration.expected_misses:.1%} of each are expected, because scores of known defective pictures "
+                "lie close to those of normal ones; try another `preset`, or fine-tune with `adapt`."
             )
         self._store_category(category, calibration=calibration.to_dict())
         return calibration

@@ -233,6 +233,57 @@ class TestBase:
         assert not (tmp_path / "out").exists()
 
 
+class TestThreshold:
+    def verdicts(self, out):
+        rows = [row for row in table(out) if row["score"]]
+        assert all(row["verdict"] == ("defective" if float(row["score"]) > float(row["threshold"]) else "normal")
+                   for row in rows)  # fmt: skip
+        return {row["threshold"] for row in rows}
+
+    def test_given_in_the_shell(self, parts, base, whole, tmp_path, capsys):
+        score = sorted(float(row["score"]) for row in table(whole) if row["score"])[1]
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--threshold", score)) == 0
+        assert self.verdicts(tmp_path / "out") == {f"{score:.6g}"}
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--resume", "--threshold", "9")) == 2
+        assert "`--threshold` gives '9.0'" in capsys.readouterr().err
+
+    def test_of_another_rate(self, parts, base, whole, tmp_path):
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--false-alarm-rate", "0.4")) == 0
+        (lower,), (usual,) = self.verdicts(tmp_path / "out"), self.verdicts(whole)
+        assert float(lower) < float(usual)
+        # The same from what a calibrated part has stored.
+        pipe = load_pipeline(base, "cpu")
+        load_part(pipe, "ring", whole / "part.safetensors")
+        assert detect_run.threshold_at(pipe, "ring", 0.4) == pytest.approx(float(lower), rel=1e-5)
+
+    def test_with_known_defective_pictures(self, parts, base, tmp_path, capsys):
+        bad = ("--defective", parts / "test" / "3.png", parts / "test" / "4.png")
+        assert detect.main(arguments(parts, base, tmp_path / "out", *bad)) == 0
+        (threshold,) = self.verdicts(tmp_path / "out")
+        told = capsys.readouterr().out
+        assert f"Threshold {threshold}: of good parts " in told and "of defective ones " in told
+        shown = [*bad[:1], parts / "normal" / "0.png"]
+        assert detect.main(arguments(parts, base, tmp_path / "other", *shown)) == 2
+        assert "`--defective` has a picture, number 1, that is a normal one too" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("more", "sentence"),
+        [
+            (("--false-alarm-rate", "0.7"), "`--false-alarm-rate` must be above 0 and below 0.5, got 0.7."),
+            (("--defective", "{parts}", "--threshold", "1"), "`--defective` needs `--normal` and no `--threshold`"),
+            (("--defective", "nowhere"), "`--defective` 'nowhere' does not exist"),
+        ],
+    )
+    def test_refused(self, more, sentence, parts, base, tmp_path, capsys):
+        assert detect.main(arguments(parts, base, tmp_path / "out", *(text.format(parts=parts) for text in more))) == 2
+        assert sentence in capsys.readouterr().err
+
+    def test_a_rate_needs_scores(self, parts, base, tmp_path, capsys):
+        given = arguments(parts, base, tmp_path / "out", "--false-alarm-rate", "0.1")
+        assert detect.main(given[2:]) == 2
+        assert "`--false-alarm-rate` needs `--normal`, or an `--adaptation`" in capsys.readouterr().err
+
+
 class TestBitDepth:
     @pytest.fixture
     def gray(self, parts, tmp_path):

@@ -234,7 +234,10 @@ def _check_record(record: dict) -> dict:
         scales = tuple(calibration.settings["mask_scales"])
         InspectionSettings(**{**calibration.settings, "mask_scales": scales}).check()
         prediction_threshold([1.0, 2.0], calibration.false_alarm_rate)
-        if not all(type(score) is float and math.isfinite(score) for score in calibration.scores):
+        if not all(
+            type(score) is float and math.isfinite(score)
+            for score in [*calibration.scores, *calibration.defective_scores]
+        ):
             raise ValueError("a calibration has scores that are not finite")
         if type(calibration.threshold) is not float or not 0 < calibration.threshold < math.inf:
             raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
@@ -243,6 +246,11 @@ def _check_record(record: dict) -> dict:
         if not all(isinstance(digest, str) for digest in calibration.digests):
             raise ValueError("a calibration has `digests` that are no words")
         check_fingerprints(calibration.fingerprints)
+        if len(calibration.defective_scores) != len(calibration.defective_digests):
+            raise ValueError("a calibration has other numbers of `defective_scores` and `defective_digests`")
+        for share in (calibration.expected_false_alarms, calibration.expected_misses):
+            if share is not None and not (type(share) is float and 0 <= share <= 1):
+                raise ValueError(f"a calibration expects the share {share!r}")
     return record
 
 

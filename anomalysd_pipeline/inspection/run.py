@@ -18,8 +18,10 @@ from tqdm import tqdm
 from .. import __version__
 from ..common.console import renamed, renaming
 from ..common.devices import choose_device
+from ..data.depth import KEY
 from ..data.picture import Picture
 from ..data.sources import Listing, gather, read_normals
+from ..method.calibration import check_rate, prediction_threshold
 from ..method.prompts import check_category
 from ..method.scoring import NotFiniteError
 from .folder import Counts, ResultFolder
@@ -28,6 +30,7 @@ from .result import inspect, load_part, load_pipeline, register, save_part
 # While one process downloads a base, calibrates or is given larger pictures, the others wait for longer than PyTorch's
 # usual limit.
 _PATIENCE = timedelta(days=2)
+_RATE = 0.05  # of false alarms, where nobody says another
 _SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
 
 
@@ -48,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
     check_category(args.category)
-    normals = []
+    check_verdicts(args)
+    normals, defective = [], []
 
     def say(sentence: str, option: str) -> None:
         if state.is_main_process:
@@ -57,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     if args.normal and state.is_main_process:
         with renaming(_names("--normal")):
             normals = read_normals(args.normal, lambda told: say(told, "--normal"), args.bit_depth)
+        if args.defective:
+            depth = args.bit_depth or max((image.info.get(KEY, 0) for image in normals), default=0) or None
+            with renaming(_names("--defective")):
+                defective = read_normals(args.defective, lambda told: say(told, "--defective"), depth)
     earlier = folder.earlier()
     with renaming(_names("--test")):
         listing = gather(args.test, args.out, earlier.names, lambda told: say(told, "--test"))
@@ -75,15 +83,20 @@ def run(args: argparse.Namespace) -> int:
                 pipe.load_adaptation(args.adaptation, overwrite=True)
     options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
     pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
+    threshold = args.threshold
+    if args.false_alarm_rate is not None and not args.normal:
+        threshold = threshold_at(pipe, args.category, args.false_alarm_rate)
     state.wait_for_everyone()  # nobody writes before everybody has looked at the folder
 
     with _progress(state, listing, len(earlier.names), bool(args.normal)) as bar:
         # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
         if state.is_main_process:
-            folder.begin(describe(args, pipe, normals), given(args))
+            folder.begin(describe(args, pipe, normals, defective), given(args))
             if args.normal and not folder.part.exists():
                 bar.set_description(f"learning {args.category}")
-                register(pipe, args.category, normals, args.seed, **options)
+                with renaming({"defective_images": "--defective"}):
+                    rate = args.false_alarm_rate or _RATE
+                    register(pipe, args.category, normals, args.seed, rate, defective, **options)
                 folder.keep_part(lambda path: save_part(pipe, args.category, path))
         state.wait_for_everyone()
         if args.normal:
@@ -91,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
 
         # 4. This process's pictures
+        if threshold is not None:
+            options["threshold"] = threshold
         pictures = listing.deal(
             state.process_index,
             state.num_processes,
@@ -111,6 +126,12 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         if counts is None or not counts.inspected + counts.unscored:
             raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
+        calibration = pipe.config.categories.get(args.category, {}).get("calibration") or {}
+        if threshold is None and calibration.get("expected_misses") is not None:
+            print(
+                f"Threshold {calibration['threshold']:.6g}: of good parts {calibration['expected_false_alarms']:.1%} "
+                f"are expected above it, of defective ones {calibration['expected_misses']:.1%} below it"
+            )
         print(summary(folder, counts))
         return 1 if counts.unscored else 0
     return 0
@@ -178,7 +199,32 @@ def inspect_pictures(
         inspect_together(waiting)
 
 
-def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> dict[str, object]:
+def check_verdicts(args: argparse.Namespace) -> None:
+    """Raises ValueError for options about the threshold that do not go together."""
+    if args.false_alarm_rate is not None:
+        with renaming({"false_alarm_rate": "--false-alarm-rate"}):
+            check_rate(args.false_alarm_rate)
+    if args.defective and (not args.normal or args.threshold is not None):
+        raise ValueError("`--defective` needs `--normal` and no `--threshold`: together they set the threshold.")
+
+
+def threshold_at(pipe, category: str, false_alarm_rate: float) -> float:
+    """Computes the threshold of a calibrated part at another rate from its stored scores.
+
+    Raises:
+        ValueError: the part is not calibrated, or by a guess from one picture.
+    """
+    calibration = pipe.config.categories.get(category, {}).get("calibration")
+    if calibration is None or not calibration["held_out"]:
+        raise ValueError(
+            "`--false-alarm-rate` needs `--normal`, or an `--adaptation` calibrated from two or more pictures."
+        )
+    return prediction_threshold(calibration["scores"], false_alarm_rate)
+
+
+def describe(
+    args: argparse.Namespace, pipe, normals: Sequence[Image.Image], defective: Sequence[Image.Image] = ()
+) -> dict[str, object]:
     """Maps each option to what it contributes to a result; runs with equal descriptions give equal results."""
     preset = args.preset or pipe.config.default_preset
     settings = pipe.settings(args.preset, args.category, **{name: getattr(args, name) for name in _SETTINGS})
@@ -190,6 +236,9 @@ def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> 
         "--resolution": pipe.config.resolution,
         "--adaptation": _digest(*_knowledge(pipe, args.category)),
         "--normal": _digest(*normals) if normals else None,
+        "--defective": _digest(*defective) if defective else None,
+        "--threshold": args.threshold,
+        "--false-alarm-rate": None if args.false_alarm_rate == _RATE else args.false_alarm_rate,
         "--preset": preset,
         "--mixed-precision": pipe.mixed_precision,
         **named,
@@ -200,7 +249,7 @@ def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> 
 
 def given(args: argparse.Namespace) -> dict[str, object]:
     """Notes what a person gave, for a reader of `run.json`."""
-    names = ("base", "adaptation", "normal", "test")
+    names = ("base", "adaptation", "normal", "defective", "test")
     return {"version": __version__, **{name: getattr(args, name) for name in names}}
 
 

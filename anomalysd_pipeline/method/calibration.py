@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
 from ..data.inputs import Inputs, first_alike
 from .scoring import NotFiniteError
@@ -46,6 +46,9 @@ class Calibration:
     held_out: whether each was scored as if it were new; if not, the threshold is a guess from copies of one picture.
     digests, fingerprints: the picture of each score, see `Inputs`; earlier versions have no fingerprints.
     version: of the score.
+    defective_scores, defective_digests: of the known defective pictures; empty without them.
+    expected_false_alarms, expected_misses: with known defective pictures, the share of good parts that is expected
+        above the threshold, and of defective parts below it; None without them, and where nothing is held out.
     """
 
     threshold: float
@@ -57,6 +60,10 @@ class Calibration:
     digests: list[str] = field(default_factory=list)
     fingerprints: list[str] = field(default_factory=list)
     version: int = 1
+    defective_scores: list[float] = field(default_factory=list)
+    defective_digests: list[str] = field(default_factory=list)
+    expected_false_alarms: float | None = None
+    expected_misses: float | None = None
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, as stored in the pipeline's config."""
@@ -106,12 +113,41 @@ def prediction_threshold(scores: Sequence[float], false_alarm_rate: float) -> fl
     rank = math.ceil((1 - false_alarm_rate) * (count + 1))
     if count >= MANY_SCORES and rank <= count:
         return float(np.sort(values)[rank - 1])
-    logs = np.log(values)
+    center, pooled, freedom = _log_distribution(values)
+    margin = stats.t.ppf(1 - false_alarm_rate, freedom) * pooled * math.sqrt(1 + 1 / count)
+    return math.exp(center + margin)
+
+
+def _log_distribution(values: np.ndarray) -> tuple[float, float, int]:
+    """Gives m, s and v of `prediction_threshold` for few scores."""
+    logs, count = np.log(values), len(values)
     freedom = TYPICAL_WEIGHT + count - 1
     spread = stats.median_abs_deviation(logs, scale="normal")
     pooled = math.sqrt((TYPICAL_WEIGHT * TYPICAL_SPREAD**2 + (count - 1) * spread**2) / freedom)
-    margin = stats.t.ppf(1 - false_alarm_rate, freedom) * pooled * math.sqrt(1 + 1 / count)
-    return math.exp(logs.mean() + margin)
+    return logs.mean(), pooled, freedom
+
+
+def expected_above(scores: Sequence[float], threshold: float) -> float:
+    """Estimates the share of further scores above a threshold, by the distribution of `prediction_threshold` for few
+    scores: that of defective pictures differs as little as that of normal ones."""
+    return _share_above(*_log_distribution(np.asarray(scores, dtype=np.float64)), len(scores), math.log(threshold))
+
+
+def threshold_between(normal: Sequence[float], defective: Sequence[float]) -> float:
+    """Finds the threshold above which as large a share of normal scores is expected as of defective ones below it: the
+    larger of the two shares is as small as it can be."""
+    logs = np.log([*normal, *defective])
+    good, bad = (_log_distribution(np.asarray(scores, dtype=np.float64)) for scores in (normal, defective))
+
+    def excess(log: float) -> float:
+        return _share_above(*good, len(normal), log) + _share_above(*bad, len(defective), log) - 1
+
+    return math.exp(optimize.brentq(excess, logs.min() - 5, logs.max() + 5))
+
+
+def _share_above(center: float, pooled: float, freedom: int, count: int, log: float) -> float:
+    distance = (center - log) / (pooled * math.sqrt(1 + 1 / count))
+    return float(special.stdtr(freedom, distance))  # the distribution function of t
 
 
 def calibrate_threshold(
@@ -123,6 +159,7 @@ def calibrate_threshold(
     seed: int,
     before: Mapping | None = None,
     fingerprints: Sequence[str] = (),
+    defective: Inputs | None = None,
 ) -> Calibration:
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
@@ -130,6 +167,8 @@ def calibrate_threshold(
     one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Copies of one picture count
     once, whether they come together or one after the other: as that of the bank if there is one among them.
     A single picture of the bank is compared with copies of itself, and the threshold is a guess.
+    With known defective pictures the threshold is that of `threshold_between`; a guess is lowered to where they are
+    expected to be found.
 
     Args:
         score: called as `score(picture, left_out)` with inputs of length 1 and the number of the bank's picture to
@@ -142,14 +181,19 @@ def calibrate_threshold(
         before: the record of an earlier calibration with the same bank, whose pictures count too if it holds for the
             same settings.
         fingerprints: of the pictures in the bank, see `Inputs.fingerprints`; none in earlier versions.
+        defective: known defective pictures, or None; those of an earlier calibration count on.
 
     Raises:
-        ValueError: see `prediction_threshold`; or a picture has no finite score.
+        ValueError: see `prediction_threshold`; or a picture has no finite score, or is normal and defective.
     """
     check_rate(false_alarm_rate)
     scores: dict[str, float] = {}
+    faults: dict[str, float] = {}
     marks = dict(zip(shots, fingerprints, strict=False))
-    if before is not None and before["held_out"] and not differing_settings(before, settings):
+    same = before is not None and not differing_settings(before, settings)
+    if same:
+        faults.update(zip(before.get("defective_digests", ()), before.get("defective_scores", ()), strict=True))
+    if same and before["held_out"]:
         earlier = before.get("digests", ())
         scores.update(zip(earlier, before["scores"], strict=False))
         marks |= dict(zip(earlier, before.get("fingerprints", ()), strict=False))
@@ -172,7 +216,16 @@ def calibrate_threshold(
                 scores[head] = max(score(pictures[index], None), floor)
         except NotFiniteError as error:
             raise NotFiniteError(f"Normal picture {index + 1} of {len(pictures)}", error.stage) from error
+    for index, digest in enumerate([] if defective is None else defective.digests()):
+        if digest in marks:
+            raise ValueError(f"`defective_images` has a picture, number {index + 1}, that is a normal one too.")
+        try:
+            faults[digest] = max(score(defective[index], None), floor)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"Defective picture {index + 1} of {len(defective)}", error.stage) from error
+    below = list(faults.values())
     facts = {"false_alarm_rate": false_alarm_rate, "settings": settings.to_dict(), "version": SCORE_VERSION}
+    facts |= {"defective_scores": below, "defective_digests": list(faults)}
 
     def known(names: Iterable[str]) -> dict[str, list[str]]:
         return {"digests": list(names), "fingerprints": [marks.get(name, "") for name in names]}
@@ -180,9 +233,16 @@ def calibrate_threshold(
     if scores:
         values = list(scores.values())
         threshold = prediction_threshold(values, false_alarm_rate)
+        if below:
+            threshold = threshold_between(values, below)
+            facts["expected_false_alarms"] = expected_above(values, threshold)
+            facts["expected_misses"] = 1 - expected_above(below, threshold)
         return Calibration(threshold, values, pictures=len(values), held_out=True, **known(scores), **facts)
     values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
     threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
+    if below:
+        # The lower bound of a further one: the upper bound of the inverse.
+        threshold = min(threshold, 1 / prediction_threshold([1 / value for value in below], false_alarm_rate))
     return Calibration(threshold, values, pictures=1, held_out=False, **known(digests[:1]), **facts)
 
 
