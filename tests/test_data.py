@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from anomalysd_pipeline.data import listing
+from anomalysd_pipeline.data.datasets import load_mask
 from anomalysd_pipeline.data.images import FORMATS, common_depth, load_image, load_images, load_pictures
 from anomalysd_pipeline.data.listing import list_images
+from anomalysd_pipeline.data.picture import Picture
 from anomalysd_pipeline.data.tensors import augment, to_tensor
 
-from .hostile_files import encoded, packed_tiff, tiff_tags, with_chunk
+from .hostile_files import encoded, lost_color, mutated, ordinary_files, packed_tiff, tiff_tags, with_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -265,6 +268,38 @@ class TestLoadImageBadFiles:
         content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
         path.write_bytes(content)
         self.refuses(path, "more than 100 megapixels")
+
+    def test_mutated_files_give_a_picture_or_a_sentence(self, tmp_path):
+        chance, outcomes = np.random.default_rng(7), []
+        path = tmp_path / "any.png"
+        for number, whole in enumerate(ordinary_files() * 12):
+            content = mutated(whole, chance)
+            path.write_bytes(content)
+            readers = (
+                lambda: load_image(path),
+                lambda: load_mask(path, 16),
+                Picture("any", "a", "s", 0, 0, content).load,
+            )
+            for reader in readers:
+                try:
+                    reader()
+                    outcomes.append(True)
+                except ValueError as error:
+                    assert str(error).startswith("`") and "\n" not in str(error), number
+                    outcomes.append(False)
+            common_depth([path])
+        assert len(outcomes) > 600 and 0.1 < np.mean(outcomes) < 0.9
+
+    def test_a_transparent_color_that_the_palette_lacks(self, tmp_path):
+        (tmp_path / "lost.png").write_bytes(lost_color())
+        self.refuses(tmp_path / "lost.png", "`source`.*damaged and has no colors")
+
+    def test_a_text_in_the_file_is_no_depth(self, tmp_path):
+        info = PngInfo()
+        info.add_text("bit_depth", "12")
+        for image in (picture(), Image.fromarray(np.full((8, 8), 60000, np.uint16))):
+            image.save(tmp_path / "text.png", pnginfo=info)
+            assert load_image(tmp_path / "text.png").info.get("bit_depth") in (None, 16)
 
     @pytest.mark.parametrize("side", [2048, 32768, 65535])
     def test_a_tile_far_larger_than_its_picture(self, tmp_path, side):

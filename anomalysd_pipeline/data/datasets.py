@@ -380,7 +380,7 @@ def _binarize(path: str | os.PathLike, indexed: bool) -> np.ndarray:
     image = open_image(path, name)
     if image.mode == "P" and indexed:
         return np.asarray(image) > 0
-    if is_deep(image) or image.mode == "F":
+    if is_deep(image):
         values = np.asarray(image)
     else:
         # The highest channel: in a mean of channels a dark color would be lost.

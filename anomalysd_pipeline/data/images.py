@@ -127,6 +127,8 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
         try:
             depth = tagged_depth(image)
             upright = ImageOps.exif_transpose(image)
+            if type(upright.info.get(KEY)) is not int:  # a text of that name in the file
+                upright.info.pop(KEY, None)
             if depth is not None:
                 upright.info[KEY] = depth
             return upright
@@ -192,7 +194,7 @@ def flatten(image: Image.Image, name: str, background: str, bit_depth: int | Non
         bit_depth: see `load_image`.
 
     Raises:
-        ValueError: gray values are not finite or out of range; the sentence starts with `name`.
+        ValueError: gray values are not finite or out of range, or colors are missing; the sentence starts with `name`.
     """
     if is_deep(image):
         pixels, depth = to_bytes(np.asarray(image).astype(np.float64), name, image.info.get(KEY) or bit_depth)
@@ -200,10 +202,13 @@ def flatten(image: Image.Image, name: str, background: str, bit_depth: int | Non
         converted.info[KEY] = depth
         return converted
     if image.mode == "F":
-        return _from_float(np.asarray(image).astype(np.float64), name)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+        return _from_float(np.asarray(image), name)
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+    except Exception as error:  # such as of a transparent color that its palette lacks
+        raise ValueError(f"{name} is damaged and has no colors ({error}); copy it anew, or {_RESAVE}.") from error
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image)
     return canvas.convert("RGB")
@@ -213,6 +218,7 @@ def _from_float(values: np.ndarray, name: str) -> Image.Image:
     """Converts gray of uncertain range, to 1 or to 255, by the largest value."""
     if not np.isfinite(values).all():
         raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
+    values = values.astype(np.float64)
     highest = values.max()
     if values.min() < 0 or highest > 255:
         raise ValueError(f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, 255].")
