@@ -105,6 +105,10 @@ class TestMVTec:
         image = read_mvtec(root, "nut").test[0]
         assert (image.path.parent.name, image.label, image.defect) == (name, False, "good")
 
+    def test_a_folder_without_masks_is_none(self, root):
+        (root / "nut/ground_truth/scratch/001").mkdir()
+        assert read_mvtec(root, "nut").test[2].mask_path is None
+
     def test_a_folder_of_masks_is_united(self, root):
         # As in MVTec LOCO, where the gray value numbers the defects.
         write(root, "nut/test/logical/007.png")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import logging
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,20 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..common.files import disk_errors
-from .depth import is_deep
-from .images import SUFFIXES, flatten, open_image, upright_size
-from .listing import list_images
-
-logger = logging.getLogger(__name__)
+from .ground_truth import Masks, load_mask, quoted, shrink_mask
+from .images import upright_size
+from .listing import list_folder
 
 VISA_SPLIT = "split_csv/1cls.csv"
 GOOD = ("good", "ok", "normal")
 """Names of a folder of good test pictures, in lower case."""
-MOST_CLASSES = 32
-"""Most values of a mask that number kinds of defects; a mask with more has shades."""
 
 Shots = dict[int, dict[int, dict[str, list[Path]]]]
 """Maps number of shots, then seed, then category to the drawn pictures."""
@@ -63,7 +57,7 @@ class TestImage:
         if mask.shape != (height, width):
             turned = ", which its EXIF data turn upright" if mask.shape == (width, height) else ""
             raise ValueError(
-                f"`path` {_quoted(self.mask_path)} has {mask.shape[1]} x {mask.shape[0]} pixels (width x height), but "
+                f"`path` {quoted(self.mask_path)} has {mask.shape[1]} x {mask.shape[0]} pixels (width x height), but "
                 f"its picture '{self.path}' has {width} x {height}{turned}; give the mask the size of the picture."
             )
         return mask if size is None else shrink_mask(mask, size)
@@ -132,8 +126,8 @@ def read_mvtec(root: str | os.PathLike, category: str) -> Category:
                 f"`root` '{root}' has no folder '{required.relative_to(root).as_posix()}'; give the folder that holds "
                 "'<category>/train/good' and '<category>/test/<type>' as `root`, and one of its names as `category`."
             )
-    test, masks = [], _Masks()
-    for path in _pictures(folder / "test", "root"):
+    test, masks = [], Masks()
+    for path in list_folder(folder / "test", "root"):
         inner = path.relative_to(folder / "test").parent
         if not inner.parts:
             raise ValueError(f"`root` has '{path}' outside any defect type; move it to 'test/good' or 'test/<type>'.")
@@ -144,7 +138,7 @@ def read_mvtec(root: str | os.PathLike, category: str) -> Category:
         # LOCO numbers its defects by the gray value.
         indexed = isinstance(found, Path) and found.is_dir()
         test.append(TestImage(path, True, inner.parts[0], found, indexed))
-    return Category(category, _pictures(folder / "train" / "good", "root"), test)
+    return Category(category, list_folder(folder / "train" / "good", "root"), test)
 
 
 def read_visa(root: str | os.PathLike, category: str) -> Category:
@@ -186,7 +180,7 @@ def read_folder(
     if mask_dir is not None and abnormal_dir is None:
         raise ValueError("`mask_dir` has the masks of `abnormal_dir`; give both, or neither.")
     given = {"normal_dir": normal_dir, "normal_test_dir": normal_test_dir, "abnormal_dir": abnormal_dir}
-    found = {argument: [] if folder is None else _pictures(folder, argument) for argument, folder in given.items()}
+    found = {argument: [] if folder is None else list_folder(folder, argument) for argument, folder in given.items()}
     _check_apart(found, mask_dir)
     train, good = found["normal_dir"], found["normal_test_dir"]
     if normal_test_dir is None:
@@ -194,7 +188,7 @@ def read_folder(
             raise ValueError(f"`normal_dir` '{normal_dir}' holds one picture; give more, or `normal_test_dir`.")
         drawn = set(draw_shots(train, (len(train) + 1) // 2, seed=0))
         train, good = [path for path in train if path in drawn], [path for path in train if path not in drawn]
-    test, masks = [TestImage(path, False, "good", None) for path in good], _Masks()
+    test, masks = [TestImage(path, False, "good", None) for path in good], Masks()
     for path in found["abnormal_dir"]:
         inner = path.relative_to(abnormal_dir).parent
         mask_path = None if mask_dir is None else masks.find(Path(mask_dir, inner), path.stem)
@@ -205,41 +199,6 @@ def read_folder(
             "'<stem>_mask.png' after the pictures, in the same subfolders."
         )
     return Category(name, train, test)
-
-
-def load_mask(
-    path: str | os.PathLike | Sequence[Path], size: int | tuple[int, int] | None = None, indexed: bool = False
-) -> np.ndarray:
-    """Reads a ground-truth mask as bool `[H, W]`, True on the defect.
-
-    Every value but the background marks a defect: 1, 2, 127 or 255, red or blue. Shades of a soft edge, which fill no
-    2 x 2 pixels, are binarized at half of the highest value, and so are JPEG, WebP and masks of more than
-    `MOST_CLASSES` values. Transparency counts as background, which is black or, in a palette without it, index 0.
-
-    Args:
-        path: a picture file, a folder of them or several files, which are united.
-        size: a square's side, or `(H, W)`: see `shrink_mask`.
-        indexed: whether all values are classes: defects are then all values but 0, or all palette indices but 0.
-
-    Raises:
-        ValueError: as `load_image`; a folder without pictures, or pictures of different sizes.
-    """
-    if isinstance(path, (str, os.PathLike)):
-        parts = _pictures(path, "path") if os.path.isdir(path) else [path]
-    else:
-        parts = path
-    masks = [_binarize(part, indexed) for part in parts]
-    if len({mask.shape for mask in masks}) > 1:
-        raise ValueError(f"`path` {_quoted(path)} holds masks of different sizes; give them the size of the picture.")
-    mask = np.logical_or.reduce(masks)
-    return mask if size is None else shrink_mask(mask, size)
-
-
-def shrink_mask(mask: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
-    """Resizes a mask, bool `[H, W]`, to a square's side or `(H, W)`, with antialiasing and binarized at 0.5."""
-    height, width = (size, size) if isinstance(size, int) else size
-    soft = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(soft) > 0.5
 
 
 def draw_shots(paths: Iterable[str | os.PathLike], shots: int, seed: int) -> list[Path]:
@@ -341,66 +300,6 @@ def read_shots(path: str | os.PathLike, root: str | os.PathLike, categories: Map
 def _check_known(argument: str, name: str, known: Sequence[str], root: str | os.PathLike) -> None:
     if name not in known:
         raise ValueError(f"`{argument}` has {name!r}, but '{root}' has {', '.join(known)}; choose among these.")
-
-
-def _pictures(folder: str | os.PathLike, argument: str) -> list[Path]:
-    def report(sentence: str) -> None:
-        logger.warning(sentence.replace("`source`", f"`{argument}`"))
-
-    try:
-        return list_images(folder, report)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`source`", f"`{argument}`")) from error
-
-
-class _Masks:
-    """Finds the masks of pictures by their names; reads each folder once."""
-
-    def __init__(self) -> None:
-        self._files: dict[Path, dict[str, list[Path]]] = {}
-
-    def find(self, folder: Path, stem: str) -> Path | tuple[Path, ...] | None:
-        if folder not in self._files:
-            self._files[folder] = by_stem = {}
-            for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-                if path.suffix.lower() in SUFFIXES and path.is_file():
-                    by_stem.setdefault(re.sub(r"_mask([-_]?\d+)?$", "_mask", path.stem), []).append(path)
-        for name in (f"{stem}_mask", stem):
-            found = self._files[folder].get(name, ())
-            # Of one mask in several formats PNG is the one without loss.
-            plain = {path.stem: path for path in sorted(found, key=lambda path: path.suffix.lower() == ".png")}
-            if plain:
-                return next(iter(plain.values())) if len(plain) == 1 else tuple(plain.values())
-        united = folder / stem
-        return united if united.is_dir() and _pictures(united, "root") else None
-
-
-def _binarize(path: str | os.PathLike, indexed: bool) -> np.ndarray:
-    name = f"`path` '{os.fspath(path)}'"
-    image = open_image(path, name)
-    if image.mode == "P" and indexed:
-        return np.asarray(image) > 0
-    if is_deep(image):
-        values = np.asarray(image)
-    else:
-        # The highest channel: in a mean of channels a dark color would be lost.
-        values = np.asarray(flatten(image, name, "black")).max(axis=2)
-    if image.mode == "P" and values.all():
-        values = np.asarray(image)
-    if indexed:
-        return values > 0
-    marked = values > values.max() / 2
-    levels = np.unique(values)
-    if 2 < len(levels) <= MOST_CLASSES and Path(path).suffix.lower() in (".bmp", ".gif", ".png", ".tif", ".tiff"):
-        corner = values[1:, 1:]
-        filled = (corner == values[:-1, 1:]) & (corner == values[1:, :-1]) & (corner == values[:-1, :-1])
-        marked |= np.isin(values, np.unique(corner[filled & (corner > 0)]))
-    return marked
-
-
-def _quoted(path: str | os.PathLike | Sequence[Path]) -> str:
-    paths = [path] if isinstance(path, (str, os.PathLike)) else path
-    return " and ".join(f"'{os.fspath(part)}'" for part in paths)
 
 
 def _read_split(root: Path) -> dict[str, list[dict[str, str]]]:

@@ -89,7 +89,7 @@ class Inputs:
         fine = F.adaptive_avg_pool2d(levels, 64)
         fine = (fine - F.avg_pool2d(F.pad(fine, (2, 2, 2, 2), mode="replicate"), 5, stride=1)).flatten(start_dim=1)
         # Rounding errors of a plain picture are no texture.
-        fine = torch.where(fine.abs().amax(dim=1, keepdim=True) < 0.01, 0.0, fine) @ _directions()
+        fine = torch.where(fine.abs().amax(dim=1, keepdim=True) < 0.01, 0.0, fine) @ _directions().float()
         fine = fine / fine.abs().amax(dim=1, keepdim=True).clamp(min=1e-9) * 127
         marks = torch.cat([coarse.round(), fine.round() + 128], dim=1).to(torch.uint8)
         return [base64.b64encode(mark.numpy().tobytes()).decode() for mark in marks]
@@ -139,4 +139,4 @@ def check_fingerprints(fingerprints: object) -> None:
 def _directions() -> torch.Tensor:
     """Draws the directions of the projections, -1 and 1: the same in every version of NumPy."""
     signs = np.random.RandomState(0).randint(0, 2, (64 * 64 * 3, _DIRECTIONS))
-    return torch.from_numpy(signs).float() * 2 - 1
+    return torch.from_numpy(signs.astype(np.int8) * 2 - 1)

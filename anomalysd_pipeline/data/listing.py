@@ -64,6 +64,18 @@ def list_images(
     return list(found)
 
 
+def list_folder(folder: str | os.PathLike, argument: str) -> list[Path]:
+    """Lists the pictures of a folder as [`list_images`], with the name of the argument that gave it in sentences."""
+
+    def named(sentence: object) -> str:
+        return str(sentence).replace("`source`", f"`{argument}`")
+
+    try:
+        return list_images(folder, lambda sentence: logger.warning(named(sentence)))
+    except ValueError as error:
+        raise ValueError(named(error)) from error
+
+
 def _walk(folder: Path, skip: Path | None) -> tuple[list[Path], list[str]]:
     """Lists the pictures of a folder, and words what is left out."""
     paths, others, results, visited = [], Counter(), 0, set()

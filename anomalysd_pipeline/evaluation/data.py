@@ -23,8 +23,8 @@ from ..data.datasets import (
     read_dataset,
     read_folder,
     read_shots,
-    shrink_mask,
 )
+from ..data.ground_truth import shrink_mask
 from ..data.images import load_image
 from .options import DEFAULT_SEEDS, DEFAULT_SHOTS, named
 from .store import PICTURES, Draw
