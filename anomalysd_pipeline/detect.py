@@ -33,7 +33,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: the arguments; None: those of the process.
 
     Returns:
-        The exit status: 0 on success, 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
+        The exit status: 0 on success, 1 if a picture could be read and has no score, 2 for input that cannot be used
+        (one sentence on stderr), 130 if interrupted.
 
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.

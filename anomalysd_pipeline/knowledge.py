@@ -64,8 +64,8 @@ class PackedPart:
 class Knowledge:
     """What a pipeline has learned; everything but the weights that it shares with others of the same base.
 
-    categories: part to its record: `shots`, `digests`, `rotations`, `noise_strength`, `adaptation`, `prompt_design`
-        and `calibration`.
+    categories: part to its record: `shots`, `digests`, `fingerprints`, `rotations`, `noise_strength`, `bit_depth`,
+        `adaptation`, `prompt_design` and `calibration`.
     prompts: the prompts of every part, and the generic ones.
     adaptations: adaptation to the settings it was made with.
     bank: the prototypes of every part.

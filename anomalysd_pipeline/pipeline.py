@@ -28,6 +28,7 @@ from .adaptation.folder import (
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.files import recover
+from .data.depth import KEY
 from .data.images import load_pictures
 from .data.inputs import Inputs
 from .data.tensors import fit, resize, stack, to_pil
@@ -82,7 +83,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: this checkpoint's number of rotated copies of each normal picture in a bank.
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
-            the bank), `rotations`, `noise_strength`, `adaptation`, `prompt_design`, `calibration`.
+            the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `bit_depth` (of its 16-bit gray),
+            `adaptation`, `prompt_design`, `calibration`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -288,7 +290,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
 
         # 2. Pictures to the sizes of the networks
-        loaded = load_pictures(image, "image")
+        loaded = load_pictures(image, "image", self.config.categories.get(category, {}).get("bit_depth"))
         sizes = [(picture.height, picture.width) for picture in loaded]
         inputs = self._inputs(loaded)
 
@@ -566,6 +568,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         prompts=None,
         noise_strength: float | None = None,
         rotations: int | None = None,
+        bit_depth: int | None = None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -579,21 +582,28 @@ class AnomalySDPipeline(DiffusionPipeline):
             prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
             noise_strength: lambda for this part; None: the checkpoint's.
             rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
+            bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
+                their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
 
         Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts or a strength outside (0, 1].
+            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1] or a depth
+                out of its range.
         """
         check_category(category)
         known = self.knowledge
         known.prompts.add(category, prompts)
         if noise_strength is not None:
             self.settings(noise_strength=noise_strength)
-        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
+        loaded = load_pictures(normal_images, "normal_images", bit_depth)
+        if bit_depth is None:  # pictures that were read before keep theirs
+            bit_depth = max((picture.info[KEY] for picture in loaded if KEY in picture.info), default=None)
+        inputs = self._inputs(loaded)
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
         # Copies say nothing twice, and could not be left out of each other's comparison.
         kept = sorted(set(inputs.alike()))
-        digests, shaped = inputs.digests(), [inputs.shaped[index].to(device) for index in kept]
+        digests, marks = inputs.digests(), inputs.fingerprints()
+        shaped = [inputs.shaped[index].to(device) for index in kept]
         if len(kept) < len(inputs):
             logger.warning(
                 f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
@@ -604,8 +614,10 @@ class AnomalySDPipeline(DiffusionPipeline):
             category,
             shots=len(kept),
             digests=[digests[index] for index in kept],
+            fingerprints=[marks[index] for index in kept],
             rotations=rotations,
             noise_strength=noise_strength,
+            bit_depth=bit_depth,
             adaptation=None,
             prompt_design="hierarchical",
             calibration=None,
@@ -625,9 +637,16 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     @torch.no_grad()
     def calibrate(
-        self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
+        self,
+        category: str,
+        normal_images,
+        false_alarm_rate: float = 0.05,
+        seed: int = 0,
+        defective_images=None,
+        **settings,
     ) -> Calibration:
-        """Sets a part's threshold from normal pictures alone; see `calibration.calibrate_threshold`.
+        """Sets a part's threshold from normal pictures, alone or with a few known defective ones; see
+        `calibration.calibrate_threshold`.
 
         Called again with further pictures of good parts, the threshold follows; those of earlier calls with the same
         settings count on until the part is registered anew.
@@ -638,6 +657,9 @@ class AnomalySDPipeline(DiffusionPipeline):
                 compared with the others alone. From one of these alone the threshold is a guess.
             false_alarm_rate: share of good parts that may exceed the threshold.
             seed: of the noise, and of the copies where there is one picture.
+            defective_images: pictures of defective parts, none of them normal; None: none are known. The threshold is
+                then where as large a share of good parts is expected above it as of defective ones below it, with a
+                warning where that is more than `false_alarm_rate`.
             **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
                 inspected. The threshold applies to inspections with the same settings.
 
@@ -659,7 +681,10 @@ class AnomalySDPipeline(DiffusionPipeline):
                 f"`category` {category!r} was registered by an earlier version, which did not note its pictures; "
                 "register it again by `add_category`."
             )
-        inputs = self._inputs(load_pictures(normal_images, "normal_images"))
+        inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")))
+        defective = None
+        if defective_images is not None:
+            defective = self._inputs(load_pictures(defective_images, "defective_images", record.get("bit_depth")))
 
         def score(picture: Inputs, left_out: int | None) -> float:
             noise = torch.Generator().manual_seed(seed)
@@ -668,7 +693,15 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         try:
             calibration = calibrate_threshold(
-                score, inputs, record["digests"], chosen, false_alarm_rate, seed, record["calibration"]
+                score,
+                inputs,
+                record["digests"],
+                chosen,
+                false_alarm_rate,
+                seed,
+                record["calibration"],
+                record.get("fingerprints", ()),
+                defective,
             )
         finally:
             self.maybe_free_model_hooks()
@@ -676,6 +709,12 @@ class AnomalySDPipeline(DiffusionPipeline):
             logger.warning(
                 f"The threshold of {category!r} is a guess, because one picture does not show how good parts differ; "
                 "give `calibrate` one more picture of a good part, better four."
+            )
+        if (calibration.expected_misses or 0) > false_alarm_rate:
+            logger.warning(
+                f"The threshold of {category!r} cannot keep false alarms and misses to {false_alarm_rate:.1%}: "
+                f"{calibration.expected_misses:.1%} of each are expected, because scores of known defective pictures "
+                "lie close to those of normal ones; try another `preset`, or fine-tune with `adapt`."
             )
         self._store_category(category, calibration=calibration.to_dict())
         return calibration

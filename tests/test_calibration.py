@@ -5,13 +5,22 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import stats
 
 from anomalysd_pipeline.data.inputs import Inputs
-from anomalysd_pipeline.method.calibration import TYPICAL_SPREAD, calibrate_threshold, prediction_threshold
+from anomalysd_pipeline.method.calibration import (
+    TYPICAL_SPREAD,
+    calibrate_threshold,
+    expected_above,
+    prediction_threshold,
+    threshold_between,
+)
 from anomalysd_pipeline.method.masks import multi_scale_masks
+from anomalysd_pipeline.method.scoring import NotFiniteError
 from anomalysd_pipeline.method.settings import PRESETS, InspectionSettings
 from anomalysd_pipeline.method.workload import Workload, in_batches
+from anomalysd_pipeline.synthetic import normal_images
 
 SETTINGS = InspectionSettings.resolve(
     "sota", [{"noise_strength": 0.4, "prototype_weight": 0.1, "guidance_scale": 1.0}]
@@ -82,6 +91,38 @@ class TestPredictionThreshold:
             prediction_threshold(scores, 0.02)
 
 
+class TestKnownDefects:
+    def test_the_middle_of_equally_many_scores(self):
+        """By hand: equal numbers and spreads leave the middle of the logarithms."""
+        normal, defective = [1.0, 1.1, 1.21], [4.0, 4.4, 4.84]
+        found = threshold_between(normal, defective)
+        assert found == pytest.approx(1.1 * 2, rel=1e-6)
+        below = 1 - expected_above(defective, found)
+        assert expected_above(normal, found) == pytest.approx(below, rel=1e-6)
+        # As the upper bound of normal scores has it: t of 10 degrees at half of log 4.
+        pooled = np.sqrt((8 * 0.15**2 + 2 * (np.log(1.1) / stats.norm.ppf(0.75)) ** 2) / 10)
+        assert below == pytest.approx(stats.t.sf(np.log(2) / (pooled * np.sqrt(4 / 3)), 10), rel=1e-6)
+
+    def test_the_bound_of_a_rate_is_expected_at_that_rate(self):
+        scores = [1.0, 1.3, 1.2, 1.1]
+        for rate in (0.02, 0.2):
+            assert expected_above(scores, prediction_threshold(scores, rate)) == pytest.approx(rate, rel=1e-6)
+
+    @pytest.mark.parametrize(("normals", "defects"), [(4, 4), (8, 3)])
+    def test_no_more_are_on_the_wrong_side_than_expected(self, normals, defects):
+        """Monte Carlo: log-normal scores whose centers are 0.6 apart."""
+        good, bad = draws(TYPICAL_SPREAD, normals)[:1000], draws(TYPICAL_SPREAD, defects, seed=1)[:1000] * np.exp(0.6)
+        alarms, misses, expected = [], [], []
+        for own, other in zip(good, bad, strict=True):
+            threshold = threshold_between(own[:-1], other[:-1])
+            alarms.append(own[-1] > threshold)
+            misses.append(other[-1] <= threshold)
+            expected.append(expected_above(own[:-1], threshold))
+        for found in (np.mean(alarms), np.mean(misses)):  # four standard errors
+            assert found < np.mean(expected) + 4 * np.sqrt(np.mean(expected) / 1000)
+            assert found > np.mean(expected) / 4
+
+
 class TestCalibrateThreshold:
     """With a score that is known: the mean of a picture, and a thousandth for what was left out."""
 
@@ -91,13 +132,13 @@ class TestCalibrateThreshold:
         return Inputs(squares, list(squares))
 
     @staticmethod
-    def calibrate(pictures, shots, before=None, settings=SETTINGS, calls=None):
+    def calibrate(pictures, shots, before=None, settings=SETTINGS, calls=None, marks=(), defective=None):
         def score(picture, left_out):
             if calls is not None:
                 calls.append(left_out)
             return picture.squares.mean().item() + 1 + (0 if left_out is None else 0.001 * (left_out + 1))
 
-        return calibrate_threshold(score, pictures, shots, settings, 0.05, 0, before)
+        return calibrate_threshold(score, pictures, shots, settings, 0.05, 0, before, marks, defective)
 
     def test_pictures_of_the_bank_are_scored_without_themselves(self):
         pictures, calls = self.inputs(0.1, 0.2, 0.4), []
@@ -116,6 +157,57 @@ class TestCalibrateThreshold:
         whole = self.calibrate(self.inputs(0.1, 0.2, 0.3), shots)
         assert both.pictures == 3 and sorted(both.scores) == sorted(whole.scores)
         assert both.threshold == pytest.approx(whole.threshold, rel=1e-9)
+
+    def test_copies_that_come_later_count_no_further(self):
+        """With the noise of another exposure, of a picture of the bank and of a further one."""
+        good = normal_images("hex_nut", 4, seed=2, size=64)
+        noise = np.random.default_rng(3).normal(0, 2, (2, 64, 64, 3))
+        copies = [
+            Image.fromarray((np.asarray(good[index]) + noise[place]).round().clip(0, 255).astype(np.uint8))
+            for place, index in enumerate((1, 2))
+        ]
+        bank, third, later = (
+            Inputs.of(pictures, 64, lambda height, width: None) for pictures in (good[:2], good[2:3], copies)
+        )
+        shots, marks = bank.digests(), bank.fingerprints()
+        first = self.calibrate(bank, shots, marks=marks)
+        second = self.calibrate(third, shots, first.to_dict(), marks=marks)
+        assert (first.pictures, second.pictures) == (2, 3)
+        assert self.calibrate(later, shots, second.to_dict(), marks=marks) == second
+        # Without the picture of the bank itself, its copy stands for it.
+        calls = []
+        alone = self.calibrate(later, shots, calls=calls, marks=marks)
+        assert calls == [1, None] and alone.digests == [shots[1], later.digests()[1]]
+
+    def test_a_picture_without_a_score_is_named(self):
+        def score(picture, left_out):
+            if picture.squares.mean() > 0.3:
+                raise NotFiniteError("Picture 1 of 1", "repainting")
+            return 1.0
+
+        pictures = self.inputs(0.1, 0.2, 0.4)
+        with pytest.raises(ValueError, match="^Normal picture 3 of 3 has no score, because the repainting"):
+            calibrate_threshold(score, pictures, pictures.digests(), SETTINGS, 0.05, 0)
+
+    def test_known_defective_pictures_count_on(self):
+        pictures, bad = self.inputs(0.1, 0.2), self.inputs(0.8, 0.9, 0.9)
+        shots = pictures.digests()
+        first = self.calibrate(pictures, shots, defective=bad)
+        assert first.defective_scores == pytest.approx([1.8, 1.9], rel=1e-5)  # equal ones once
+        assert first.threshold == pytest.approx(threshold_between(first.scores, [1.8, 1.9]), rel=1e-5)
+        assert first.expected_false_alarms == pytest.approx(first.expected_misses, rel=1e-3)
+        later = self.calibrate(self.inputs(0.3), shots, first.to_dict(), defective=self.inputs(0.7))
+        assert later.defective_scores == pytest.approx([1.8, 1.9, 1.7], rel=1e-5) and later.pictures == 3
+        assert self.calibrate(self.inputs(0.3), shots, later.to_dict()) == later
+        with pytest.raises(ValueError, match="`defective_images` has a picture, number 2, that is a normal one too"):
+            self.calibrate(pictures, shots, defective=self.inputs(0.8, 0.2))
+
+    def test_known_defective_pictures_lower_a_guess(self):
+        picture = self.inputs(0.2)
+        guess = self.calibrate(picture, picture.digests())
+        found = self.calibrate(picture, picture.digests(), defective=self.inputs(0.8, 0.9))
+        assert not found.held_out and found.expected_misses is None and found.scores == guess.scores
+        assert max(found.scores) < found.threshold < min(1.8, guess.threshold)
 
     def test_scores_of_other_settings_do_not_count(self):
         pictures = self.inputs(0.1, 0.2)

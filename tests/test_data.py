@@ -1,6 +1,7 @@
 """Pictures in: every kind that should load, every kind that should not, folders and augmentation."""
 
 import math
+import os
 import warnings
 import zlib
 
@@ -8,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
-from anomalysd_pipeline.data.images import list_images, load_image, load_images
+from anomalysd_pipeline.data import listing
+from anomalysd_pipeline.data.datasets import load_mask
+from anomalysd_pipeline.data.images import FORMATS, common_depth, load_image, load_images, load_pictures
+from anomalysd_pipeline.data.listing import list_images
+from anomalysd_pipeline.data.picture import Picture
 from anomalysd_pipeline.data.tensors import augment, to_tensor
 
-from .hostile_files import tiff_tags
+from .hostile_files import encoded, lost_color, mutated, ordinary_files, packed_tiff, tiff_tags, with_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +88,52 @@ class TestLoadImageFiles:
         assert np.array_equal(pixels_of(tmp_path / f"deep.{suffix}")[..., 0], np.rint(values / 65535 * 255))
         Image.fromarray(values // 1000).save(tmp_path / f"dark.{suffix}")
         assert np.array_equal(pixels_of(tmp_path / f"dark.{suffix}")[..., 1], values // 1000)
+
+    @pytest.mark.parametrize("depth", [10, 12, 14])
+    def test_16_bit_files_of_fewer_bits(self, tmp_path, depth, caplog):
+        gray = np.random.default_rng(0).integers(0, 256, (24, 24), np.uint16)
+        gray[0, 0] = 255
+        deep = (gray * ((2**depth - 1) / 255)).round().astype(np.uint16)
+        Image.fromarray(deep).save(tmp_path / "deep.png")
+        for source in (tmp_path / "deep.png", deep, Image.fromarray(deep)):
+            caplog.clear()
+            assert np.array_equal(pixels_of(source)[..., 0], gray)
+            assert f"looks like {depth} bits" in caplog.text and "`bit_depth`" in caplog.text
+            caplog.clear()
+            assert load_image(source, depth).info["bit_depth"] == depth and not caplog.text
+        assert load_image(deep, 16).getextrema()[0][1] == round((2**depth - 1) / 257)
+
+    def test_files_that_tell_their_depth(self, tmp_path, caplog):
+        values = np.arange(64, dtype=np.uint16).reshape(8, 8) * 10
+        expected = np.rint(values * (255 / 4095)).astype(np.uint8)
+        ome = '<OME><Image><Pixels ID="Pixels:0" Type="uint16" SignificantBits="12"/></Image></OME>'
+        Image.fromarray(values).save(tmp_path / "ome.tif", description=ome)
+        (tmp_path / "packed.tif").write_bytes(packed_tiff(values))
+        (tmp_path / "sbit.png").write_bytes(with_chunk(encoded(Image.fromarray(values)), b"sBIT", b"\x0c"))
+        for name in ("ome.tif", "packed.tif", "sbit.png"):
+            assert np.array_equal(pixels_of(tmp_path / name)[..., 0], expected), name
+            # What the file tells goes first.
+            assert np.array_equal(np.asarray(load_image(tmp_path / name, 14))[..., 0], expected)
+        scaled = encoded(Image.fromarray(values * 100))  # as the standard of PNG has it: scaled to 16 bits
+        (tmp_path / "scaled.png").write_bytes(with_chunk(scaled, b"sBIT", b"\x0c"))
+        assert np.array_equal(pixels_of(tmp_path / "scaled.png")[..., 0], np.rint(values / 655.35 * 255))
+        assert not caplog.text
+
+    def test_pictures_of_one_part_have_one_depth(self, tmp_path, caplog):
+        """A dark one among them is no 8-bit picture."""
+        for name, highest in (("dark", 200), ("bright", 4000)):
+            Image.fromarray(np.full((8, 8), highest, np.uint16)).save(tmp_path / f"{name}.tif")
+        picture().save(tmp_path / "eight.png")
+        paths = [tmp_path / "dark.tif", tmp_path / "bright.tif", tmp_path / "eight.png"]
+        assert common_depth([*paths, tmp_path / "nowhere.png"]) == 12 and common_depth(paths[2:]) is None
+        assert [image.getpixel((0, 0))[0] for _, image in load_images(paths)] == [12, 249, 255]
+        assert [image.getpixel((0, 0))[0] for image in load_pictures(paths, "image")] == [12, 249, 255]
+        assert pixels_of(paths[0]).max() == 200
+        with pytest.raises(ValueError, match="bright.tif' has gray values up to 4000, but its 10 bits end at 1023"):
+            load_image(paths[1], 10)
+        for depth in (7, 17, 12.0, True):
+            with pytest.raises(ValueError, match="^`bit_depth` must be a whole number from 8 to 16"):
+                load_pictures(paths, "image", depth)
 
     def test_one_bit(self, tmp_path):
         Image.fromarray(np.eye(9, dtype=bool)).save(tmp_path / "bits.png")
@@ -217,6 +269,38 @@ class TestLoadImageBadFiles:
         path.write_bytes(content)
         self.refuses(path, "more than 100 megapixels")
 
+    def test_mutated_files_give_a_picture_or_a_sentence(self, tmp_path):
+        chance, outcomes = np.random.default_rng(7), []
+        path = tmp_path / "any.png"
+        for number, whole in enumerate(ordinary_files() * 12):
+            content = mutated(whole, chance)
+            path.write_bytes(content)
+            readers = (
+                lambda: load_image(path),
+                lambda: load_mask(path, 16),
+                Picture("any", "a", "s", 0, 0, content).load,
+            )
+            for reader in readers:
+                try:
+                    reader()
+                    outcomes.append(True)
+                except ValueError as error:
+                    assert str(error).startswith("`") and "\n" not in str(error), number
+                    outcomes.append(False)
+            common_depth([path])
+        assert len(outcomes) > 600 and 0.1 < np.mean(outcomes) < 0.9
+
+    def test_a_transparent_color_that_the_palette_lacks(self, tmp_path):
+        (tmp_path / "lost.png").write_bytes(lost_color())
+        self.refuses(tmp_path / "lost.png", "`source`.*damaged and has no colors")
+
+    def test_a_text_in_the_file_is_no_depth(self, tmp_path):
+        info = PngInfo()
+        info.add_text("bit_depth", "12")
+        for image in (picture(), Image.fromarray(np.full((8, 8), 60000, np.uint16))):
+            image.save(tmp_path / "text.png", pnginfo=info)
+            assert load_image(tmp_path / "text.png").info.get("bit_depth") in (None, 16)
+
     @pytest.mark.parametrize("side", [2048, 32768, 65535])
     def test_a_tile_far_larger_than_its_picture(self, tmp_path, side):
         path = tmp_path / "tile.tif"
@@ -252,6 +336,52 @@ class TestLists:
         assert list_images(str(folder / "notes.txt")) == [folder / "notes.txt"]
         twice = list_images([folder / "b.png", folder / "a", folder / "b.png"])
         assert twice == [folder / "b.png", folder / "a/z.JPG"]
+
+    def test_what_is_left_out_is_told(self, folder, caplog, monkeypatch):
+        monkeypatch.setattr(listing, "SUFFIXES", tuple(s for s in listing.SUFFIXES if not s.startswith(".he")))
+        picture().save(folder / "pages.tif", save_all=True, append_images=[picture(), picture()])
+        picture().save(folder / "web.jfif", "JPEG")
+        for name in ("phone.HEIC", "more.heic", "bare", "results/heatmaps/1.png", "mine/1.png"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).touch()
+        (folder / "results" / "run.json").write_text('{"facts": {}, "given": {}}')
+        (folder / "mine" / "run.json").write_text('["of another program"]')
+        told = []
+        names = [path.relative_to(folder).as_posix() for path in list_images(folder, told.append)]
+        assert names == ["B.webp", "a-1.tif", "a/z.JPG", "b.png", "mine/1.png", "pages.tif", "web.jfif"]
+        (sentence,) = told
+        assert sentence.startswith(f"`source` '{folder}': left out files of other types (2 .heic, 1 ")
+        assert all(kind in sentence for kind in ("1 without suffix", "1 .json", "1 .txt"))
+        assert (
+            "of which HEIC is read after `pip install pillow-heif`; results of an inspection in folders (1)"
+            in sentence
+        )
+        assert sentence.endswith("; further pages (2) of TIFF files (1), whose first pages are read.")
+        assert list_images(folder, skip=folder / "results") == list_images(folder)
+        assert "left out files" in caplog.text  # said without anyone who asks for it, too
+        with pytest.raises(ValueError, match="results' holds results of an inspection; give the folder of the"):
+            list_images([folder / "results"])
+
+    @pytest.mark.skipif(not hasattr(os, "symlink"), reason="links to folders")
+    def test_linked_folders_are_followed_once(self, folder, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("elsewhere")
+        picture().save(elsewhere / "far.png")
+        for name, target in (("0", elsewhere), ("1", elsewhere), ("2", folder / "a"), ("3", folder), ("4", "gone")):
+            (folder / name).symlink_to(target, target_is_directory=True)
+        (elsewhere / "back").symlink_to(folder, target_is_directory=True)
+        names = [path.relative_to(folder).as_posix() for path in list_images(folder)]
+        assert names == ["0/far.png", "B.webp", "a-1.tif", "a/z.JPG", "b.png"]
+
+    def test_heic(self, tmp_path):
+        head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+        (tmp_path / "phone.jpg").write_bytes(head)
+        if "HEIF" in FORMATS:
+            picture(64, 48).save(tmp_path / "phone.heic", quality=95)
+            assert np.abs(pixels_of(tmp_path / "phone.heic") - np.asarray(picture(64, 48)).astype(int)).mean() < 5
+            assert list_images(tmp_path) == [tmp_path / "phone.heic", tmp_path / "phone.jpg"]
+        else:
+            with pytest.raises(ValueError, match="phone.jpg' is a HEIC picture; run `pip install pillow-heif`"):
+                load_image(tmp_path / "phone.jpg")
 
     def test_nothing_to_list(self, folder):
         (folder / "empty").mkdir()

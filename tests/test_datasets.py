@@ -90,6 +90,25 @@ class TestMVTec:
         write(root, "nut/ground_truth/scratch/000.png")
         assert read_mvtec(root, "nut").test[1].mask_path.name == "000_mask.png"
 
+    def test_several_masks_are_united(self, root):
+        folder = root / "nut/ground_truth/scratch"
+        write_mask(folder / "000_mask.png", blocks((0, 0, 255)))
+        write_mask(folder / "000_mask_1.png", blocks((6, 10, 255)))
+        write_mask(folder / "000_mask2.tif", blocks((8, 0, 1)))
+        image = read_mvtec(root, "nut").test[1]
+        assert len(image.mask_path) == 3 and not image.indexed
+        assert np.array_equal(image.mask(), blocks((0, 0, 1), (6, 10, 1), (8, 0, 1)) == 1)
+
+    @pytest.mark.parametrize("name", ["Good", "ok", "OK", "Normal"])
+    def test_names_of_good_pictures(self, root, name):
+        (root / "nut/test/good").rename(root / "nut/test" / name)
+        image = read_mvtec(root, "nut").test[0]
+        assert (image.path.parent.name, image.label, image.defect) == (name, False, "good")
+
+    def test_a_folder_without_masks_is_none(self, root):
+        (root / "nut/ground_truth/scratch/001").mkdir()
+        assert read_mvtec(root, "nut").test[2].mask_path is None
+
     def test_a_folder_of_masks_is_united(self, root):
         # As in MVTec LOCO, where the gray value numbers the defects.
         write(root, "nut/test/logical/007.png")
@@ -327,11 +346,47 @@ class TestLoadMask:
         with pytest.raises(ValueError, match="`path`.*nowhere"):
             load_mask(tmp_path / "nowhere.png")
 
-    def test_a_soft_edge_is_no_class(self, tmp_path):
-        # An antialiased edge that has only faint values in the picture is not half a pixel of defect.
-        write_mask(tmp_path / "m.png", blocks((0, 0, 3)))
-        assert not load_mask(tmp_path / "m.png").any()
-        assert np.array_equal(load_mask(tmp_path / "m.png", indexed=True), blocks((0, 0, 1)) == 1)
+    @pytest.mark.parametrize("values", [(2,), (3,), (127,), (1, 2, 3), (100, 255), (1, 255)])
+    def test_every_value_but_the_background_is_a_defect(self, tmp_path, values):
+        given = blocks(*((0, 5 * place, value) for place, value in enumerate(values)))
+        marked = given > 0
+        write_mask(tmp_path / "gray.png", given)
+        Image.fromarray(given.astype(np.uint16) * 200).save(tmp_path / "deep.png")
+        for channel in range(3):
+            color = np.zeros((*given.shape, 3), np.uint8)
+            color[..., channel] = given
+            Image.fromarray(color).save(tmp_path / f"color-{channel}.png")
+        write_mask(tmp_path / "palette.png", given, palette=[0, 0, 0, *(255, 0, 0) * 255])
+        # Index 0 is white, as in a picture that was reduced to two colors.
+        write_mask(tmp_path / "reduced.png", given == 0, palette=[255, 255, 255, 0, 0, 0])
+        # No color is black: index 0 is the background.
+        write_mask(tmp_path / "white.png", marked, palette=[255, 255, 255, 255, 0, 0])
+        for path in sorted(tmp_path.iterdir()):
+            assert np.array_equal(load_mask(path), marked), path.name
+
+    def test_shades_of_an_edge_are_no_classes(self, tmp_path):
+        sharp = np.kron(blocks((3, 5, 255)), np.ones((8, 8), np.uint8))
+        soft = Image.fromarray(sharp).resize((70, 42), Image.Resampling.BILINEAR)
+        assert len(np.unique(np.asarray(soft))) > 2
+        for name in ("soft.png", "loss.jpg"):
+            soft.save(tmp_path / name, quality=60)
+            assert np.array_equal(load_mask(tmp_path / name), np.asarray(Image.open(tmp_path / name)) > 127), name
+
+    def test_a_mask_of_another_size_than_its_picture(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.new("RGB", (20, 12)).save(tmp_path / "turned.jpg", exif=exif)
+        Image.new("RGB", (20, 12)).save(tmp_path / "plain.png")
+        write_mask(tmp_path / "mask.png", blocks((0, 0, 255)))
+        write_mask(tmp_path / "small.png", blocks((0, 0, 255))[:8, :10])
+        assert TestImage(tmp_path / "plain.png", True, "crack", tmp_path / "mask.png").mask(8).shape == (8, 8)
+        for name, mask, sentence in (
+            ("plain.png", "small.png", "small.png' has 10 x 8 pixels (width x height), but its picture"),
+            ("plain.png", "small.png", "plain.png' has 20 x 12; give"),
+            ("turned.jpg", "mask.png", "has 12 x 20, which its EXIF data turn upright; give the mask the size"),
+        ):
+            with pytest.raises(ValueError, match="^`path`.*" + re.escape(sentence)):
+                TestImage(tmp_path / name, True, "crack", tmp_path / mask).mask(8)
 
     def test_classes_in_a_palette_and_in_color(self, tmp_path):
         values = blocks((0, 0, 1), (6, 10, 2))

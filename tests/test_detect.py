@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +19,7 @@ from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
 from anomalysd_pipeline.inspection.folder import ResultFolder
 from anomalysd_pipeline.inspection.result import load_part, load_pipeline
+from anomalysd_pipeline.method.scoring import check_finite
 
 from .conftest import make_tiny_pipeline
 from .detect_driver import table
@@ -202,6 +204,155 @@ class TestTogether:
         expected = {row["file"]: row["score"] for row in rows_of(whole) if "score" in row}
         found = {row["file"]: row["score"] for row in rows_of(tmp_path / "out") if "score" in row}
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+
+
+class TestBase:
+    @pytest.mark.parametrize(
+        ("given", "sentence"),
+        [
+            ("./nothing", "is no folder here, and no Hub id of the form 'user/name'; give a checkpoint's folder"),
+            ("{tmp}", "holds no model_index.json; give the folder of a saved pipeline"),
+            ("{tmp}/1.safetensors", "is a file; give a checkpoint's folder"),
+            ("somebody/nothing", "cannot be loaded ("),
+            ("{tmp}/bare", "); a bare inpainting checkpoint needs a connection once, for the networks that it lacks."),
+        ],
+    )
+    def test_a_base_that_cannot_be_loaded_is_one_sentence(self, given, sentence, parts, base, tmp_path, capsys):
+        """Offline, as all tests are."""
+        (tmp_path / "1.safetensors").touch()
+        if given.endswith("bare"):
+            ours = {"extractor": None, "perceptual": None, "bank": None, "adapters": None}
+            shutil.copytree(base, tmp_path / "bare")
+            index = json.loads((tmp_path / "bare" / "model_index.json").read_text())
+            index |= dict.fromkeys(ours, [None, None])
+            (tmp_path / "bare" / "model_index.json").write_text(json.dumps(index))
+        given = given.format(tmp=tmp_path)
+        assert detect.main(arguments(parts, given, tmp_path / "out")) == 2
+        (told,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("anomalysd: error")]
+        assert told.startswith(f"anomalysd: error: `--base` '{given}' ") and sentence in told
+        assert not (tmp_path / "out").exists()
+
+
+class TestThreshold:
+    def verdicts(self, out):
+        rows = [row for row in table(out) if row["score"]]
+        assert all(row["verdict"] == ("defective" if float(row["score"]) > float(row["threshold"]) else "normal")
+                   for row in rows)  # fmt: skip
+        return {row["threshold"] for row in rows}
+
+    def test_given_in_the_shell(self, parts, base, whole, tmp_path, capsys):
+        score = sorted(float(row["score"]) for row in table(whole) if row["score"])[1]
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--threshold", score)) == 0
+        assert self.verdicts(tmp_path / "out") == {f"{score:.6g}"}
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--resume", "--threshold", "9")) == 2
+        assert "`--threshold` gives '9.0'" in capsys.readouterr().err
+
+    def test_of_another_rate(self, parts, base, whole, tmp_path):
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--false-alarm-rate", "0.4")) == 0
+        (lower,), (usual,) = self.verdicts(tmp_path / "out"), self.verdicts(whole)
+        assert float(lower) < float(usual)
+        # The same from what a calibrated part has stored.
+        pipe = load_pipeline(base, "cpu")
+        load_part(pipe, "ring", whole / "part.safetensors")
+        assert detect_run.threshold_at(pipe, "ring", 0.4) == pytest.approx(float(lower), rel=1e-5)
+
+    def test_with_known_defective_pictures(self, parts, base, tmp_path, capsys):
+        bad = ("--defective", parts / "test" / "3.png", parts / "test" / "4.png")
+        assert detect.main(arguments(parts, base, tmp_path / "out", *bad)) == 0
+        (threshold,) = self.verdicts(tmp_path / "out")
+        told = capsys.readouterr().out
+        assert f"Threshold {threshold}: of good parts " in told and "of defective ones " in told
+        shown = [*bad[:1], parts / "normal" / "0.png"]
+        assert detect.main(arguments(parts, base, tmp_path / "other", *shown)) == 2
+        assert "`--defective` has a picture, number 1, that is a normal one too" in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("more", "sentence"),
+        [
+            (("--false-alarm-rate", "0.7"), "`--false-alarm-rate` must be above 0 and below 0.5, got 0.7."),
+            (("--defective", "{parts}", "--threshold", "1"), "`--defective` needs `--normal` and no `--threshold`"),
+            (("--defective", "nowhere"), "`--defective` 'nowhere' does not exist"),
+        ],
+    )
+    def test_refused(self, more, sentence, parts, base, tmp_path, capsys):
+        assert detect.main(arguments(parts, base, tmp_path / "out", *(text.format(parts=parts) for text in more))) == 2
+        assert sentence in capsys.readouterr().err
+
+    def test_a_rate_needs_scores(self, parts, base, tmp_path, capsys):
+        given = arguments(parts, base, tmp_path / "out", "--false-alarm-rate", "0.1")
+        assert detect.main(given[2:]) == 2
+        assert "`--false-alarm-rate` needs `--normal`, or an `--adaptation`" in capsys.readouterr().err
+
+
+class TestBitDepth:
+    @pytest.fixture
+    def gray(self, parts, tmp_path):
+        """The parts in gray of 8 bits, and the same with 4096 levels in files of 16 bits, of which no tested one is as
+        bright as the normal ones."""
+        for name, image in [
+            *((f"normal/{i}.png", Image.open(parts / "normal" / f"{i}.png")) for i in range(2)),
+            *((f"test/{i}.png", Image.open(parts / "test" / f"{i}.png").point(lambda v: v // 5)) for i in (0, 4)),
+        ]:
+            values = np.array(image.convert("L"))
+            if name.startswith("normal"):
+                values[0, 0] = 255
+            for bits in (8, 12):
+                path = tmp_path / str(bits) / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                deep = (values * (4095 / 255)).round().astype(np.uint16)
+                Image.fromarray(values if bits == 8 else deep).save(path)
+        return tmp_path
+
+    def test_a_part_has_the_same_scores_at_8_and_at_12_bits(self, gray, base, capsys, caplog):
+        found = {}
+        for bits, more in ((8, ()), (12, ()), (16, ("--bit-depth", "16"))):
+            out = gray / f"out-{bits}"
+            assert detect.main(arguments(gray / str(min(bits, 12)), base, out, *more)) == 0
+            found[bits] = [float(row["score"]) for row in table(out)]
+        assert found[12] == found[8] != found[16]
+        assert caplog.text.count("looks like 12 bits") == 1
+        given = arguments(gray / "12", base, gray / "out-12", "--resume", "--bit-depth", "16")
+        assert detect.main(given) == 2 and "`--bit-depth` gives '16'" in capsys.readouterr().err
+
+    def test_brighter_than_the_depth_is_no_verdict(self, gray, base):
+        Image.fromarray(np.full((64, 64), 5000, np.uint16)).save(gray / "12" / "test" / "5.png")
+        assert detect.main(arguments(gray / "12", base, gray / "out")) == 0
+        error = table(gray / "out")[2]["error"]
+        assert "5.png' has gray values up to 5000, but its 12 bits end at 4095; give the `--bit-depth`" in error
+
+
+class TestNotFinite:
+    def test_one_picture_is_left_out_without_a_label_and_the_others_are_inspected(
+        self, parts, base, whole, tmp_path, monkeypatch, capsys
+    ):
+        """The distance of one picture overflows, as in half precision."""
+        bad = torch.from_numpy(np.array(Image.open(parts / "test" / "3.png")))
+
+        class Overflowing(AnomalySDPipeline):
+            def _score_maps(self, inputs, *args, **options):
+                found = super()._score_maps(inputs, *args, **options)
+                levels = ((inputs.squares + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
+                check_finite("repainting", [torch.tensor(torch.nan if own.equal(bad) else 0.0) for own in levels])
+                return found
+
+        def load(*args, **options):
+            pipe = load_pipeline(*args, **options)
+            pipe.__class__ = Overflowing
+            return pipe
+
+        inspect_pictures = detect_run.inspect_pictures
+        monkeypatch.setattr(detect_run, "load_pipeline", load)
+        monkeypatch.setattr(detect_run, "inspect_pictures", lambda *args: inspect_pictures(*args, at_once=4))
+        assert detect.main(arguments(parts, base, tmp_path / "out")) == 1
+        told = capsys.readouterr()
+        rows, expected = table(tmp_path / "out"), table(whole)
+        assert [row["verdict"] for row in rows] == [row["verdict"] if i != 3 else "" for i, row in enumerate(expected)]
+        assert [float(row["score"]) for i, row in enumerate(rows) if i not in (2, 3)] == pytest.approx(
+            [float(row["score"]) for i, row in enumerate(expected) if i not in (2, 3)], rel=1e-5
+        )
+        assert rows[3]["score"] == "" and f"`--test` '{parts / 'test' / '3.png'}' has no score" in rows[3]["error"]
+        assert "`--mixed-precision` 'no'" in rows[3]["error"] and rows[3]["error"] in told.err
+        assert "3 inspected" in told.out and "1 could not be read" in told.out and "1 without a score" in told.out
 
 
 @pytest.fixture(scope="module")

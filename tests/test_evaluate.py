@@ -181,6 +181,50 @@ class TestGoingOn:
         assert len(table_of(out)) == 4 and rows in contents(out / "rows").values()
 
 
+class TestPointedOut:
+    @pytest.fixture
+    def root(self, tmp_path):
+        root = tmp_path / "data"
+        synthetic.write_dataset(root, ["ring"], train=1, good=2, defective=3, seed=3, size=64)
+        return root
+
+    def test_what_makes_figures_wrong_is_named(self, root, tmp_path, capfd):
+        """An empty mask, a line of 2 pixels, and good pictures in a folder of another name."""
+        empty, thin, other = sorted((root / "ring" / "ground_truth").rglob("*.png"))
+        line = np.zeros((64, 64), np.uint8)
+        Image.fromarray(line).save(empty)
+        line[20:22] = 255
+        Image.fromarray(line).save(thin)
+        (root / "ring" / "test" / "good").rename(root / "ring" / "test" / "Non_defective")
+        given = ["--data", root, "--peer", "color_patches", "--seeds", 0]
+        assert run(*given, "--map_resolution", 8, "--out", tmp_path / "small") == 0
+        told, report = capfd.readouterr().out, (tmp_path / "small" / "report.md").read_text()
+
+        def tested(mask):
+            return f"'ring/test/{mask.parent.name}/{mask.stem.removesuffix('_mask')}.png'"
+
+        for sentence in (
+            "'ring' has no good test picture, but only 'Non_defective', ",
+            "'ring' has a defect called 'Non_defective'; if its pictures are good, call the folder 'good'.",
+            f"The masks of {tested(empty)}, filed as defective, are empty",
+            f"Of the defects in {tested(thin)} more than half vanishes at 8 x 8 pixels; give `--map_resolution",
+        ):
+            assert sentence in told and sentence in report
+        assert run(*given, "--map_resolution", "original", "--out", tmp_path / "original") == 0
+        assert "vanishes" not in capfd.readouterr().out
+
+    def test_a_mask_of_another_size_is_refused_before_anything_is_inspected(self, root, tmp_path, capfd):
+        mask = next((root / "ring" / "ground_truth").rglob("*.png"))
+        Image.new("L", (64, 32)).save(mask)
+        sentence = refused(capfd, "--data", root, *FLOOR, "--out", tmp_path / "out")
+        assert f"the mask '{mask}' has 64 x 32 pixels (width x height), but its picture" in sentence
+        assert "has 64 x 64; give" in sentence and not (tmp_path / "out").exists()
+
+    def test_ordinary_data_need_no_word(self, parts, capfd, tmp_path):
+        assert run("--data", parts, *FLOOR, "--seeds", 0, "--out", tmp_path / "out") == 0
+        assert [line for line in capfd.readouterr().out.splitlines() if "ring" in line or "nut" in line] == []
+
+
 class TestDrawnParts:
     def test_interrupted_while_drawing(self, tmp_path, monkeypatch, capfd):
         """A family that is drawn in part is drawn again: its tables would be of fewer pictures."""

@@ -49,7 +49,7 @@ class TestRefused:
                 "`--adaptation` must be a folder or a Hub id that can be reached, got 'TMP/none'",
             ),
             ("--adapt --shots 0 1", "`--adapt` needs normal pictures, but `--shots` has 0; give 1 or more."),
-            ("--base TMP", "`--base` 'TMP' cannot be loaded"),
+            ("--base TMP", "`--base` 'TMP' holds no model_index.json; give the folder"),
         ],
     )
     def test_with_ours(self, parts, tiny_pipeline_folder, tmp_path, capfd, given, sentence):

@@ -29,6 +29,7 @@ class Evaluated:
                 mask[DEFECT] = True
                 path = folder / f"{index}_mask.png"
                 Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+                Image.new("L", (width, height)).save(folder / f"{index}.png")
             found = (chance.random((height, width)) + 0.3 * mask).astype(np.float32)
             test = TestImage(folder / f"{index}.png", label, "scratch" if label else "good", path)
             row = {"shots": 2, "seed": 7, "category": "nut", "number": 0, "index": index, "label": label}

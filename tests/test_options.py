@@ -3,9 +3,11 @@
 import argparse
 
 import pytest
+import torch
 
 from anomalysd_pipeline.cli import _parser
-from anomalysd_pipeline.common.console import OptionParser, add_device, renamed
+from anomalysd_pipeline.common.console import OptionParser, add_device, renamed, run_command
+from anomalysd_pipeline.common.devices import choose_device
 
 COMMANDS = ("demo", "detect", "adapt", "evaluate", "publish", "synth")
 REQUIRED = {
@@ -76,6 +78,39 @@ def test_every_door_knows_both_names_of_the_processor(command):
     short, long, neither = (_parser().parse_args([*given, *more]) for more in (["--cpu"], ["--device", "cpu"], []))
     assert vars(short) == vars(long) and short.device == "cpu" and short.cpu
     assert neither.device == "auto" and not neither.cpu
+
+
+@pytest.mark.parametrize("command", ["demo", "detect", "adapt", "evaluate"])
+def test_every_door_knows_apple_s_processor(command):
+    args = _parser().parse_args([command, *REQUIRED.get(command, []), "--device", "mps"])
+    assert args.device == "mps" and not args.cpu
+
+
+@pytest.mark.skipif(torch.backends.mps.is_available(), reason="there is one")
+def test_an_apple_processor_that_is_not_there():
+    with pytest.raises(ValueError, match="`--device` is 'mps', but PyTorch finds no Apple GPU here; use 'cpu'"):
+        choose_device("mps")
+
+
+def test_an_operation_that_apple_s_processor_lacks_is_one_sentence(capsys):
+    def run(args):
+        raise NotImplementedError(
+            "The operator 'aten::_linalg_svd.U' is not currently implemented for the MPS device. If you want this op "
+            "to be considered for addition please comment on an issue."
+        )
+
+    assert run_command(run, argparse.Namespace()) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(
+        "anomalysd: error: `--device` 'mps' lacks an operation (The operator 'aten::_linalg_svd.U' "
+    )
+    assert told.endswith("give --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1 to have it done by the CPU.\n")
+
+    def other(args):
+        raise TypeError("a fault of ours")
+
+    with pytest.raises(TypeError, match="a fault of ours"):
+        run_command(other, argparse.Namespace())
 
 
 def test_arguments_of_the_library_become_options():

@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data.tensors import to_tensor
-from anomalysd_pipeline.method.calibration import prediction_threshold
+from anomalysd_pipeline.method.calibration import prediction_threshold, threshold_between
 from anomalysd_pipeline.method.prompts import average_embedding
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.collection import collect_prototypes
@@ -285,6 +285,18 @@ class TestCategories:
             tiny_pipeline.add_category("hex_nut", [nuts[0], copies[0]])
         assert "1 of the 2 normal pictures of 'hex_nut' are copies of others" in said[0]
         assert not tiny_pipeline.calibrate("hex_nut", [nuts[0], copies[0]]).held_out
+
+    def test_known_defective_pictures_set_the_threshold(self, tiny_pipeline, nuts, tested_nuts):
+        tiny_pipeline.add_category("nut", nuts)
+        alone = tiny_pipeline.calibrate("nut", nuts)
+        with warnings_of() as said:
+            both = tiny_pipeline.calibrate("nut", nuts, defective_images=tested_nuts[2:])
+        scores = tiny_pipeline(tested_nuts[2:], category="nut").pred_scores
+        assert both.defective_scores == pytest.approx(scores.tolist(), rel=1e-4)
+        assert both.threshold == pytest.approx(threshold_between(alone.scores, scores), rel=1e-4)
+        # Random weights tell no defect.
+        assert both.expected_misses > 0.05 and "cannot keep false alarms and misses to 5.0%" in said[-1]
+        assert tiny_pipeline(nuts[0], category="nut").thresholds == [both.threshold]
 
     def test_equal_pictures_are_one(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", [nuts[0], nuts[1], nuts[0]])

@@ -81,6 +81,16 @@ class TestFiles:
         assert len({picture.name.casefold() for picture in pictures}) == len(pictures)
         assert pictures[found.index("x/sub/A.png")].name == "sub/A"
 
+    def test_results_of_an_inspection_are_no_pictures(self, tmp_path):
+        touch(tmp_path, "a.png", "old/montage.png", "old/heatmaps/a.png", "new/montage.png")
+        for name in ("old", "new"):
+            (tmp_path / name / "run.json").write_text('{"facts": {}, "given": {}}')
+        told = []
+        listing = gather([tmp_path, tmp_path / "old"], tmp_path / "new", report=told.append)
+        assert [picture.file for picture in listing.deal()] == [str(tmp_path / "a.png")]
+        assert told == [f"`source` '{tmp_path}': left out results of an inspection in folders (1)."]
+        assert "old' holds results of an inspection; give the folder of the pictures" in listing.errors[1][1]
+
     def test_names_stay_inside_the_folder(self, tmp_path, monkeypatch):
         touch(tmp_path, "a.png", "work/b.png")
         monkeypatch.chdir(tmp_path / "work")

@@ -20,6 +20,7 @@ from anomalysd_pipeline.adaptation.settings import AdaptationSettings
 from anomalysd_pipeline.data.datasets import draw_shots
 from anomalysd_pipeline.training import run as train_run
 from anomalysd_pipeline.training.options import add_arguments, given_settings
+from anomalysd_pipeline.training.pictures import read_prompts
 from anomalysd_pipeline.training.reports import LossCurve
 
 from .tiny import tiny_unet
@@ -317,6 +318,12 @@ class TestPictures:
         assert drawn("--shots", "2") == drawn("--shots", "5")[:2]
         assert drawn("--shots", "5", "--seed", "1") != drawn("--shots", "5", "--seed", "2")
         assert len(drawn()) == 4
+
+    def test_prompts_with_a_byte_order_mark(self, tmp_path):
+        """As editors on Windows write them."""
+        (tmp_path / "prompts.json").write_text(json.dumps({"ring": {"coarse": ["A ring."]}}), encoding="utf-8-sig")
+        prompts = read_prompts(tmp_path / "prompts.json", ["ring"])
+        assert prompts == {"ring": {"coarse": ["A ring."]}}
 
     def test_plain_pictures_are_all_taken(self, parts):
         args = parse("--normal", str(parts / "wood" / "train"), "--category", "oak")

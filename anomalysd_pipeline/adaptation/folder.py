@@ -16,6 +16,8 @@ from torch import Tensor
 
 from .. import EMBEDDED, __version__
 from ..common.files import disk_errors, recover, written_whole
+from ..data.depth import check_bit_depth
+from ..data.inputs import check_fingerprints
 from ..data.shots import SHOT_NAMES
 from ..method.calibration import Calibration, prediction_threshold
 from ..method.prompts import PROMPT_DESIGNS, check_category
@@ -48,8 +50,8 @@ _RECORD_KEYS = {
     "prompt_design",
     "calibration",
 }
-_OPTIONAL_KEYS = {"digests", "adapted"}
-"""Of records: earlier formats lack the first, and have the second, which nothing looks at now."""
+_OPTIONAL_KEYS = {"digests", "fingerprints", "bit_depth", "adapted"}
+"""Of records: earlier formats lack the first three, and have the last, which nothing looks at now."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -225,13 +227,18 @@ def _check_record(record: dict) -> dict:
     digests = record.get("digests", [])
     if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
         raise ValueError("a category's `digests` are no list of words")
+    check_fingerprints(record.get("fingerprints", []))
+    check_bit_depth(record.get("bit_depth"))
     record = {key: value for key, value in record.items() if key != "adapted"}
     if record["calibration"] is not None:
         calibration = Calibration(**record["calibration"])
         scales = tuple(calibration.settings["mask_scales"])
         InspectionSettings(**{**calibration.settings, "mask_scales": scales}).check()
         prediction_threshold([1.0, 2.0], calibration.false_alarm_rate)
-        if not all(type(score) is float and math.isfinite(score) for score in calibration.scores):
+        if not all(
+            type(score) is float and math.isfinite(score)
+            for score in [*calibration.scores, *calibration.defective_scores]
+        ):
             raise ValueError("a calibration has scores that are not finite")
         if type(calibration.threshold) is not float or not 0 < calibration.threshold < math.inf:
             raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
@@ -239,6 +246,12 @@ def _check_record(record: dict) -> dict:
             raise ValueError("a calibration has another number of pictures")
         if not all(isinstance(digest, str) for digest in calibration.digests):
             raise ValueError("a calibration has `digests` that are no words")
+        check_fingerprints(calibration.fingerprints)
+        if len(calibration.defective_scores) != len(calibration.defective_digests):
+            raise ValueError("a calibration has other numbers of `defective_scores` and `defective_digests`")
+        for share in (calibration.expected_false_alarms, calibration.expected_misses):
+            if share is not None and not (type(share) is float and 0 <= share <= 1):
+                raise ValueError(f"a calibration expects the share {share!r}")
     return record
 
 

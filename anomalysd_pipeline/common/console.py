@@ -7,6 +7,9 @@ import contextlib
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from .files import recover
 
 
 class OptionParser(argparse.ArgumentParser):
@@ -30,18 +33,29 @@ class OptionParser(argparse.ArgumentParser):
 
 
 def add_device(group) -> None:
-    """Adds `--device auto|cpu|cuda` and its short form `--cpu`; they set `device` and `cpu`."""
+    """Adds `--device auto|cpu|cuda|mps` and its short form `--cpu`; they set `device` and `cpu`."""
     group.add_argument(
         "--device",
         action=_Device,
-        choices=("auto", "cpu", "cuda"),
+        choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="auto: a GPU if there is one (default: %(default)s)",
+        help="auto: a CUDA GPU if there is one; mps: the GPU of an Apple computer (default: %(default)s)",
     )
     group.add_argument(
         "--cpu", action=_Device, nargs=0, const="cpu", help="leave GPUs alone: the same as --device cpu"
     )
     group.set_defaults(device="auto", cpu=False)
+
+
+def add_bit_depth(group) -> None:
+    """Adds `--bit-depth`; it sets `bit_depth`."""
+    group.add_argument(
+        "--bit-depth",
+        type=int,
+        choices=range(8, 17),
+        metavar="BITS",
+        help="bits in use in 16-bit gray: 8 to 16 (default: what the files tell, else the normal pictures)",
+    )
 
 
 class _Device(argparse.Action):
@@ -68,6 +82,16 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except (ValueError, OSError) as error:
         print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (NotImplementedError, TypeError) as error:
+        if "MPS" not in str(error):
+            raise
+        cause = str(error).split(". ")[0]
+        print(
+            f"anomalysd: error: `--device` 'mps' lacks an operation ({cause}); give --device cpu, or set "
+            "PYTORCH_ENABLE_MPS_FALLBACK=1 to have it done by the CPU.",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"anomalysd: interrupted{remedy and f'; {remedy}'}", file=sys.stderr)
         return 130
@@ -90,6 +114,36 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(renamed(error, names)) from error
+
+
+@contextlib.contextmanager
+def base_errors(base: str | Path | None) -> Iterator[None]:
+    """Words in one sentence that the checkpoint of `--base` cannot be loaded in a block.
+
+    Args:
+        base: folder or Hub id; None: the embedded checkpoint, of which nothing is checked.
+    """
+    if base is None:
+        yield
+        return
+    folder, base = Path(base), str(base)
+    recover(folder)
+    if folder.is_dir():
+        if not any((folder / name).is_file() for name in ("model_index.json", "adaptation.json")):
+            raise ValueError(
+                f"`--base` '{base}' holds no model_index.json; give the folder of a saved pipeline or adaptation."
+            )
+        remedy = "a bare inpainting checkpoint needs a connection once, for the networks that it lacks"
+    elif folder.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base):
+        kind = "is a file" if folder.exists() else "is no folder here, and no Hub id of the form 'user/name'"
+        raise ValueError(f"`--base` '{base}' {kind}; give a checkpoint's folder or its id on the Hub.")
+    else:
+        remedy = "check its spelling and the connection, or give a checkpoint's folder"
+    try:
+        yield
+    except OSError as error:  # raised by the libraries below for what is missing or incomplete
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(f"`--base` '{base}' cannot be loaded ({cause}); {remedy}.") from error
 
 
 def positive(text: str) -> int:

@@ -33,10 +33,12 @@ def choose_device(device: str | torch.device) -> torch.device:
     """Resolves "auto" to CUDA, where there is a GPU, or else to the CPU.
 
     Raises:
-        ValueError: "cuda", and PyTorch finds no GPU.
+        ValueError: "cuda" or "mps", and PyTorch finds no such GPU.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("`--device` is 'cuda', but PyTorch finds no CUDA GPU here; use 'cpu' or 'auto'.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("`--device` is 'mps', but PyTorch finds no Apple GPU here; use 'cpu' or 'auto'.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(device)

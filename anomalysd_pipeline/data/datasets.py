@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ..common.files import disk_errors
-from .images import SUFFIXES, flatten, list_images, open_image
+from .ground_truth import Masks, load_mask, quoted, shrink_mask
+from .images import upright_size
+from .listing import list_folder
 
 VISA_SPLIT = "split_csv/1cls.csv"
+GOOD = ("good", "ok", "normal")
+"""Names of a folder of good test pictures, in lower case."""
 
 Shots = dict[int, dict[int, dict[str, list[Path]]]]
 """Maps number of shots, then seed, then category to the drawn pictures."""
@@ -28,8 +31,8 @@ class TestImage:
         path: file of the picture.
         label: True for a defective part.
         defect: kind of the defect, "good" for a normal part.
-        mask_path: ground truth, a file or a folder of files to be united; None for a normal part, and where the data
-            set has no mask for the picture.
+        mask_path: ground truth, a file, or a folder or several files to be united; None for a normal part, and where
+            the data set has no mask for the picture.
         indexed: whether the mask's values are classes of defects rather than shades, see `load_mask`.
     """
 
@@ -38,12 +41,26 @@ class TestImage:
     path: Path
     label: bool
     defect: str
-    mask_path: Path | None
+    mask_path: Path | tuple[Path, ...] | None
     indexed: bool = False
 
     def mask(self, size: int | tuple[int, int] | None = None) -> np.ndarray | None:
-        """Reads the ground truth with `load_mask`, bool `[H, W]`; None where there is no `mask_path`."""
-        return None if self.mask_path is None else load_mask(self.mask_path, size, self.indexed)
+        """Reads the ground truth with `load_mask`, bool `[H, W]`; None where there is no `mask_path`.
+
+        Raises:
+            ValueError: as `load_mask`, or the mask has another size than the picture.
+        """
+        if self.mask_path is None:
+            return None
+        mask = load_mask(self.mask_path, None, self.indexed)
+        width, height = upright_size(self.path, f"picture '{self.path}'")
+        if mask.shape != (height, width):
+            turned = ", which its EXIF data turn upright" if mask.shape == (width, height) else ""
+            raise ValueError(
+                f"`path` {quoted(self.mask_path)} has {mask.shape[1]} x {mask.shape[0]} pixels (width x height), but "
+                f"its picture '{self.path}' has {width} x {height}{turned}; give the mask the size of the picture."
+            )
+        return mask if size is None else shrink_mask(mask, size)
 
 
 @dataclass(frozen=True)
@@ -93,9 +110,10 @@ def read_dataset(root: str | os.PathLike, categories: Iterable[str] | None = Non
 def read_mvtec(root: str | os.PathLike, category: str) -> Category:
     """Lists a category in MVTec-AD's layout, shared by MVTec LOCO and the converted VisA.
 
-    Normal pictures are `train/good/*` and test pictures `test/<type>/*`; every type but "good" is a defect. The
-    mask of `test/<type>/<stem>.*` is `ground_truth/<type>/<stem>_mask.png` (MVTec-AD), `<stem>.png` (VisA, as its
-    script prepares it), either with another of `SUFFIXES`, or the folder `<stem>` (MVTec LOCO).
+    Normal pictures are `train/good/*` and test pictures `test/<type>/*`; every type is a defect but `GOOD`, in upper
+    or lower case. The mask of `test/<type>/<stem>.*` is `ground_truth/<type>/<stem>_mask.png` (MVTec-AD), of several
+    `<stem>_mask_1.png` and so on, or `<stem>.png` (VisA, as its script prepares it), each with another of `SUFFIXES`
+    too, or the folder `<stem>` (MVTec LOCO).
 
     Raises:
         ValueError: the category, `train/good` or `test` is missing or holds no pictures, or a picture lies in `test`
@@ -108,16 +126,19 @@ def read_mvtec(root: str | os.PathLike, category: str) -> Category:
                 f"`root` '{root}' has no folder '{required.relative_to(root).as_posix()}'; give the folder that holds "
                 "'<category>/train/good' and '<category>/test/<type>' as `root`, and one of its names as `category`."
             )
-    test = []
-    for path in _pictures(folder / "test", "root"):
+    test, masks = [], Masks()
+    for path in list_folder(folder / "test", "root"):
         inner = path.relative_to(folder / "test").parent
         if not inner.parts:
             raise ValueError(f"`root` has '{path}' outside any defect type; move it to 'test/good' or 'test/<type>'.")
-        defect = inner.parts[0]
-        found = None if defect == "good" else _find_mask(folder / "ground_truth" / inner, path.stem)
+        if inner.parts[0].casefold() in GOOD:
+            test.append(TestImage(path, False, "good", None))
+            continue
+        found = masks.find(folder / "ground_truth" / inner, path.stem)
         # LOCO numbers its defects by the gray value.
-        test.append(TestImage(path, defect != "good", defect, found, indexed=found is not None and found.is_dir()))
-    return Category(category, _pictures(folder / "train" / "good", "root"), test)
+        indexed = isinstance(found, Path) and found.is_dir()
+        test.append(TestImage(path, True, inner.parts[0], found, indexed))
+    return Category(category, list_folder(folder / "train" / "good", "root"), test)
 
 
 def read_visa(root: str | os.PathLike, category: str) -> Category:
@@ -148,8 +169,8 @@ def read_folder(
         normal_dir: normal pictures. Without `normal_test_dir` they are divided in two halves, the larger for training,
             by a draw that depends on their names alone: it is the same for every number of shots and every seed.
         abnormal_dir: defective test pictures; the kind of defect is the first subfolder's name, else "abnormal".
-        mask_dir: their masks, at the same place as in `abnormal_dir`, named `<stem>_mask.*` or `<stem>.*`, or a folder
-            `<stem>` of masks to be united. Masks may be missing, but not all of them.
+        mask_dir: their masks, at the same place as in `abnormal_dir`, named `<stem>_mask.*`, `<stem>_mask_1.*` and so
+            on, or `<stem>.*`, or a folder `<stem>` of masks to be united. Masks may be missing, but not all of them.
         normal_test_dir: normal test pictures; `normal_dir` then serves training alone.
 
     Raises:
@@ -159,7 +180,7 @@ def read_folder(
     if mask_dir is not None and abnormal_dir is None:
         raise ValueError("`mask_dir` has the masks of `abnormal_dir`; give both, or neither.")
     given = {"normal_dir": normal_dir, "normal_test_dir": normal_test_dir, "abnormal_dir": abnormal_dir}
-    found = {argument: [] if folder is None else _pictures(folder, argument) for argument, folder in given.items()}
+    found = {argument: [] if folder is None else list_folder(folder, argument) for argument, folder in given.items()}
     _check_apart(found, mask_dir)
     train, good = found["normal_dir"], found["normal_test_dir"]
     if normal_test_dir is None:
@@ -167,10 +188,10 @@ def read_folder(
             raise ValueError(f"`normal_dir` '{normal_dir}' holds one picture; give more, or `normal_test_dir`.")
         drawn = set(draw_shots(train, (len(train) + 1) // 2, seed=0))
         train, good = [path for path in train if path in drawn], [path for path in train if path not in drawn]
-    test = [TestImage(path, False, "good", None) for path in good]
+    test, masks = [TestImage(path, False, "good", None) for path in good], Masks()
     for path in found["abnormal_dir"]:
         inner = path.relative_to(abnormal_dir).parent
-        mask_path = None if mask_dir is None else _find_mask(Path(mask_dir, inner), path.stem)
+        mask_path = None if mask_dir is None else masks.find(Path(mask_dir, inner), path.stem)
         test.append(TestImage(path, True, inner.parts[0] if inner.parts else "abnormal", mask_path))
     if mask_dir is not None and not any(image.mask_path for image in test):
         raise ValueError(
@@ -178,28 +199,6 @@ def read_folder(
             "'<stem>_mask.png' after the pictures, in the same subfolders."
         )
     return Category(name, train, test)
-
-
-def load_mask(path: str | os.PathLike, size: int | tuple[int, int] | None = None, indexed: bool = False) -> np.ndarray:
-    """Reads a ground-truth mask as bool `[H, W]`, True on the defect.
-
-    Values are divided by 255, or by 1 where none exceeds 1, and binarized at 0.5. Transparency counts as black.
-
-    Args:
-        path: a picture file, or a folder of them, which are united.
-        size: a square's side, or `(H, W)`: the binary mask is resized with antialiasing and binarized at 0.5 again.
-        indexed: whether the values are classes: defects are then all values but 0, or all palette indices but 0.
-
-    Raises:
-        ValueError: as `load_image`; a folder without pictures, or with pictures of different sizes.
-    """
-    masks = [_binarize(part, indexed) for part in (_pictures(path, "path") if os.path.isdir(path) else [path])]
-    if len({mask.shape for mask in masks}) > 1:
-        raise ValueError(f"`path` '{path}' holds masks of different sizes; give them the size of the picture.")
-    mask = np.logical_or.reduce(masks)
-    height, width = mask.shape if size is None else (size, size) if isinstance(size, int) else size
-    soft = Image.fromarray(mask.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
-    return np.asarray(soft) > 0.5
 
 
 def draw_shots(paths: Iterable[str | os.PathLike], shots: int, seed: int) -> list[Path]:
@@ -283,7 +282,7 @@ def read_shots(path: str | os.PathLike, root: str | os.PathLike, categories: Map
             its shots, or a picture is outside `root`, missing or a test picture.
     """
     try:
-        table = json.loads(Path(path).read_text(encoding="utf-8"))
+        table = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         cause = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`path` '{path}' cannot be read as JSON ({cause}); give another file.") from error
@@ -301,30 +300,6 @@ def read_shots(path: str | os.PathLike, root: str | os.PathLike, categories: Map
 def _check_known(argument: str, name: str, known: Sequence[str], root: str | os.PathLike) -> None:
     if name not in known:
         raise ValueError(f"`{argument}` has {name!r}, but '{root}' has {', '.join(known)}; choose among these.")
-
-
-def _pictures(folder: str | os.PathLike, argument: str) -> list[Path]:
-    try:
-        return list_images(folder)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`source`", f"`{argument}`")) from error
-
-
-def _find_mask(folder: Path, stem: str) -> Path | None:
-    suffixes = [spelled for suffix in (".png", *SUFFIXES) for spelled in (suffix, suffix.upper())]
-    names = [f"{name}{suffix}" for name in (f"{stem}_mask", stem) for suffix in suffixes]
-    united = folder / stem if any((folder / stem).glob("*.png")) else None
-    return next((folder / name for name in names if (folder / name).is_file()), united)
-
-
-def _binarize(path: str | os.PathLike, indexed: bool) -> np.ndarray:
-    name = f"`path` '{os.fspath(path)}'"
-    image = open_image(path, name)
-    if not indexed:
-        gray = np.asarray(flatten(image, name, "black").convert("L"))
-        return gray > 0.5 * (255 if gray.max() > 1 else 1)
-    # Gray is a mean of channels, in which a dark color, such as class 1 in one channel, would be lost.
-    return np.asarray(image) > 0 if image.mode == "P" else np.asarray(flatten(image, name, "black")).max(axis=2) > 0
 
 
 def _read_split(root: Path) -> dict[str, list[dict[str, str]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -9,21 +10,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 from torch import Tensor
+
+from .depth import KEY, check_bit_depth, is_deep, settle, tagged_depth, to_bytes
 
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
 """Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+with contextlib.suppress(ImportError):
+    from pillow_heif import register_heif_opener
+
+    register_heif_opener()
+    FORMATS, SUFFIXES = (*FORMATS, "HEIF"), (*SUFFIXES, ".heic", ".heif")
 _RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
 
 
-def load_image(source) -> Image.Image:
+def load_image(source, bit_depth: int | None = None) -> Image.Image:
     """Turns a file, PIL image, array or tensor into an 8-bit RGB PIL image.
 
     Args:
@@ -32,28 +40,30 @@ def load_image(source) -> Image.Image:
             - a PIL image of any mode;
             - a NumPy array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]`: uint8, uint16, or float in [0, 1];
             - a tensor `[C, H, W]` or `[1, C, H, W]` with 1, 3 or 4 channels, of the same types and ranges.
+        bit_depth: bits that are in use in 16-bit gray and uint16, from 8 to 16, where the file's tags do not tell (see
+            `depth.tagged_depth`); None: the smallest of 8, 10, 12, 14 and 16 that hold the largest value.
 
     The rotation noted in EXIF is applied, an animation gives its first frame, and transparency is laid over white.
-    Files do not tell the real depth of 16-bit gray: it is divided by 65535 where any value exceeds 255, and otherwise
-    read as 8-bit. A PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
+    A PIL image of mode `F` is read as [0, 1] where no value exceeds 1, and as [0, 255] otherwise.
 
     Returns:
-        A new image in mode RGB, at least 8 x 8 pixels and at most `MAX_PIXELS` (100 megapixels). The size is checked
-        before decoding, and so are the tiles of a TIFF: none may exceed both its picture and `LARGEST_TILE`.
+        A new image in mode RGB, with the depth of 16-bit gray as `info["bit_depth"]`. It has at least 8 x 8 pixels and
+        at most `MAX_PIXELS` (100 megapixels). The size is checked before decoding, and so are the tiles of a TIFF:
+        none may exceed both its picture and `LARGEST_TILE`.
 
     Raises:
         ValueError: the source is missing, a folder, damaged, no picture, too small, too large, of a wrong shape or
             type, or holds values that are not finite or out of range; the sentence names the source and the remedy.
     """
     if isinstance(source, Image.Image):
-        return flatten(_decode(source, "`source`, a PIL image,"), "`source`, a PIL image,", "white")
+        return flatten(_decode(source, "`source`, a PIL image,"), "`source`, a PIL image,", "white", bit_depth)
     if isinstance(source, (str, os.PathLike)):
         name = f"`source` '{os.fspath(source)}'"
-        return flatten(open_image(source, name), name, "white")
+        return flatten(open_image(source, name), name, "white", bit_depth)
     if isinstance(source, torch.Tensor):
-        return _from_array(_channels_last(source), f"`source`, a tensor of shape {list(source.shape)},")
+        return _from_array(_channels_last(source), f"`source`, a tensor of shape {list(source.shape)},", bit_depth)
     if isinstance(source, np.ndarray):
-        return _from_array(source, f"`source`, an array of shape {list(source.shape)},")
+        return _from_array(source, f"`source`, an array of shape {list(source.shape)},", bit_depth)
     raise ValueError(
         f"`source` is a {type(source).__name__}; give a path, a PIL image, a NumPy array or a torch tensor instead."
     )
@@ -87,14 +97,20 @@ def _open(path: str | os.PathLike, name: str) -> Image.Image:
         except Image.DecompressionBombError as error:
             raise ValueError(_too_large(name)) from error
         except UnidentifiedImageError as error:
-            raise ValueError(
-                f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
-            ) from error
+            with open(path, "rb") as file:
+                raise ValueError(unidentified(name, file.read(12))) from error
         except PermissionError as error:
             raise ValueError(f"{name} may not be read by this user; change its permissions.") from error
         # Decoders raise nearly every kind of exception over damaged bytes: OSError, SyntaxError, struct.error, ...
         except Exception as error:
             raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {_RESAVE}.") from error
+
+
+def unidentified(name: str, head: bytes) -> str:
+    """Words that no decoder takes a file, by its first 12 bytes; `name` begins the sentence."""
+    if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") and "HEIF" not in FORMATS:
+        return f"{name} is a HEIC picture; run `pip install pillow-heif` to have it read, or save it as a PNG or JPEG."
+    return f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -109,13 +125,43 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return ImageOps.exif_transpose(image)
+            depth = tagged_depth(image)
+            upright = ImageOps.exif_transpose(image)
+            if type(upright.info.get(KEY)) is not int:  # a text of that name in the file
+                upright.info.pop(KEY, None)
+            if depth is not None:
+                upright.info[KEY] = depth
+            return upright
         except Image.DecompressionBombError as error:
             raise ValueError(_too_large(name)) from error
         except Exception as error:
             raise ValueError(
                 f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {_RESAVE}."
             ) from error
+
+
+def upright_size(path: str | os.PathLike, name: str) -> tuple[int, int]:
+    """Reads width and height of a picture as it is after the rotation noted in EXIF, from its header alone.
+
+    Raises:
+        ValueError: as `load_image`.
+    """
+    with _open(path, name) as image:
+        try:
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        except Exception:  # what is wrong with EXIF data is no fault of a picture
+            turned = False
+        return image.size[::-1] if turned else image.size
+
+
+def count_pages(path: str | os.PathLike) -> int:
+    """Counts the pages or frames of a picture file; 1 where they cannot be counted."""
+    try:
+        with _open(path, "") as image, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return getattr(image, "n_frames", 1)
+    except Exception:  # decoding meets the fault again, and tells it
+        return 1
 
 
 def _tile_pixels(image: Image.Image, name: str) -> int:
@@ -138,36 +184,45 @@ def _too_large(name: str, size: str = "") -> str:
     return f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels{size}; scale it down or cut out the part."
 
 
-def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
+def flatten(image: Image.Image, name: str, background: str, bit_depth: int | None = None) -> Image.Image:
     """Converts an image of any mode and depth to RGB; transparent pixels show the `background` color.
 
+    Args:
+        image: decoded.
+        name: of the picture, for errors.
+        background: a color.
+        bit_depth: see `load_image`.
+
     Raises:
-        ValueError: gray values are not finite or out of range; the sentence starts with `name`.
+        ValueError: gray values are not finite or out of range, or colors are missing; the sentence starts with `name`.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_gray(np.asarray(image).astype(np.float64), name, 65535)
+    if is_deep(image):
+        pixels, depth = to_bytes(np.asarray(image).astype(np.float64), name, image.info.get(KEY) or bit_depth)
+        converted = Image.fromarray(pixels).convert("RGB")
+        converted.info[KEY] = depth
+        return converted
     if image.mode == "F":
-        return _from_gray(np.asarray(image).astype(np.float64), name, 1)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
+        return _from_float(np.asarray(image), name)
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+    except Exception as error:  # such as of a transparent color that its palette lacks
+        raise ValueError(f"{name} is damaged and has no colors ({error}); copy it anew, or {_RESAVE}.") from error
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image)
     return canvas.convert("RGB")
 
 
-def _from_gray(values: np.ndarray, name: str, full: int) -> Image.Image:
-    """Converts gray of uncertain depth: up to `full` (1 or 65535) or up to 255, by the largest value."""
+def _from_float(values: np.ndarray, name: str) -> Image.Image:
+    """Converts gray of uncertain range, to 1 or to 255, by the largest value."""
     if not np.isfinite(values).all():
         raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
+    values = values.astype(np.float64)
     highest = values.max()
-    if values.min() < 0 or highest > max(full, 255):
-        raise ValueError(
-            f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, {max(full, 255)}]."
-        )
-    # The larger of the two readings applies only where the smaller cannot: a dark 8-bit picture stays dark.
-    low, high = sorted((full, 255))
-    gray = np.rint(values * (255 / (low if highest <= low else high))).astype(np.uint8)
+    if values.min() < 0 or highest > 255:
+        raise ValueError(f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, 255].")
+    gray = np.rint(values * (255 / (1 if highest <= 1 else 255))).astype(np.uint8)
     return Image.fromarray(gray).convert("RGB")
 
 
@@ -185,7 +240,7 @@ def _channels_last(tensor: torch.Tensor) -> np.ndarray:
     return plane.permute(1, 2, 0).numpy()
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
+def _from_array(array: np.ndarray, name: str, bit_depth: int | None) -> Image.Image:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
@@ -195,6 +250,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         raise ValueError(_too_small(name, width, height))
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(name))
+    depth = None
     if np.issubdtype(array.dtype, np.floating):
         if not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
@@ -204,51 +260,19 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
             raise ValueError(f"{name} has float values from {low:g} to {high:g}; scale them to [0, 1], or give uint8.")
         array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
     elif array.dtype == np.uint16:
-        array = np.rint(array / 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
+        array, depth = to_bytes(array, name, bit_depth)
     elif array.dtype != np.uint8:
         raise ValueError(f"{name} has type {array.dtype}; give uint8, uint16, or float in [0, 1].")
-    return flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
-
-
-def list_images(source) -> list[Path]:
-    """Lists the pictures of a folder, a file, or several of either.
-
-    Args:
-        source: a folder (searched with its subfolders, links to folders not followed), a picture file, or an iterable
-            of those. In folders, files count by their suffix, see `SUFFIXES`, in upper or lower case, and hidden files
-            and folders are skipped; a file given by name is taken as it is.
-
-    Returns:
-        Paths without repetition, those of each folder sorted by their relative path as text.
-
-    Raises:
-        ValueError: a path does not exist, or there is no picture at all.
-    """
-    sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    found: dict[Path, None] = {}
-    for entry in map(Path, sources):
-        if os.path.isdir(entry):
-            found.update(dict.fromkeys(_walk(entry)))
-        elif os.path.isfile(entry):
-            found[entry] = None
-        else:
-            raise ValueError(f"`source` '{entry}' does not exist; give a folder of pictures or a picture file.")
-    if not found:
-        where = ", ".join(f"'{entry}'" for entry in sources) or "an empty list"
-        raise ValueError(f"`source` {where} holds no pictures; put files in it that end in {', '.join(SUFFIXES)}.")
-    return list(found)
-
-
-def _walk(folder: Path) -> list[Path]:
-    paths = []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        paths += [Path(root, name) for name in files if not name.startswith(".") and name.lower().endswith(SUFFIXES)]
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
+    image = flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
+    if depth is not None:
+        image.info[KEY] = depth
+    return image
 
 
 def load_images(
-    paths: Iterable[str | os.PathLike], on_error: Callable[[Path, str], None] | None = None
+    paths: Iterable[str | os.PathLike],
+    on_error: Callable[[Path, str], None] | None = None,
+    bit_depth: int | None = None,
 ) -> list[tuple[Path, Image.Image]]:
     """Loads pictures with `load_image`, in order.
 
@@ -256,6 +280,7 @@ def load_images(
         paths: picture files.
         on_error: called with path and sentence of each picture that cannot be loaded, which is then skipped; without
             it the first such picture raises.
+        bit_depth: see `load_image`; None: one for all, see `common_depth`.
 
     Returns:
         Pairs of path and RGB image.
@@ -263,10 +288,11 @@ def load_images(
     Raises:
         ValueError: a picture cannot be loaded and there is no `on_error`.
     """
-    loaded = []
-    for path in map(Path, paths):
+    loaded, paths = [], list(map(Path, paths))
+    bit_depth = bit_depth or common_depth(paths)
+    for path in paths:
         try:
-            loaded.append((path, load_image(path)))
+            loaded.append((path, load_image(path, bit_depth)))
         except ValueError as error:
             if on_error is None:
                 raise
@@ -274,12 +300,13 @@ def load_images(
     return loaded
 
 
-def load_pictures(images, name: str) -> list[Image.Image]:
+def load_pictures(images, name: str, bit_depth: int | None = None) -> list[Image.Image]:
     """Loads a picture, or a list of pictures, of any kind that `load_image` takes.
 
     Args:
         images: one or several; an array or tensor with a leading batch dimension counts as several.
         name: the argument's name in errors.
+        bit_depth: see `load_image`; None: one for all, see `common_depth`.
 
     Returns:
         RGB images.
@@ -287,10 +314,40 @@ def load_pictures(images, name: str) -> list[Image.Image]:
     Raises:
         ValueError: there is no picture, or a picture cannot be read.
     """
+    check_bit_depth(bit_depth)
     if isinstance(images, (np.ndarray, Tensor)):
         images = [images] if images.ndim < 4 else list(images)
     elif not isinstance(images, (list, tuple)):
         images = [] if images is None else [images]
     if not images:
         raise ValueError(f"`{name}` must be a picture or a list with at least one.")
-    return [load_image(image) for image in images]
+    bit_depth = bit_depth or common_depth(images)
+    return [load_image(image, bit_depth) for image in images]
+
+
+def common_depth(sources: Iterable) -> int | None:
+    """Finds one depth for all 16-bit gray among pictures: two of a part must not be read as different ones.
+
+    Args:
+        sources: as of `load_image`; others, and pictures that cannot be read, say nothing.
+
+    Returns:
+        What their files tell, see `depth.tagged_depth`, else the smallest of 8, 10, 12, 14 and 16 bits that hold the
+        largest value of all, with a warning for 10, 12 and 14; None where there is no 16-bit gray.
+    """
+    told, highest = [], []
+    for source in sources:
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu().numpy() if source.dtype == torch.uint16 else None
+        if isinstance(source, np.ndarray) and source.dtype == np.uint16 and source.size:
+            highest.append(source.max())
+        elif isinstance(source, (str, os.PathLike, Image.Image)):
+            try:
+                with contextlib.nullcontext(source) if isinstance(source, Image.Image) else _open(source, "") as image:
+                    if is_deep(image):  # others are not decoded for this
+                        upright = _decode(image, "")
+                        told += [upright.info[KEY]] if KEY in upright.info else []
+                        highest.append(np.asarray(upright).max())
+            except ValueError:
+                continue
+    return settle(told, highest)

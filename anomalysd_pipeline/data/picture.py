@@ -6,9 +6,9 @@ import io
 import warnings
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-from .images import FORMATS, load_image
+from .images import FORMATS, load_image, unidentified
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,32 @@ class Picture:
     row: int
     content: bytes | str | None
 
-    def load(self) -> Image.Image:
-        """Reads the picture as RGB, see `load_image`.
+    def load(self, bit_depth: int | None = None) -> Image.Image:
+        """Reads the picture as RGB.
+
+        Args:
+            bit_depth: see `load_image`.
 
         Raises:
             ValueError: it cannot be read; the sentence names it and the remedy.
+        """
+        try:
+            return load_image(self.open(), bit_depth)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`source`, a PIL image,", f"`source` '{self.file}'")) from error
+
+    def open(self) -> str | Image.Image:
+        """Gives what `load_image` takes: the path of a file, or an image that is not decoded yet.
+
+        Raises:
+            ValueError: as `load`.
         """
         if self.content is None:
             raise ValueError(
                 f"`source` '{self.file}' is an empty cell, or names a file elsewhere; put pictures into the dataset."
             )
         if isinstance(self.content, str) and "://" not in self.content:
-            return load_image(self.content)
+            return self.content
         data = self.content if isinstance(self.content, bytes) else _fetch(self.content, self.file)
         return _from_bytes(data, self.file)
 
@@ -60,17 +74,12 @@ def _from_bytes(data: bytes, name: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:
+        raise ValueError(unidentified(f"`source` '{name}'", data[:12])) from error
     # Decoders raise nearly every kind of exception over damaged bytes.
     except Exception as error:
-        raise ValueError(
-            f"`source` '{name}' is damaged, too large, or not a picture in a format we read (BMP, GIF, JPEG, PNG, "
-            "TIFF, WebP); replace it."
-        ) from error
-    try:
-        return load_image(image)
-    except ValueError as error:
-        raise ValueError(str(error).replace("`source`, a PIL image,", f"`source` '{name}'")) from error
+        raise ValueError(f"`source` '{name}' is damaged or too large ({cause(error)}); replace it.") from error
 
 
 def cause(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Protocol
 
 from PIL import Image
 
-from .images import list_images, load_images
+from .images import common_depth
+from .listing import list_images
 from .picture import Picture
 from .streamed import StreamedDataset, is_dataset
 
@@ -124,13 +126,19 @@ class Listing:
         return place
 
 
-def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, str] | None = None) -> Listing:
+def gather(
+    given: Sequence[str | os.PathLike],
+    skip: Path,
+    names: Mapping[str, str] | None = None,
+    report: Callable[[str], None] | None = None,
+) -> Listing:
     """Lists the pictures of folders, files and datasets, and names the outputs of each.
 
     Args:
         given: folders, searched with their subfolders; files; datasets.
         skip: a folder whose pictures are left out: the folder of results, which may lie in a given folder.
         names: file to name for pictures that have outputs already; no other picture gets such a name.
+        report: see `list_images`.
 
     Returns:
         The listing, without repetition. The name of a file starts below its source; a suffix, then a number is added
@@ -150,7 +158,7 @@ def gather(given: Sequence[str | os.PathLike], skip: Path, names: Mapping[str, s
             sources[number] = StreamedDataset(source)
             continue
         try:
-            found = list_images(source)
+            found = list_images(source, report, skip)
         except ValueError as error:
             errors[number] = (source, str(error))
             continue
@@ -183,34 +191,43 @@ def _candidates(given: str | None, plain: str, relative: str) -> Iterator[str]:
     yield from (f"{plain}_{number}" for number in count(2))
 
 
-def read_normals(given: Sequence[str | os.PathLike], report: Callable[[str], None]) -> list[Image.Image]:
+def read_normals(
+    given: Sequence[str | os.PathLike], report: Callable[[str], None], bit_depth: int | None = None
+) -> list[Image.Image]:
     """Reads the normal pictures of folders, files and datasets as RGB, and skips unreadable ones.
 
     Args:
         given: as in `gather`.
-        report: called with a sentence about each picture that cannot be read, and about each dataset with more than
-            `MAX_NORMALS` pictures, of which the first are taken.
+        report: called with a sentence about each picture that cannot be read, what `list_images` leaves out, and each
+            dataset with more than `MAX_NORMALS` pictures, of which the first are taken.
+        bit_depth: see `load_image`; None: one for all, see `common_depth`.
 
     Raises:
         ValueError: a source does not exist, or no picture can be read.
     """
     given = [os.fspath(source) for source in given]
     plain = [source for source in given if not is_dataset(source)]
-    loaded = []
-    if plain:
-        loaded += [image for _, image in load_images(list_images(plain), lambda _, sentence: report(sentence))]
+    paths = list_images(plain, report) if plain else []
+    pictures = [Picture(str(path), path.stem, str(path), 0, row, str(path)) for row, path in enumerate(paths)]
     for source in given:
         if source in plain:
             continue
-        listing = Listing({0: StreamedDataset(source)}, {})
-        pictures = list(islice(listing.deal(), MAX_NORMALS + 1))
-        if len(pictures) > MAX_NORMALS:
+        found = list(islice(Listing({0: StreamedDataset(source)}, {}).deal(), MAX_NORMALS + 1))
+        if len(found) > MAX_NORMALS:
             report(f"of `source` '{source}' the first {MAX_NORMALS} pictures are taken.")
-        for picture in pictures[:MAX_NORMALS]:
-            try:
-                loaded.append(picture.load())
-            except ValueError as error:
-                report(str(error))
+        pictures += found[:MAX_NORMALS]
+    if bit_depth is None:
+        opened = []
+        for picture in pictures:
+            with contextlib.suppress(ValueError):  # told below
+                opened.append(picture.open())
+        bit_depth = common_depth(opened)
+    loaded = []
+    for picture in pictures:
+        try:
+            loaded.append(picture.load(bit_depth))
+        except ValueError as error:
+            report(str(error))
     if not loaded:
         raise ValueError("`source` holds no picture that can be read; give at least one, or leave the option out.")
     return loaded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.datasets import Category, Shots, TestImage, draw_all, read_dataset, read_folder, read_shots
+from ..data.datasets import (
+    GOOD,
+    Category,
+    Shots,
+    TestImage,
+    draw_all,
+    read_dataset,
+    read_folder,
+    read_shots,
+)
+from ..data.ground_truth import shrink_mask
 from ..data.images import load_image
 from .options import DEFAULT_SEEDS, DEFAULT_SHOTS, named
 from .store import PICTURES, Draw
 
 _SYNTHETIC = {"train": 16, "good": 12, "defective": 12}
+# Names that people give to good pictures, without case and whatever stands between the words.
+_GOOD_TOO = ("clean", "correct", "defectfree", "fine", "flawless", "healthy", "intact", "nodefect", "nodefects")
+_GOOD_TOO += ("nondefect", "nondefective", "pass", "passed", "perfect", "undamaged")
 _FOLDERS = ("normal_dir", "abnormal_dir", "mask_dir", "normal_test_dir")
 
 
@@ -104,14 +118,14 @@ def choose_shots(args: argparse.Namespace, root: Path, categories: Mapping[str, 
     return {count: dict(list(by_seed.items())[:1]) if count == 0 else by_seed for count, by_seed in in_order.items()}
 
 
-def load_picture(path: Path) -> Image.Image:
-    """Loads a picture of the data set, RGB.
+def load_picture(path: Path, bit_depth: int | None = None) -> Image.Image:
+    """Loads a picture of the data set, RGB; `bit_depth` as in `load_image`.
 
     Raises:
         ValueError: as `load_image`, in the words of a person who gave a folder.
     """
     try:
-        return load_image(path)
+        return load_image(path, bit_depth)
     except ValueError as error:
         raise ValueError(str(error).replace("`source`", "the picture")) from error
 
@@ -126,6 +140,57 @@ def load_truth(test: TestImage, size: tuple[int, int] | None = None) -> np.ndarr
         return test.mask(size)
     except ValueError as error:
         raise ValueError(str(error).replace("`path`", "the mask")) from error
+
+
+def check_pictures(categories: Mapping[str, Category], root: Path, map_resolution: int | str) -> list[str]:
+    """Looks for what makes figures wrong without a word: labels by odd names, empty masks and thin defects.
+
+    Args:
+        categories: the data set, with the pictures to test.
+        root: its folder.
+        map_resolution: side at which maps and masks are compared, or "original".
+
+    Returns:
+        Sentences to be told.
+
+    Raises:
+        ValueError: a mask cannot be read, or has another size than its picture.
+    """
+    notes, empty, thin = [], [], []
+    for name, category in categories.items():
+        kinds = sorted({test.defect for test in category.test})
+        if "good" not in kinds:
+            notes.append(
+                f"{name!r} has no good test picture, but only {', '.join(map(repr, kinds))}; a folder of good "
+                f"pictures is called {', '.join(map(repr, GOOD))}."
+            )
+        for kind in (kind for kind in kinds if re.sub(r"[^a-z]", "", kind.casefold()) in _GOOD_TOO):
+            notes.append(f"{name!r} has a defect called {kind!r}; if its pictures are good, call the folder 'good'.")
+        for test in category.test:
+            mask = load_truth(test)
+            if mask is not None and not mask.any():
+                empty.append(test.path.relative_to(root).as_posix())
+            elif (
+                mask is not None
+                and map_resolution != "original"
+                # Parts of a thin line may lie so that they fill pixels of the smaller mask.
+                and shrink_mask(mask, map_resolution).mean() < mask.mean() / 2
+            ):
+                thin.append(test.path.relative_to(root).as_posix())
+    if empty:
+        notes.append(f"The masks of {_some(empty)}, filed as defective, are empty; they count as good pixels.")
+    if thin:
+        notes.append(
+            f"Of the defects in {_some(thin)} more than half vanishes at {map_resolution} x {map_resolution} pixels; "
+            "give `--map_resolution original` to keep them."
+        )
+    return notes
+
+
+def _some(pictures: Sequence[str]) -> str:
+    """Names a few pictures."""
+    few = ", ".join(map(repr, pictures[:3]))
+    return few if len(pictures) <= 3 else f"{len(pictures)} pictures such as {few}"
 
 
 def describe_pictures(

@@ -9,7 +9,7 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from ..common.console import add_device, positive, renaming
+from ..common.console import add_bit_depth, add_device, positive, renaming
 
 DEFAULT_SHOTS = (1,)
 DEFAULT_SEEDS = (0, 1, 2, 3, 4)
@@ -74,6 +74,7 @@ def _add_data(group) -> None:
         metavar="DIR",
         help="with --normal_dir: normal pictures to test with (default: half of --normal_dir)",
     )
+    add_bit_depth(group)
     group.add_argument("--limit", type=positive, metavar="N", help="at most N normal and N defective test pictures")
 
 

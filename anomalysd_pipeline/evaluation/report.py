@@ -46,6 +46,7 @@ def write_report(
     curves: Mapping[tuple, Mapping],
     cases: Sequence[Mapping],
     beside: Sequence[Mapping] = (),
+    notes: Sequence[str] = (),
 ) -> Path:
     """Writes `report.md` and its pictures under `figures/`.
 
@@ -58,6 +59,7 @@ def write_report(
         curves: `(shots, seed, category)` to curves, see `figures.draw_curves`; the first seed with any is drawn.
         cases: see `figures.draw_cases`; may be empty.
         beside: summaries of other systems on the same categories, for more rows of the main table.
+        notes: further sentences about the data.
 
     Returns:
         The path of `report.md`. Without matplotlib the report has no curves, and says so.
@@ -89,7 +91,7 @@ def write_report(
     sections += [
         f"## Settings\n\n{_settings(summary, beside)}",
         f"## Cost\n\n{_cost(costs)}",
-        f"## Notes\n\n{_notes(summary)}",
+        f"## Notes\n\n{_notes(summary, notes)}",
     ]
     path = folder / REPORT
     partial = path.with_name(f".{REPORT}.partial")
@@ -287,7 +289,7 @@ def _cost(costs: Mapping) -> str:
     return table(rows, ["Cost", "Measured"]) if rows else "Not measured."
 
 
-def _notes(summary: Mapping) -> str:
+def _notes(summary: Mapping, more: Sequence[str]) -> str:
     protocol = summary["protocol"]
     resolution = protocol["resolution"]
     size = "the pictures' own size" if resolution == "original" else f"{resolution} px"
@@ -298,6 +300,7 @@ def _notes(summary: Mapping) -> str:
         *_partial_means(summary),
         *_missing_masks(summary),
         *_undefined(summary),
+        *more,
     ]
     return "\n".join(f"- {note}" for note in notes)
 

@@ -7,20 +7,24 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from PIL import Image
 from tqdm import tqdm
 
 from ..common.devices import choose_device, on_cpu, own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..data.datasets import write_shots
+from ..data.images import common_depth
 from ..method.calibration import check_rate
 from . import costs
 from . import store as names
 from .data import (
     check_data_options,
+    check_pictures,
     choose_shots,
     describe_pictures,
     limited,
@@ -101,12 +105,18 @@ class _Evaluation:
         self.numbers = {name: number for number, name in enumerate(self.categories)}
         self.detector: Detector | None = None
         self.fit_seconds, self.loaded_for = 0.0, None
+        self.depths: dict[str, int | None] = {}
 
     def run(self) -> dict:
         # 1. Refuse what cannot be evaluated, before anything is written or removed
         self._load(self.draws[0])
         self._check_shots()
         facts = self._facts()
+        self.notes = []
+        if self.state.is_main_process:
+            self.notes = check_pictures(self.categories, self.root, self.args.map_resolution)
+        for note in self.notes:
+            self.report(note)
         if not self.args.overwrite:
             self.store.check_facts(facts)
         self.state.wait_for_everyone()
@@ -182,6 +192,13 @@ class _Evaluation:
                 self.detector = make_system(self.args, draw, self.state.device)
             self.loaded_for = draw
 
+    def _pictures(self, name: str, paths: Sequence[Path]) -> list[Image.Image]:
+        """Loads pictures of a category, all at one depth."""
+        if name not in self.depths:
+            self.depths[name] = self.args.bit_depth or common_depth(self.categories[name].train)
+        with named(bit_depth="bit_depth"):
+            return [load_picture(path, self.depths[name]) for path in paths]
+
     def _check_shots(self) -> None:
         """Raises ValueError for shots that the loaded detector cannot learn from."""
         for draw in self.draws:
@@ -203,7 +220,7 @@ class _Evaluation:
                 self._fit_together(draw, categories)
             else:
                 for name in categories:
-                    detector.fit(name, [load_picture(path) for path in drawn[name]], draw.seed)
+                    detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
         self.fit_seconds = time.perf_counter() - began
 
     def _adapt(self, draw: Draw) -> None:
@@ -211,7 +228,7 @@ class _Evaluation:
         if self.state.is_main_process and not folder.exists():
             drawn = self.shots[draw.shots][draw.seed]
             # To all categories, whichever are missing: they share one model.
-            normals = {name: [load_picture(path) for path in paths] for name, paths in drawn.items()}
+            normals = {name: self._pictures(name, paths) for name, paths in drawn.items()}
             with own_accelerate_state(one_process=True):
                 self.detector.adapt(normals, draw.seed)
             with self._writing():
@@ -227,7 +244,7 @@ class _Evaluation:
         for name in own:
             folder = banks / str(self.numbers[name])
             if not folder.exists():
-                self.detector.fit(name, [load_picture(path) for path in drawn[name]], draw.seed)
+                self.detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
                 with self._writing(), written_whole(folder) as partial:
                     self.detector.save(name, partial / "state.safetensors")
         self.state.wait_for_everyone()
@@ -239,7 +256,7 @@ class _Evaluation:
         bar = tqdm(jobs, desc=title, unit="picture", disable=None if self.state.is_main_process else True)
         for name, index in bar:
             test = self.categories[name].test[index]
-            image = load_picture(test.path)
+            (image,) = self._pictures(name, [test.path])
             began = time.perf_counter()
             found = self.detector.predict(name, image)
             seconds = time.perf_counter() - began
@@ -289,6 +306,7 @@ class _Evaluation:
             "fpr_limit": self.args.fpr_limit,
             "connectivity": self.args.connectivity,
         }
+        protocol |= {} if self.args.bit_depth is None else {"bit_depth": self.args.bit_depth}
         return {"system": system, "dataset": dataset, "protocol": protocol}
 
     def _summarize(self, facts: Mapping) -> dict:
@@ -306,7 +324,8 @@ class _Evaluation:
         cases = self._cases(sorted(last, key=lambda number: (last[number] is None, last[number] or 0.0, number)))
         with self._writing():
             write_results(self.args.out, rows)
-            write_report(self.args.out, summary, costs.total(self.store.costs(), rows), curves, cases)
+            total = costs.total(self.store.costs(), rows)
+            write_report(self.args.out, summary, total, curves, cases, notes=self.notes)
             self.store.write_json(names.SUMMARY, summary)
             for draw in self.draws:
                 self.store.clear(draw, maps=False)
@@ -333,7 +352,7 @@ class _Evaluation:
             cases.append(
                 {
                     "category": row["category"],
-                    "image": load_picture(test.path),
+                    "image": self._pictures(row["category"], [test.path])[0],
                     "mask": load_truth(test),
                     "anomaly_map": anomaly_map,
                     "score": row["score"],

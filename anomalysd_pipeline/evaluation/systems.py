@@ -6,6 +6,7 @@ import argparse
 
 import torch
 
+from ..common.console import base_errors
 from .detector import Detector
 from .options import INSPECTION, named
 from .store import Draw
@@ -75,17 +76,12 @@ def load_pipeline(args: argparse.Namespace, draw: Draw, device: torch.device):
         del given["timm_model"]
         given["extractor"] = load_backbone("imagenet", IMAGENET_LEVELS).extractor
     base = _filled(args.base, draw)
-    try:
+    with base_errors(base):
         pipe = AnomalySDPipeline.from_pretrained(
             base,
             dtype=getattr(torch, args.dtype),
             **{name: value for name, value in given.items() if value is not None},
         ).to(device)
-    except OSError as error:  # raised by the libraries below for a missing or incomplete checkpoint
-        cause = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"`--base` '{base}' cannot be loaded ({cause}); give a checkpoint's folder or its id on the Hub."
-        ) from error
     pipe.set_progress_bar_config(disable=True)
     pipe.mixed_precision = resolve_precision(args.mixed_precision, device)
     if args.adaptation:

@@ -28,6 +28,7 @@ from PIL import Image
 
 from ..common.drawing import montage
 from ..common.files import remove, write_whole
+from ..data.listing import RESULTS
 from ..data.picture import Picture
 from ..data.sources import Listing
 from .result import Inspection, caption, table_values, write_table
@@ -35,17 +36,23 @@ from .result import Inspection, caption, table_values, write_table
 MONTAGE_ROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
-_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", "run.json", "rows", "montage.png"
+_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", RESULTS, "rows", "montage.png"
 _CELL = 176  # pixels, the side of a picture in the montage
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts the pictures of a table by outcome, and tells whether there are verdicts."""
+    """Counts the pictures of a table by outcome, and tells whether there are verdicts.
+
+    Attributes:
+        failed: those that could not be read.
+        unscored: those that could be read, and have no score all the same.
+    """
 
     inspected: int
     defective: int
     failed: int
+    unscored: int
     verdicts: bool
 
 
@@ -179,9 +186,13 @@ class ResultFolder:
         if dropped is not None and dropped != shown:
             (self.folder / _ROWS / dropped).unlink(missing_ok=True)
 
-    def fail(self, picture: Picture, sentence: str) -> None:
-        """Keeps the reason why a picture could not be inspected; a run that goes on tries it again."""
-        self._append({**_place(picture), "error": sentence})
+    def fail(self, picture: Picture, sentence: str, read: bool = False) -> None:
+        """Keeps the reason why a picture was not inspected; a run that goes on tries it again.
+
+        Args:
+            read: whether the picture could be read, and has no score all the same.
+        """
+        self._append({**_place(picture), "error": sentence, "read": read})
 
     def end(self, source: str, shard: int, pictures: int) -> None:
         """Keeps how many pictures a shard has, so that a run that goes on need not read it to its end again."""
@@ -221,7 +232,9 @@ class ResultFolder:
         defective = sum(entry.defective is True for entry in index)
         inspected = sum(entry.score is not None for entry in index)
         verdicts = any(entry.defective is not None for entry in index)
-        return Counts(inspected, defective, len(index) - inspected + len(missing), verdicts)
+        unscored = sum(entry.read for entry in index if entry.score is None)
+        failed = len(index) - inspected - unscored + len(missing)
+        return Counts(inspected, defective, failed, unscored, verdicts)
 
     def close(self) -> None:
         """Closes this process's file of rows."""
@@ -239,7 +252,7 @@ class ResultFolder:
                 continue
             score, threshold = row.get("score"), row.get("threshold")
             defective = None if score is None or threshold is None else score > threshold
-            found[at] = _Entry(at, path, offset, score, defective)
+            found[at] = _Entry(at, path, offset, score, defective, row.get("read", False))
         return [found[at] for at in sorted(found)]
 
     def _rows(self) -> Iterator[tuple[Path, int, dict]]:
@@ -312,6 +325,7 @@ class _Entry:
     offset: int
     score: float | None
     defective: bool | None
+    read: bool
 
 
 def _place(picture: Picture) -> dict[str, object]:

@@ -6,9 +6,10 @@ Nothing here needs torch, so that `--help` and mistyped options are answered at 
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
-from ..common.console import add_device, positive
+from ..common.console import add_bit_depth, add_device, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     earlier.add_argument("--resume", action="store_true", help="go on with the results of an earlier run in --out")
     earlier.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
     parser.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
+    add_bit_depth(parser)
+    verdict = parser.add_mutually_exclusive_group()
+    verdict.add_argument(
+        "--threshold", type=_above_zero, metavar="X", help="scores above it are defective (default: the part's own)"
+    )
+    verdict.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        metavar="P",
+        help="share of good parts that may be called defective (default: 0.05)",
+    )
+    parser.add_argument(
+        "--defective",
+        nargs="+",
+        default=[],
+        metavar="PATH",
+        help=f"with --normal: a few pictures of defective parts, for a better threshold, {dataset}",
+    )
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
     parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
@@ -51,6 +70,16 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def add_seed(parser: argparse.ArgumentParser) -> None:
     """Adds `--seed`."""
     parser.add_argument("--seed", type=_seed, default=0, metavar="S", help="same seed, same result (default: 0)")
+
+
+def _above_zero(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number above 0, but '{text}' was given")
+    return number
 
 
 def _seed(text: str) -> int:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..common.console import base_errors
 from ..common.devices import choose_device
 from ..common.drawing import contour, overlay, verdict_text
 from ..common.files import write_whole
@@ -70,7 +71,15 @@ class Inspection:
         return contour(heat, self.predicted)
 
 
-def register(pipe, category: str, images: Sequence[Image.Image], seed: int = 0, **options) -> None:
+def register(
+    pipe,
+    category: str,
+    images: Sequence[Image.Image],
+    seed: int = 0,
+    false_alarm_rate: float = 0.05,
+    defective: Sequence[Image.Image] = (),
+    **options,
+) -> None:
     """Adds a category to a pipeline and calibrates it, both from the same normal pictures.
 
     Args:
@@ -78,16 +87,24 @@ def register(pipe, category: str, images: Sequence[Image.Image], seed: int = 0, 
         category: its name.
         images: normal pictures, RGB.
         seed: of the calibration's draws.
+        false_alarm_rate, defective: see `AnomalySDPipeline.calibrate`.
         options: those `inspect` will be called with, since a threshold holds for these settings alone.
 
     Raises:
         ValueError: as `AnomalySDPipeline.add_category` and `AnomalySDPipeline.calibrate`.
     """
     pipe.add_category(category, images)
-    pipe.calibrate(category, images, seed=seed, **options)
+    pipe.calibrate(category, images, false_alarm_rate, seed, list(defective) or None, **options)
 
 
-def inspect(pipe, images: Sequence[Image.Image], category: str | None, seed: int = 0, **options) -> list[Inspection]:
+def inspect(
+    pipe,
+    images: Sequence[Image.Image],
+    category: str | None,
+    seed: int = 0,
+    threshold: float | None = None,
+    **options,
+) -> list[Inspection]:
     """Inspects pictures together; each result depends on its picture, the seed and the options alone.
 
     Args:
@@ -95,6 +112,7 @@ def inspect(pipe, images: Sequence[Image.Image], category: str | None, seed: int
         images: RGB, one or more.
         category: its name; one that was never registered is inspected without prototypes and threshold.
         seed: of the noise, the same for every picture.
+        threshold: to use in place of the category's own; None: the category's own.
         options: of the pipeline's call, such as `preset`, `noise_strength` and `feature_weight`.
 
     Raises:
@@ -104,14 +122,16 @@ def inspect(pipe, images: Sequence[Image.Image], category: str | None, seed: int
     noise = [torch.Generator().manual_seed(seed) for _ in images]
     out = pipe(list(images), category=category, generator=noise, **options)
     seconds = (time.perf_counter() - start) / len(images)
+    scores = [float(score) for score in out.pred_scores]
+    thresholds = out.thresholds if threshold is None else [threshold] * len(scores)
     return [
         Inspection(
             image=image,
             inpainted=out.inpainted[index],
             anomaly_map=out.anomaly_maps[index],
-            score=float(out.pred_scores[index]),
-            threshold=out.thresholds[index],
-            is_defective=out.pred_labels[index],
+            score=scores[index],
+            threshold=thresholds[index],
+            is_defective=out.pred_labels[index] if threshold is None else scores[index] > threshold,
             seconds=seconds,
             region=None if out.prototype_masks is None else out.prototype_masks[index],
         )
@@ -155,15 +175,15 @@ def load_pipeline(base: str | None, device: str | torch.device, mixed_precision:
         overrides: of the checkpoint's config, such as `resolution`; None where it is the checkpoint's.
 
     Raises:
-        ValueError: there is no such device here.
-        OSError: for a base that cannot be loaded.
+        ValueError: there is no such device here, or the base cannot be loaded.
     """
     from .. import AnomalySDPipeline
     from ..common.devices import resolve_precision
 
     device = choose_device(device)
     given = {name: value for name, value in overrides.items() if value is not None}
-    pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
+    with base_errors(base):
+        pipe = AnomalySDPipeline.from_pretrained(base, **given).to(device)
     pipe.set_progress_bar_config(disable=True)
     pipe.mixed_precision = resolve_precision(mixed_precision, device)
     return pipe

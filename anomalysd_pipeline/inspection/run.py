@@ -18,20 +18,27 @@ from tqdm import tqdm
 from .. import __version__
 from ..common.console import renamed, renaming
 from ..common.devices import choose_device
+from ..data.depth import KEY
 from ..data.picture import Picture
 from ..data.sources import Listing, gather, read_normals
+from ..method.calibration import check_rate, prediction_threshold
 from ..method.prompts import check_category
+from ..method.scoring import NotFiniteError
 from .folder import Counts, ResultFolder
 from .result import inspect, load_part, load_pipeline, register, save_part
 
 # While one process downloads a base, calibrates or is given larger pictures, the others wait for longer than PyTorch's
 # usual limit.
 _PATIENCE = timedelta(days=2)
+_RATE = 0.05  # of false alarms, where nobody says another
 _SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs an inspection with parsed options, see `options.add_arguments`; on every process.
+
+    Returns:
+        The exit status: 0, or 1 where a picture could be read and has no score.
 
     Raises:
         ValueError: for input that cannot be used; in one sentence, with the names of the options.
@@ -44,16 +51,26 @@ def run(args: argparse.Namespace) -> int:
     state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
     folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
     check_category(args.category)
-    normals = []
+    check_verdicts(args)
+    normals, defective = [], []
+
+    def say(sentence: str, option: str) -> None:
+        if state.is_main_process:
+            _report(renamed(sentence, _names(option)))
+
     if args.normal and state.is_main_process:
         with renaming(_names("--normal")):
-            normals = read_normals(args.normal, lambda sentence: _report(renamed(sentence, _names("--normal"))))
+            normals = read_normals(args.normal, lambda told: say(told, "--normal"), args.bit_depth)
+        if args.defective:
+            depth = args.bit_depth or max((image.info.get(KEY, 0) for image in normals), default=0) or None
+            with renaming(_names("--defective")):
+                defective = read_normals(args.defective, lambda told: say(told, "--defective"), depth)
     earlier = folder.earlier()
     with renaming(_names("--test")):
-        listing = gather(args.test, args.out, earlier.names)
+        listing = gather(args.test, args.out, earlier.names, lambda told: say(told, "--test"))
     sentences = {number: renamed(sentence, _names("--test")) for number, (_, sentence) in listing.errors.items()}
-    for sentence in sentences.values() if state.is_main_process else ():
-        _report(sentence)
+    for sentence in sentences.values():
+        say(sentence, "--test")
     if not listing.sources:
         raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
 
@@ -66,15 +83,20 @@ def run(args: argparse.Namespace) -> int:
                 pipe.load_adaptation(args.adaptation, overwrite=True)
     options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
     pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
+    threshold = args.threshold
+    if args.false_alarm_rate is not None and not args.normal:
+        threshold = threshold_at(pipe, args.category, args.false_alarm_rate)
     state.wait_for_everyone()  # nobody writes before everybody has looked at the folder
 
     with _progress(state, listing, len(earlier.names), bool(args.normal)) as bar:
         # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
         if state.is_main_process:
-            folder.begin(describe(args, pipe, normals), given(args))
+            folder.begin(describe(args, pipe, normals, defective), given(args))
             if args.normal and not folder.part.exists():
                 bar.set_description(f"learning {args.category}")
-                register(pipe, args.category, normals, args.seed, **options)
+                with renaming({"defective_images": "--defective"}):
+                    rate = args.false_alarm_rate or _RATE
+                    register(pipe, args.category, normals, args.seed, rate, defective, **options)
                 folder.keep_part(lambda path: save_part(pipe, args.category, path))
         state.wait_for_everyone()
         if args.normal:
@@ -82,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
 
         # 4. This process's pictures
+        if threshold is not None:
+            options["threshold"] = threshold
         pictures = listing.deal(
             state.process_index,
             state.num_processes,
@@ -92,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         bar.set_description("inspecting")
         try:
             with renaming(_names("--test")):
-                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar)
+                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
             state.wait_for_everyone()
         finally:  # an interrupted run keeps what it has found
             folder.close()
@@ -100,9 +124,16 @@ def run(args: argparse.Namespace) -> int:
 
     # 5. What the table of all processes says
     if state.is_main_process:
-        if counts is None or not counts.inspected:
+        if counts is None or not counts.inspected + counts.unscored:
             raise ValueError("`--test` holds no picture that can be read; see the sentences above.")
+        calibration = pipe.config.categories.get(args.category, {}).get("calibration") or {}
+        if threshold is None and calibration.get("expected_misses") is not None:
+            print(
+                f"Threshold {calibration['threshold']:.6g}: of good parts {calibration['expected_false_alarms']:.1%} "
+                f"are expected above it, of defective ones {calibration['expected_misses']:.1%} below it"
+            )
         print(summary(folder, counts))
+        return 1 if counts.unscored else 0
     return 0
 
 
@@ -114,9 +145,11 @@ def inspect_pictures(
     seed: int = 0,
     options: Mapping[str, object] | None = None,
     bar: tqdm | None = None,
+    bit_depth: int | None = None,
     at_once: int | None = None,
 ) -> None:
-    """Inspects pictures into a folder, several together; those that cannot be read are reported and noted.
+    """Inspects pictures into a folder, several together; those that cannot be read, or have no finite score, are
+    reported and noted.
 
     Args:
         pipe: an `AnomalySDPipeline`.
@@ -124,46 +157,88 @@ def inspect_pictures(
         folder: begun by one process.
         category, seed, options: see `result.inspect`.
         bar: goes on by one for each picture.
+        bit_depth: see `load_image`; None: that of the category.
         at_once: pictures inspected together; None: 16 on a GPU, whose batches of passes then span pictures, and 1 on a
             CPU, which gains nothing by it.
     """
     bar = tqdm(disable=True) if bar is None else bar
+    bit_depth = bit_depth or pipe.config.categories.get(category, {}).get("bit_depth")
     at_once = at_once or (16 if pipe.device.type == "cuda" else 1)
     waiting: list[tuple[Picture, Image.Image]] = []
 
-    def inspect_waiting() -> None:
-        if waiting:
-            found = inspect(pipe, [image for _, image in waiting], category, seed, **(options or {}))
-            for (picture, _), result in zip(waiting, found, strict=True):
-                folder.add(picture, result)
-                bar.update()
-            waiting.clear()
+    def leave_out(picture: Picture, error: ValueError, read: bool) -> None:
+        sentence = renamed(error, _names("--test") | {"mixed_precision": "--mixed-precision"})
+        folder.fail(picture, sentence, read)
+        with bar.external_write_mode(file=sys.stderr):
+            _report(sentence)
+        bar.update()
+
+    def inspect_together(pairs: Sequence[tuple[Picture, Image.Image]]) -> None:
+        try:
+            found = inspect(pipe, [image for _, image in pairs], category, seed, **(options or {}))
+        except NotFiniteError as error:
+            if len(pairs) == 1:
+                leave_out(pairs[0][0], NotFiniteError(f"`source` '{pairs[0][0].file}'", error.stage), read=True)
+            else:  # one of them spoils the others' results
+                for pair in pairs:
+                    inspect_together([pair])
+            return
+        for (picture, _), result in zip(pairs, found, strict=True):
+            folder.add(picture, result)
+            bar.update()
 
     for picture in pictures:
         try:
-            waiting.append((picture, picture.load()))
+            waiting.append((picture, picture.load(bit_depth)))
         except ValueError as error:
-            sentence = renamed(error, _names("--test"))
-            folder.fail(picture, sentence)
-            with bar.external_write_mode(file=sys.stderr):
-                _report(sentence)
-            bar.update()
+            leave_out(picture, error, read=False)
         if len(waiting) == at_once:
-            inspect_waiting()
-    inspect_waiting()
+            inspect_together(waiting)
+            waiting.clear()
+    if waiting:
+        inspect_together(waiting)
 
 
-def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> dict[str, object]:
+def check_verdicts(args: argparse.Namespace) -> None:
+    """Raises ValueError for options about the threshold that do not go together."""
+    if args.false_alarm_rate is not None:
+        with renaming({"false_alarm_rate": "--false-alarm-rate"}):
+            check_rate(args.false_alarm_rate)
+    if args.defective and (not args.normal or args.threshold is not None):
+        raise ValueError("`--defective` needs `--normal` and no `--threshold`: together they set the threshold.")
+
+
+def threshold_at(pipe, category: str, false_alarm_rate: float) -> float:
+    """Computes the threshold of a calibrated part at another rate from its stored scores.
+
+    Raises:
+        ValueError: the part is not calibrated, or by a guess from one picture.
+    """
+    calibration = pipe.config.categories.get(category, {}).get("calibration")
+    if calibration is None or not calibration["held_out"]:
+        raise ValueError(
+            "`--false-alarm-rate` needs `--normal`, or an `--adaptation` calibrated from two or more pictures."
+        )
+    return prediction_threshold(calibration["scores"], false_alarm_rate)
+
+
+def describe(
+    args: argparse.Namespace, pipe, normals: Sequence[Image.Image], defective: Sequence[Image.Image] = ()
+) -> dict[str, object]:
     """Maps each option to what it contributes to a result; runs with equal descriptions give equal results."""
     preset = args.preset or pipe.config.default_preset
     settings = pipe.settings(args.preset, args.category, **{name: getattr(args, name) for name in _SETTINGS})
     named = {f"--{name.replace('_', '-')}" if name in _SETTINGS else name: v for name, v in settings.to_dict().items()}
     return {
         "--category": args.category,
+        "--bit-depth": args.bit_depth,
         "--base": _digest(pipe.adaptation_base()),
         "--resolution": pipe.config.resolution,
         "--adaptation": _digest(*_knowledge(pipe, args.category)),
         "--normal": _digest(*normals) if normals else None,
+        "--defective": _digest(*defective) if defective else None,
+        "--threshold": args.threshold,
+        "--false-alarm-rate": None if args.false_alarm_rate == _RATE else args.false_alarm_rate,
         "--preset": preset,
         "--mixed-precision": pipe.mixed_precision,
         **named,
@@ -174,7 +249,7 @@ def describe(args: argparse.Namespace, pipe, normals: Sequence[Image.Image]) -> 
 
 def given(args: argparse.Namespace) -> dict[str, object]:
     """Notes what a person gave, for a reader of `run.json`."""
-    names = ("base", "adaptation", "normal", "test")
+    names = ("base", "adaptation", "normal", "defective", "test")
     return {"version": __version__, **{name: getattr(args, name) for name in names}}
 
 
@@ -212,7 +287,7 @@ def _progress(state: PartialState, listing: Listing, done: int, learning: bool) 
 
 def _names(option: str) -> dict[str, str]:
     """Maps the arguments that an option stands for to it."""
-    return dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option)
+    return {**dict.fromkeys(("source", "pretrained_adaptation_name_or_path"), option), "bit_depth": "--bit-depth"}
 
 
 def _report(sentence: str) -> None:
@@ -228,4 +303,6 @@ def summary(folder: ResultFolder, counts: Counts) -> str:
         parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
     if counts.failed:
         parts.append(f"{counts.failed} could not be read")
+    if counts.unscored:
+        parts.append(f"{counts.unscored} without a score, see the column `error`")
     return f"{'; '.join(parts)}. Results in {folder.folder}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, special, stats
 
-from ..data.inputs import Inputs
+from ..data.inputs import Inputs, first_alike
+from .scoring import NotFiniteError
 from .settings import InspectionSettings
 
 SCORE_VERSION = 2
@@ -43,8 +44,11 @@ class Calibration:
     settings: the inspection settings it holds for.
     pictures: how many pictures these are.
     held_out: whether each was scored as if it were new; if not, the threshold is a guess from copies of one picture.
-    digests: the picture of each score, see `Inputs.digests`.
+    digests, fingerprints: the picture of each score, see `Inputs`; earlier versions have no fingerprints.
     version: of the score.
+    defective_scores, defective_digests: of the known defective pictures; empty without them.
+    expected_false_alarms, expected_misses: with known defective pictures, the share of good parts that is expected
+        above the threshold, and of defective parts below it; None without them, and where nothing is held out.
     """
 
     threshold: float
@@ -54,7 +58,12 @@ class Calibration:
     pictures: int
     held_out: bool
     digests: list[str] = field(default_factory=list)
+    fingerprints: list[str] = field(default_factory=list)
     version: int = 1
+    defective_scores: list[float] = field(default_factory=list)
+    defective_digests: list[str] = field(default_factory=list)
+    expected_false_alarms: float | None = None
+    expected_misses: float | None = None
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, as stored in the pipeline's config."""
@@ -104,12 +113,41 @@ def prediction_threshold(scores: Sequence[float], false_alarm_rate: float) -> fl
     rank = math.ceil((1 - false_alarm_rate) * (count + 1))
     if count >= MANY_SCORES and rank <= count:
         return float(np.sort(values)[rank - 1])
-    logs = np.log(values)
+    center, pooled, freedom = _log_distribution(values)
+    margin = stats.t.ppf(1 - false_alarm_rate, freedom) * pooled * math.sqrt(1 + 1 / count)
+    return math.exp(center + margin)
+
+
+def _log_distribution(values: np.ndarray) -> tuple[float, float, int]:
+    """Gives m, s and v of `prediction_threshold` for few scores."""
+    logs, count = np.log(values), len(values)
     freedom = TYPICAL_WEIGHT + count - 1
     spread = stats.median_abs_deviation(logs, scale="normal")
     pooled = math.sqrt((TYPICAL_WEIGHT * TYPICAL_SPREAD**2 + (count - 1) * spread**2) / freedom)
-    margin = stats.t.ppf(1 - false_alarm_rate, freedom) * pooled * math.sqrt(1 + 1 / count)
-    return math.exp(logs.mean() + margin)
+    return logs.mean(), pooled, freedom
+
+
+def expected_above(scores: Sequence[float], threshold: float) -> float:
+    """Estimates the share of further scores above a threshold, by the distribution of `prediction_threshold` for few
+    scores: that of defective pictures differs as little as that of normal ones."""
+    return _share_above(*_log_distribution(np.asarray(scores, dtype=np.float64)), len(scores), math.log(threshold))
+
+
+def threshold_between(normal: Sequence[float], defective: Sequence[float]) -> float:
+    """Finds the threshold above which as large a share of normal scores is expected as of defective ones below it: the
+    larger of the two shares is as small as it can be."""
+    logs = np.log([*normal, *defective])
+    good, bad = (_log_distribution(np.asarray(scores, dtype=np.float64)) for scores in (normal, defective))
+
+    def excess(log: float) -> float:
+        return _share_above(*good, len(normal), log) + _share_above(*bad, len(defective), log) - 1
+
+    return math.exp(optimize.brentq(excess, logs.min() - 5, logs.max() + 5))
+
+
+def _share_above(center: float, pooled: float, freedom: int, count: int, log: float) -> float:
+    distance = (center - log) / (pooled * math.sqrt(1 + 1 / count))
+    return float(special.stdtr(freedom, distance))  # the distribution function of t
 
 
 def calibrate_threshold(
@@ -120,13 +158,17 @@ def calibrate_threshold(
     false_alarm_rate: float,
     seed: int,
     before: Mapping | None = None,
+    fingerprints: Sequence[str] = (),
+    defective: Inputs | None = None,
 ) -> Calibration:
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
     A picture of the bank is scored against the prototypes of the others; what these would find closer if they were
     one more is taken off (`GROWTH`). Any other picture is scored as an inspection does. Copies of one picture count
-    once, as that of the bank if there is one among them.
+    once, whether they come together or one after the other: as that of the bank if there is one among them.
     A single picture of the bank is compared with copies of itself, and the threshold is a guess.
+    With known defective pictures the threshold is that of `threshold_between`; a guess is lowered to where they are
+    expected to be found.
 
     Args:
         score: called as `score(picture, left_out)` with inputs of length 1 and the number of the bank's picture to
@@ -138,37 +180,78 @@ def calibrate_threshold(
         seed: of the copies.
         before: the record of an earlier calibration with the same bank, whose pictures count too if it holds for the
             same settings.
+        fingerprints: of the pictures in the bank, see `Inputs.fingerprints`; none in earlier versions.
+        defective: known defective pictures, or None; those of an earlier calibration count on.
 
     Raises:
-        ValueError: see `prediction_threshold`.
+        ValueError: see `prediction_threshold`; or a picture has no finite score, or is normal and defective.
     """
     check_rate(false_alarm_rate)
     scores: dict[str, float] = {}
-    if before is not None and before["held_out"] and not differing_settings(before, settings):
-        scores.update(zip(before.get("digests", ()), before["scores"], strict=False))
+    faults: dict[str, float] = {}
+    marks = dict(zip(shots, fingerprints, strict=False))
+    same = before is not None and not differing_settings(before, settings)
+    if same:
+        faults.update(zip(before.get("defective_digests", ()), before.get("defective_scores", ()), strict=True))
+    if same and before["held_out"]:
+        earlier = before.get("digests", ())
+        scores.update(zip(earlier, before["scores"], strict=False))
+        marks |= dict(zip(earlier, before.get("fingerprints", ()), strict=False))
     floor = float(np.finfo(np.float32).tiny)  # a map that is zero everywhere has no logarithm
     growth = ((len(shots) - 1) / len(shots)) ** GROWTH if shots and settings.feature_weight > 0 else 1.0
-    digests, known = pictures.digests(), set(shots)
-    for group in _groups(pictures.alike()):
-        index = next((one for one in group if digests[one] in known), group[0])
-        digest = digests[index]
-        if digest not in known:
-            scores[digest] = max(score(pictures[index], None), floor)
-        elif len(shots) > 1:
-            scores[digest] = max(growth * score(pictures[index], shots.index(digest)), floor)
+    digests = pictures.digests()
+    given = dict(zip(digests, pictures.fingerprints(), strict=True))
+    # Pictures of the bank first, so that they stand for their copies.
+    marks = {digest: given[digest] for digest in shots if digest in given} | marks | given
+    for head, group in _groups(marks, given).items():
+        if head in scores and head not in given:
+            continue  # a copy of an earlier picture
+        index = digests.index(head if head in given else group[0])
+        if head in shots and len(shots) == 1:
+            continue  # nothing is left to compare it with
+        try:
+            if head in shots:
+                scores[head] = max(growth * score(pictures[index], shots.index(head)), floor)
+            else:
+                scores[head] = max(score(pictures[index], None), floor)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"Normal picture {index + 1} of {len(pictures)}", error.stage) from error
+    for index, digest in enumerate([] if defective is None else defective.digests()):
+        if digest in marks:
+            raise ValueError(f"`defective_images` has a picture, number {index + 1}, that is a normal one too.")
+        try:
+            faults[digest] = max(score(defective[index], None), floor)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"Defective picture {index + 1} of {len(defective)}", error.stage) from error
+    below = list(faults.values())
     facts = {"false_alarm_rate": false_alarm_rate, "settings": settings.to_dict(), "version": SCORE_VERSION}
+    facts |= {"defective_scores": below, "defective_digests": list(faults)}
+
+    def known(names: Iterable[str]) -> dict[str, list[str]]:
+        return {"digests": list(names), "fingerprints": [marks.get(name, "") for name in names]}
+
     if scores:
         values = list(scores.values())
         threshold = prediction_threshold(values, false_alarm_rate)
-        return Calibration(threshold, values, pictures=len(values), held_out=True, digests=list(scores), **facts)
+        if below:
+            threshold = threshold_between(values, below)
+            facts["expected_false_alarms"] = expected_above(values, threshold)
+            facts["expected_misses"] = 1 - expected_above(below, threshold)
+        return Calibration(threshold, values, pictures=len(values), held_out=True, **known(scores), **facts)
     values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
     threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
-    return Calibration(threshold, values, pictures=1, held_out=False, digests=digests[:1], **facts)
+    if below:
+        # The lower bound of a further one: the upper bound of the inverse.
+        threshold = min(threshold, 1 / prediction_threshold([1 / value for value in below], false_alarm_rate))
+    return Calibration(threshold, values, pictures=1, held_out=False, **known(digests[:1]), **facts)
 
 
-def _groups(first: Sequence[int]) -> list[list[int]]:
-    """Lists the members of each group, given the number of the first member for each."""
-    groups: dict[int, list[int]] = {}
-    for index, head in enumerate(first):
-        groups.setdefault(head, []).append(index)
-    return list(groups.values())
+def _groups(marks: Mapping[str, str], given: Iterable[str]) -> dict[str, list[str]]:
+    """Groups the digests `given` by the first of `marks` whose picture they are copies of."""
+    named = {digest: mark for digest, mark in marks.items() if mark}
+    names = list(named)
+    heads = {digest: names[first] for digest, first in zip(names, first_alike(list(named.values())), strict=True)}
+    groups: dict[str, list[str]] = {}
+    for digest in given:
+        groups.setdefault(heads[digest], []).append(digest)
+    return groups

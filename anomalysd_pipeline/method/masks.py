@@ -85,7 +85,7 @@ def variance_threshold(values: Tensor | np.ndarray) -> float:
     Raises:
         ValueError: there are no values, or some are not finite.
     """
-    ordered = torch.as_tensor(values).detach().double().cpu().flatten().sort().values.numpy()
+    ordered = torch.as_tensor(values).detach().cpu().double().flatten().sort().values.numpy()
     if not ordered.size or not np.isfinite(ordered).all():
         raise ValueError("`values` is empty or holds NaN or infinite values; give at least one value, all finite.")
     splits = np.flatnonzero(ordered[1:] > ordered[:-1])  # the last index of each possible lower side

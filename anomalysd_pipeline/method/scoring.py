@@ -36,6 +36,22 @@ class ScoreMaps:
         return smooth(fused, smoothing_sigma(fused.shape[-1]))
 
 
+class NotFiniteError(ValueError):
+    """Says that a picture has no score, because a stage of its inspection gave values that are not finite.
+
+    Args:
+        picture: its name, the subject of the sentence.
+        stage: of the inspection.
+    """
+
+    def __init__(self, picture: str, stage: str):
+        super().__init__(
+            f"{picture} has no score, because the {stage} gave values that are not finite; check the weights and the "
+            "adaptation, or compute in float32 with `mixed_precision` 'no'."
+        )
+        self.stage = stage
+
+
 def check_finite(stage: str, values: Sequence[Tensor]) -> None:
     """Refuses values that are not finite, which would end as a score of a normal part.
 
@@ -44,14 +60,11 @@ def check_finite(stage: str, values: Sequence[Tensor]) -> None:
         values: a tensor for each picture.
 
     Raises:
-        ValueError: naming the stage and the first picture, counted from 1.
+        NotFiniteError: naming the stage and the first picture, counted from 1.
     """
     for number, own in enumerate(values, start=1):
         if not torch.isfinite(own).all():
-            raise ValueError(
-                f"Picture {number} of {len(values)} has no score, because the {stage} gave values that are not "
-                "finite; check the weights and the adaptation, or compute in float32 with `mixed_precision` 'no'."
-            )
+            raise NotFiniteError(f"Picture {number} of {len(values)}", stage)
 
 
 def scale_map(masks: Tensor, distances: Tensor) -> Tensor:

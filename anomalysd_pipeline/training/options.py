@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ..common.console import add_device, positive
+from ..common.console import add_bit_depth, add_device, positive
 
 DEFAULT_SHOTS = 4
 
@@ -77,6 +77,7 @@ def _add_data(group) -> None:
         metavar="K",
         help=f"pictures drawn of each category (default: {DEFAULT_SHOTS}; with --normal: all)",
     )
+    add_bit_depth(group)
     group.add_argument(
         "--prompts",
         type=Path,

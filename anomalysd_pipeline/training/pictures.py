@@ -9,8 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..common.console import renamed
 from ..data.datasets import draw_shots, read_dataset
-from ..data.images import list_images, load_image
+from ..data.images import common_depth, load_image
+from ..data.listing import list_images
 from ..method.prompts import PromptBook, check_category
 from ..synthetic import normal_images
 from .options import DEFAULT_SHOTS
@@ -52,10 +54,10 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
             raise ValueError("`--normal` needs `--category`; give the name of the part in the pictures.")
         _check_name(args.category, "--category")
         try:
-            paths = list_images(args.normal)
+            paths = list_images(args.normal, lambda told: report(renamed(told, {"source": "--normal"})))
         except ValueError as error:
             raise ValueError(str(error).replace("`source`", "`--normal`")) from error
-        return {args.category: _load(args.category, paths, args.shots, args.seed, "--normal", report)}
+        return {args.category: _load(args.category, paths, args, args.shots, "--normal", report)}
     for name in args.categories or ():
         _check_name(name, "--categories")
     try:
@@ -67,7 +69,7 @@ def read_shots(args: argparse.Namespace, report: Callable[[str], None]) -> Shots
     for name, category in found.items():
         _check_name(name, "--data")
         count = min(DEFAULT_SHOTS, len(category.train)) if args.shots is None else args.shots
-        shots[name] = _load(name, category.train, count, args.seed, "--data", report)
+        shots[name] = _load(name, category.train, args, count, "--data", report)
     return shots
 
 
@@ -80,7 +82,7 @@ def read_prompts(path: Path | None, categories: Collection[str]) -> dict | None:
     if path is None:
         return None
     try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
+        prompts = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         cause = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(f"`--prompts` '{path}' cannot be read as JSON ({cause}); give another file.") from error
@@ -114,21 +116,22 @@ def _check_name(category: str, option: str) -> None:
 def _load(
     category: str,
     paths: Sequence[Path],
+    args: argparse.Namespace,
     count: int | None,
-    seed: int,
     option: str,
     report: Callable[[str], None],
 ) -> list[tuple[str, Image.Image]]:
     """Loads the first `count` readable pictures of a seeded draw; None: all, in order."""
-    ordered = paths if count is None else draw_shots(paths, len(paths), seed)
+    ordered = paths if count is None else draw_shots(paths, len(paths), args.seed)
+    bit_depth = args.bit_depth or common_depth(paths)
     loaded = []
     for path in ordered:
         if len(loaded) == count:
             break
         try:
-            loaded.append((str(path), load_image(path)))
+            loaded.append((str(path), load_image(path, bit_depth)))
         except ValueError as error:
-            report(str(error).replace("`source`", f"`{option}`"))
+            report(renamed(error, {"source": option, "bit_depth": "--bit-depth"}))
     if not loaded:
         raise ValueError(f"`{option}` holds no picture of {category!r} that can be read; give at least one.")
     if count is not None and len(loaded) < count:

@@ -24,7 +24,7 @@ from ..adaptation.checkpoints import list_checkpoints
 from ..adaptation.loop import AdaptedWeights, fine_tune
 from ..adaptation.registry import default_name
 from ..adaptation.settings import AdaptationSettings
-from ..common.console import renaming
+from ..common.console import base_errors, renaming
 from ..common.devices import choose_device, on_cpu, own_accelerate_state, resolve_precision
 from ..common.files import disk_errors, remove, written_whole
 from ..method.calibration import check_rate
@@ -173,7 +173,8 @@ def _check_output_dir(folder: Path, resume: str | None, overwrite: bool) -> None
 def load_pipeline(args: argparse.Namespace) -> AnomalySDPipeline:
     """Loads the base at the resolution of the options."""
     given = {"revision": args.revision, "variant": args.variant, "resolution": args.resolution}
-    pipe = AnomalySDPipeline.from_pretrained(args.base, **{k: v for k, v in given.items() if v is not None})
+    with base_errors(args.base):
+        pipe = AnomalySDPipeline.from_pretrained(args.base, **{k: v for k, v in given.items() if v is not None})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
