@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -28,6 +29,7 @@ from .adaptation.folder import (
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.files import recover
+from .common.threads import alone, give_way, takes_turns
 from .data.images import load_pictures
 from .data.inputs import Inputs
 from .data.tensors import resize, stack, to_pil
@@ -58,9 +60,15 @@ UNNAMED_CATEGORY = "part"
 AT_ONCE = 4
 """Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
 
+_computes = takes_turns(lambda pipe: pipe.components.values())  # which other pipelines may hold too
+_learns = takes_turns(lambda pipe: [pipe])  # inspections go on meanwhile
+
 
 class AnomalySDPipeline(DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
+
+    Its methods may be called from several threads, also of pipelines that share networks: one at a time computes, and
+    the others wait, except while a callback runs.
 
     Args:
         vae: AutoencoderKL or AutoencoderTiny.
@@ -321,6 +329,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
 
     @torch.no_grad()
+    @_computes
     def _score_maps(
         self,
         inputs: Inputs,
@@ -341,6 +350,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         device, side = self._execution_device, self.config.resolution
         record = self.config.categories.get(category, {})
         self.use_adaptation(record.get("adaptation"))
+        scheduler = copy.deepcopy(self.scheduler)  # it counts its steps
         inputs = inputs.to(device)
         pictures = inputs.squares  # [N, 3, R, R], R the pipeline's resolution
 
@@ -368,16 +378,22 @@ class AnomalySDPipeline(DiffusionPipeline):
         noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
 
         # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
+        def between_steps(function: Callable, *arguments):
+            answer, used = give_way(function, *arguments)
+            if used:
+                self.use_adaptation(record.get("adaptation"))
+            return answer
+
         def on_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
-            changed = callback(self, step, int(timestep), {"latents": current})
+            changed = between_steps(callback, self, step, int(timestep), {"latents": current})
             return (changed or {}).get("latents", current)
 
-        schedule = start_schedule(self.scheduler, settings.num_inference_steps, settings.noise_strength, device)
+        schedule = start_schedule(scheduler, settings.num_inference_steps, settings.noise_strength, device)
         with self.progress_bar(total=len(work) * len(schedule)) as progress:
             painted = run_passes(
                 self.unet,
                 self.vae,
-                self.scheduler,
+                scheduler,
                 self.perceptual,
                 pictures,
                 latents,
@@ -388,7 +404,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 settings,
                 batch_size or (16 if device.type == "cuda" else 4),
                 self.mixed_precision,
-                update=progress.update,
+                update=functools.partial(between_steps, progress.update),
                 on_step=None if callback is None else on_step,
             )
 
@@ -411,6 +427,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return Inputs.of(pictures, self.config.resolution, size_of)
 
     @torch.no_grad()
+    @_computes
     def inpaint(
         self,
         images: Tensor,
@@ -486,7 +503,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return repaint(
             self.unet,
             self.vae,
-            self.scheduler,
+            copy.deepcopy(self.scheduler),
             images,
             latents,
             masks.to(images.dtype),
@@ -516,6 +533,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return Knowledge.of(self.config, self.bank, self.adapters)
 
     @knowledge.setter
+    @_computes
     def knowledge(self, known: Knowledge) -> None:
         self.register_modules(bank=known.bank, adapters=known.adapters)
         self.register_to_config(**known.config())
@@ -528,6 +546,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.knowledge = known
 
     @torch.no_grad()
+    @_learns
+    @_computes
     def add_category(
         self,
         category: str,
@@ -582,6 +602,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         known.drop_unused_adaptations()
         self.knowledge = known
 
+    @_learns
+    @_computes
     def remove_category(self, category: str) -> None:
         """Forgets a registered part: its bank, settings and calibration.
 
@@ -593,6 +615,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.knowledge = known
 
     @torch.no_grad()
+    @_learns
     def calibrate(
         self, category: str, normal_images, false_alarm_rate: float = 0.05, seed: int = 0, **settings
     ) -> Calibration:
@@ -665,6 +688,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         """
         return AdaptationSettings.resolve([self.config.adaptation, given])
 
+    @_learns
     def adapt(
         self,
         normal_images: Mapping[str, object],
@@ -717,6 +741,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
         return weights
 
+    @_learns
     def learn(
         self,
         normal_images: Mapping[str, object],
@@ -750,9 +775,10 @@ class AnomalySDPipeline(DiffusionPipeline):
                     if own is not None
                 }
                 # After the categories: they drop the adaptation that this one replaces.
-                known = self.knowledge
-                known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
-                self.knowledge = known
+                with alone(self.components.values()):
+                    known = self.knowledge
+                    known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
+                    self.knowledge = known
             if calibrate:
                 for category, images in shots.items():
                     self.calibrate(category, images, false_alarm_rate)
@@ -785,6 +811,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "name, or remove it with `remove_adaptation` first."
             )
 
+    @_learns
+    @_computes
     def remove_adaptation(self, name: str) -> None:
         """Forgets an adaptation and the categories that rest on it.
 
@@ -809,6 +837,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             self._check_adaptation(name)
         self._chosen_adaptation = name
 
+    @_computes
     def use_adaptation(self, name: str | None) -> None:
         """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
         pipeline may share them and have switched them since."""
@@ -908,6 +937,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         pipe.register_modules(**made)
         return pipe
 
+    @_computes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included."""
         # Their weights are in the store, so the modules can be written as they were loaded.
@@ -939,6 +969,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         `load_adaptation`."""
         return read_adaptation(pretrained_adaptation_name_or_path, self.base, self.settings, **hub)
 
+    @_learns
+    @_computes
     def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
         """Takes in an adaptation that `save_adaptation` wrote, from a folder or from the Hub; all or nothing.
 
@@ -992,6 +1024,11 @@ class AnomalySDPipeline(DiffusionPipeline):
         return push_to_hub(self, repo_id, **kwargs)
 
     # Parts of the above
+
+    @_computes
+    def maybe_free_model_hooks(self) -> None:
+        """As of `DiffusionPipeline`, between the computations of other threads."""
+        super().maybe_free_model_hooks()
 
     def _threshold(self, category: str | None, settings: InspectionSettings) -> float | None:
         record = self.config.categories.get(category, {}).get("calibration")

@@ -232,14 +232,15 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         )
 
     def _searches(self, category: str, parts: int, left_out: int | None) -> list[NeighborSearch]:
-        bank = self[category]
+        bank, search = self[category], self._search
         # Prepared once for all pictures in a row; the tensor itself is a key, because a changed bank is another one.
-        if self._search is None or self._search[0] is not bank or self._search[1] != (parts, left_out):
+        if search is None or search[0] is not bank or search[1] != (parts, left_out):
             rows = bank if left_out is None else bank[self.sources(category) != left_out]
             if not len(rows):
                 raise ValueError(f"`left_out` must leave prototypes of another picture, got {left_out!r}.")
-            self._search = bank, (parts, left_out), [NeighborSearch(part) for part in rows.chunk(parts, dim=1)]
-        return self._search[2]
+            search = bank, (parts, left_out), [NeighborSearch(part) for part in rows.chunk(parts, dim=1)]
+            self._search = search  # and not read from there again: another thread may put its own there
+        return search[2]
 
     def __getstate__(self) -> dict:
         # Copies and pickles leave out what can be prepared anew.
