@@ -26,8 +26,10 @@ from .adaptation.folder import (
     read_adaptation,
     write_adaptation,
 )
+from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
+from .common.checks import require_kind, require_number, require_whole, shown
 from .common.files import recover
 from .common.threads import alone, give_way, takes_turns
 from .data.images import load_pictures
@@ -59,6 +61,9 @@ UNNAMED_CATEGORY = "part"
 
 AT_ONCE = 4
 """Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
+
+MOST_PIXELS = 4096
+"""Side of a picture at which Stable Diffusion can be asked to repaint."""
 
 _computes = takes_turns(lambda pipe: pipe.components.values())  # which other pipelines may hold too
 _learns = takes_turns(lambda pipe: [pipe])  # inspections go on meanwhile
@@ -169,11 +174,24 @@ class AnomalySDPipeline(DiffusionPipeline):
                 # The order in which convolutions compute; otherwise they reorder their inputs on every call.
                 module.to(memory_format=torch.channels_last)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        require_whole("resolution", resolution, self.vae_scale_factor, MOST_PIXELS)
         if resolution % self.vae_scale_factor:
             raise ValueError(
                 f"`resolution` must be a multiple of the VAE's factor {self.vae_scale_factor}, got {resolution}."
             )
+        require_whole("rotations", rotations, 1, MOST_ROTATIONS)
+        require_number("vae.config.scaling_factor", vae.config.scaling_factor, 0, 1e6, above=True)
+        require_kind("default_preset", default_preset, str, "the name of a preset")
+        for name, given in (("preset_overrides", preset_overrides), ("adaptation", adaptation)):
+            require_kind(name, given or {}, Mapping, "a dictionary of settings")
+        for name, given in (preset_overrides or {}).items():
+            if name not in PRESETS:
+                raise ValueError(f"`preset_overrides` may be of {', '.join(PRESETS)}, got {shown(name)}.")
+            require_kind(f"preset_overrides[{name!r}]", given, Mapping, "a dictionary of settings")
         book = PromptBook.default() if prompts is None else PromptBook.from_dict(prompts)
+        categories, adaptations = check_records(
+            {} if categories is None else categories, {} if adaptations is None else adaptations
+        )
         self.register_to_config(
             resolution=resolution,
             default_preset=default_preset,
@@ -183,14 +201,15 @@ class AnomalySDPipeline(DiffusionPipeline):
             feature_weight=feature_weight,
             rotations=rotations,
             prompts=book.to_dict(),
-            categories=copy.deepcopy(dict(categories or {})),
+            categories=categories,
             adaptation=copy.deepcopy(dict(adaptation or {})),
-            adaptations=copy.deepcopy(dict(adaptations or {})),
+            adaptations=adaptations,
             requires_safety_checker=False,
         )
         for preset in PRESETS:
             self.settings(preset=preset)
         self.adaptation_settings()
+        self.knowledge.check(unet, vae)
 
     # Settings
 
@@ -902,6 +921,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         if kwargs.get("torch_dtype") is None:
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
             kwargs["dtype"] = kwargs.get("dtype") or torch.float32
+        kwargs.setdefault("use_safetensors", True)  # no pickles, unless a caller insists
         path = pretrained_model_name_or_path or EMBEDDED
         if path == EMBEDDED and not os.path.isdir(path):
             raise ValueError(
@@ -922,9 +942,10 @@ class AnomalySDPipeline(DiffusionPipeline):
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
-        from .hub.components import own_components
+        from .hub.components import own_components, readable
 
-        pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
+        with readable(path, folder):
+            pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
         made = {}
         if kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint

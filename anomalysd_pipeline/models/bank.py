@@ -2,16 +2,20 @@
 2408.01960)."""
 
 import json
+from collections.abc import Mapping
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..common.checks import require_kind, require_whole
 from ..method.neighbors import NeighborSearch
 from .collection import is_finite
 from .coreset import greedy_coreset
 
+MOST = 10**7
+"""Prototypes of a part, and channels of each."""
 _OLD_COLUMNS = 2
 """Of what earlier versions packed in one tensor with the prototypes: how much normal pictures differ."""
 
@@ -40,6 +44,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             and evenly spaced, and vectors of their turned copies drawn at random fill up; the cheapest, and no small
             defect then hides in the gaps of a coreset.
         half: Whether vectors are rounded to half precision (by at most 0.05 %) and packed in it, which halves files.
+
+    Raises:
+        ValueError: If one of these is no whole number, or negative.
     """
 
     # Of earlier versions, which kept beside each prototype how much normal pictures differ.
@@ -55,6 +62,14 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         half: bool = False,
     ):
         super().__init__()
+        require_kind("sizes", sizes or {}, Mapping, "a dictionary from categories to numbers of prototypes")
+        for name, value, low in (
+            ("dim", dim, 0),
+            ("max_size", max_size, 1),
+            ("max_unturned", max_unturned, 0),
+            *((f"sizes[{category!r}]", size, 1) for category, size in (sizes or {}).items()),
+        ):
+            require_whole(name, value, low, MOST)
         self._search: tuple[Tensor, tuple, list[NeighborSearch]] | None = None
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))

@@ -62,6 +62,12 @@ def is_finite(features: Tensor) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
 
 
+def is_in_range(features: Tensor) -> bool:
+    """Tells whether all of [M, C] are within half precision, so that their squares are finite too."""
+    most = torch.finfo(torch.float16).max
+    return bool(-most <= features.min() and features.max() <= most)  # NaN is neither
+
+
 def _rotate(images: Tensor, degrees: float) -> Tensor:
     if degrees % 90 == 0:
         return torch.rot90(images, int(degrees // 90), dims=(2, 3))
