@@ -6,9 +6,11 @@ Modules that need torch are imported when a command runs, so that `--help` and m
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 from .common.console import OptionParser, run_command
+from .common.files import disk_errors, write_whole
 from .evaluation import options as evaluation_options
 from .inspection import options as detect_options
 from .training import options as train_options
@@ -115,7 +117,7 @@ def _synth(args: argparse.Namespace) -> int:
     from .synthetic import FAMILIES, write_dataset
 
     families = args.families or FAMILIES
-    with _progress(len(families)) as bar:
+    with _progress(len(families)) as bar, disk_errors("OUT", args.out):
         bar.unit = "family"
         write_dataset(
             args.out, families, args.train, args.good, args.defective, args.seed, args.size, lambda _: bar.update()
@@ -134,7 +136,8 @@ def _demo(args: argparse.Namespace) -> int:
     normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
     counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
     tests = {family: synthetic.test_samples(family, **counts, seed=args.seed) for family in args.families}
-    args.out.mkdir(parents=True, exist_ok=True)
+    with disk_errors("--out", args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(args.base, args.device, args.mixed_precision)
 
     results, rows, pictures, labels = {}, [], [], []
@@ -154,12 +157,14 @@ def _demo(args: argparse.Namespace) -> int:
                 pictures.append([result.image, Image.fromarray(sample.mask), result.inpainted, result.overlay()])
                 labels.append(caption(f"{family}\n{defect}", result.score, result.threshold))
                 bar.update()
-    write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
     titles = ["input", "true defect", "repainted", "heatmap"]
-    montage(pictures, titles, labels, cell=144).save(args.out / "montage.png")
-    # The same for a page's top: of each family the first good and the last defective part.
+    # The teaser is for a page's top: of each family the first good and the last defective part.
     ends = [row + end for row in range(0, len(pictures), 2 * DEMO_PICTURES) for end in (0, 2 * DEMO_PICTURES - 1)]
-    montage([pictures[i] for i in ends], titles, [labels[i] for i in ends], cell=144).save(args.out / "teaser.png")
+    with disk_errors("--out", args.out):
+        write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
+        for name, shown in (("montage.png", range(len(pictures))), ("teaser.png", ends)):
+            figure = montage([pictures[i] for i in shown], titles, [labels[i] for i in shown], cell=144)
+            write_whole(args.out / name, functools.partial(figure.save, format="PNG"))
     print(_demo_table(tests, results))
     print(f"\nPictures: {args.out / 'montage.png'}   Scores: {args.out / 'results.csv'}")
     return 0

@@ -30,7 +30,7 @@ from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.checks import require_kind, require_number, require_whole, shown
-from .common.files import recover
+from .common.files import disk_errors, recover, written_into
 from .common.threads import alone, give_way, takes_turns
 from .data.images import load_pictures
 from .data.inputs import Inputs
@@ -960,11 +960,21 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     @_computes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included."""
+        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included.
+
+        The files appear when all of them are on disk; other files of the folder stay.
+
+        Raises:
+            ValueError: if the folder cannot be written; it is then as before.
+        """
         # Their weights are in the store, so the modules can be written as they were loaded.
         take_out_adapters(self.unet)
         take_out_adapters(self.vae)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(os.path.abspath(save_directory))
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        with disk_errors("save_directory", folder), written_into(folder) as partial:
+            super().save_pretrained(partial, *args, **kwargs)
 
     def save_adaptation(self, save_directory, adaptation: str | None = None) -> None:
         """Writes an adaptation without the base: LoRA weights, banks, prompts and thresholds, a few MB.

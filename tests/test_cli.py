@@ -99,6 +99,28 @@ class TestArguments:
         assert stop.value.code == 2
         assert part in capsys.readouterr().err
 
+    @pytest.mark.parametrize(
+        ("command", "option"),
+        [
+            (["synth", "{file}", "--families", "ring"], "OUT"),
+            (["synth", "{file}/below", "--families", "ring"], "OUT"),
+            (["demo", "--out", "{file}", "--families", "ring"], "--out"),
+            (["demo", "--out", "{file}/below", "--families", "ring"], "--out"),
+            (
+                ["detect", "--out", "{file}/below", "--category", "ring", "--test", "{parts}", "--base", "{base}"],
+                "--out",
+            ),
+        ],
+    )
+    def test_a_folder_that_cannot_be_written(self, command, option, parts, tiny_pipeline_folder, tmp_path, capsys):
+        file = tmp_path / "file"
+        file.write_text("mine")
+        names = {"file": file, "parts": parts / "normal", "base": tiny_pipeline_folder}
+        assert main([word.format(**names) for word in command]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"anomalysd: error: `{option}` '{file}") and "could not be written" in error
+        assert file.read_text() == "mine"
+
     def test_evaluate_runs_what_its_options_say(self, tmp_path, capsys):
         common = ["--shots", "1", "--seeds", "0", "--limit", "1", "--peer", "color_patches", "--out", str(tmp_path)]
         assert main(["evaluate", "--synthetic", "ring", *common]) == 0

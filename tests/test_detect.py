@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline, detect, synthetic
+from anomalysd_pipeline.common.files import SoleWriter
 from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
 from anomalysd_pipeline.inspection.folder import ResultFolder
@@ -141,6 +143,30 @@ class TestResume:
         assert part in error and "--overwrite" in error
         assert not (half / "results.csv").exists()
 
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda row: b"5",
+            lambda row: b"\0" * 20,
+            lambda row: b"\xff{}",
+            lambda row: json.dumps({key: value for key, value in row.items() if key != "name"}).encode(),
+            lambda row: json.dumps({**row, "name": "a\0b"}).encode(),
+            lambda row: json.dumps({**row, "name": "../../x"}).encode(),
+            lambda row: json.dumps({**row, "score": float("nan")}).encode(),
+            lambda row: json.dumps({**row, "seconds": None}).encode(),
+        ],
+    )
+    def test_a_picture_with_a_damaged_row_is_done_again(self, damage, whole, parts, base, tmp_path, capsys):
+        out = shutil.copytree(whole, tmp_path / "out")
+        (rows,) = out.glob("rows/*.jsonl")
+        first, *others = rows.read_bytes().splitlines()
+        rows.write_bytes(b"\n".join([damage(json.loads(first)), *others]) + b"\n")
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume")) == 0
+        assert table(out) == table(whole)
+        (again,) = set(out.glob("rows/*.jsonl")) - {rows}
+        done = [Path(json.loads(line)["file"]).name for line in again.read_bytes().splitlines()]
+        assert done == [Path(json.loads(first)["file"]).name, "2.png"]  # and that which is no picture
+
     def test_without_maps_is_refused(self, half, parts, base, capsys):
         assert detect.main(arguments(parts, base, half, "--resume")) == 2
         assert "`--maps` gives 'off'" in capsys.readouterr().err
@@ -167,6 +193,30 @@ class TestResume:
         (half / "run.json").unlink()
         assert detect.main(arguments(parts, base, half, "--maps", "--resume")) == 2
         assert "without a run.json" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_a_folder_that_another_run_writes_is_refused(self, resumed, half, parts, base, tmp_path, capsys):
+        out = half if resumed else tmp_path / "new"
+        with SoleWriter("--out", out) as other:
+            other.keep()
+            given = arguments(parts, base, out, "--maps", *(["--resume"] if resumed else []))
+            assert detect.main(given) == 2
+            assert f"`--out` '{out}' is being written by another run" in capsys.readouterr().err
+        assert detect.main(given) == 0
+
+    @pytest.mark.parametrize("size", [20_000, 200])
+    def test_a_full_disk_is_one_sentence(self, size, whole, parts, base, tmp_path, capsys):
+        """Files cannot grow past a limit, so writing fails as it does on a full disk: what was learned, or a row."""
+        out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            assert detect.main(arguments(parts, base, out, "--maps")) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"anomalysd: error: `--out` '{out}' could not be written") and "--resume" in error
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume")) == 0
+        assert table(out) == table(whole)
 
     def test_an_interrupted_run_leaves_a_table(self, whole, parts, base, tmp_path, monkeypatch, capsys):
         calls = []

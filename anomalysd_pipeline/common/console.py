@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,10 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            text = f"'{os.fsdecode(error.filename)}' cannot be read or written ({error.strerror})"
+        print(f"anomalysd: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"anomalysd: interrupted{remedy and f'; {remedy}'}", file=sys.stderr)
