@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
 """Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
+_AT_ONCE = 2**20
+"""Pixels that are converted together."""
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 # Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
@@ -142,37 +144,83 @@ def flatten(image: Image.Image, name: str, background: str) -> Image.Image:
     """Converts an image of any mode and depth to RGB; transparent pixels show the `background` color.
 
     Raises:
-        ValueError: gray values are not finite or out of range; the sentence starts with `name`.
+        ValueError: gray values are not finite or out of range, or the image cannot be converted; the sentence starts
+            with `name`.
     """
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_gray(np.asarray(image).astype(np.float64), name, 65535)
-    if image.mode == "F":
-        return _from_gray(np.asarray(image).astype(np.float64), name, 1)
-    if not image.has_transparency_data:
-        return image.convert("RGB")
+    try:
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            return _from_gray(image, name, 65535)
+        if image.mode == "F":
+            return _from_gray(image, name, 1)
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        return _by_strips(image, lambda strip: _laid_over(strip, background))
+    except Exception as error:  # a color outside its palette, or facts about transparency that are none
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
+        raise ValueError(f"{name} is damaged and has no colors ({error}); copy it anew, or {_RESAVE}.") from error
+
+
+def _laid_over(image: Image.Image, background: str) -> Image.Image:
+    image = image.convert("LA") if image.mode == "La" else image  # which knows no other way
     image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image)
     return canvas.convert("RGB")
 
 
-def _from_gray(values: np.ndarray, name: str, full: int) -> Image.Image:
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Converts an image to RGB, some rows at a time: copies of all of it would take gigabytes."""
+    result = Image.new("RGB", image.size)
+    for strip, top in _strips(image):
+        result.paste(convert(strip), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Cuts an image into strips of some rows, each with the number of its first row."""
+    rows = max(1, _AT_ONCE // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height))), top
+
+
+def _from_gray(image: Image.Image, name: str, full: int) -> Image.Image:
     """Converts gray of uncertain depth: up to `full` (1 or 65535) or up to 255, by the largest value."""
-    if not np.isfinite(values).all():
-        raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
-    highest = values.max()
-    if values.min() < 0 or highest > max(full, 255):
+    lowest, highest = _extremes((np.asarray(strip) for strip, _ in _strips(image)), name)
+    if lowest < 0 or highest > max(full, 255):
         raise ValueError(
-            f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, {max(full, 255)}]."
+            f"{name} has gray values from {lowest:g} to {highest:g}; scale them to [0, {max(full, 255)}]."
         )
     # The larger of the two readings applies only where the smaller cannot: a dark 8-bit picture stays dark.
     low, high = sorted((full, 255))
-    gray = np.rint(values * (255 / (low if highest <= low else high))).astype(np.uint8)
-    return Image.fromarray(gray).convert("RGB")
+    factor = 255 / (low if highest <= low else high)
+    return _by_strips(image, lambda strip: _to_bytes(np.asarray(strip), lambda rows: rows.astype(np.float64) * factor))
+
+
+def _extremes(parts: Iterable[np.ndarray], name: str) -> tuple[float, float]:
+    """Finds the lowest and the highest of all values. Raises ValueError if any is not finite."""
+    found = np.array([(part.min(), part.max()) for part in parts], dtype=np.float64)  # NaN stays NaN
+    if not np.isfinite(found).all():
+        raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
+    return float(found.min()), float(found.max())
+
+
+def _to_bytes(values: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    """Rounds scaled values `[H, W]` or `[H, W, C]` to 8 bits, some rows at a time."""
+    result, rows = np.empty(values.shape, np.uint8), max(1, _AT_ONCE // max(1, values[0].size))
+    for top in range(0, len(values), rows):
+        result[top : top + rows] = np.rint(scale(values[top : top + rows]))
+    return Image.fromarray(result)
 
 
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
     """Converts a tensor `[C, H, W]` or `[1, C, H, W]` to an array `[H, W, C]`."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else "a sparse"
+        raise ValueError(
+            f"`source` is {kind} tensor of shape {list(tensor.shape)}; give one that holds all values, such as "
+            "`dequantize()` and `to_dense()` return."
+        )
     plane = tensor.detach().cpu()
     if plane.ndim == 4 and plane.shape[0] == 1:
         plane = plane[0]
@@ -196,18 +244,19 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise ValueError(_too_large(name))
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
-        low, high = float(array.min()), float(array.max())
+        low, high = _extremes([array], name)
         # Resizing and float rounding overshoot a little; a picture in [-1, 1] or [0, 255] overshoots by far.
         if low < -0.01 or high > 1.01:
             raise ValueError(f"{name} has float values from {low:g} to {high:g}; scale them to [0, 1], or give uint8.")
-        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+        image = _to_bytes(array, lambda rows: rows.clip(0, 1) * 255)
     elif array.dtype == np.uint16:
-        array = np.rint(array / 257).astype(np.uint8) if array.max() > 255 else array.astype(np.uint8)
-    elif array.dtype != np.uint8:
+        deep = array.max() > 255
+        image = _to_bytes(array, lambda rows: rows / 257 if deep else rows)
+    elif array.dtype == np.uint8:
+        image = Image.fromarray(np.ascontiguousarray(array))
+    else:
         raise ValueError(f"{name} has type {array.dtype}; give uint8, uint16, or float in [0, 1].")
-    return flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
+    return flatten(image, name, "white")
 
 
 def list_images(source) -> list[Path]:
