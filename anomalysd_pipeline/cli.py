@@ -1,4 +1,4 @@
-"""Offer the commands `anomalysd demo | detect | adapt | evaluate | publish | synth`.
+"""Offer the commands `anomalysd demo | app | detect | adapt | evaluate | publish | synth`.
 
 Modules that need torch are imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -9,7 +9,7 @@ import argparse
 import functools
 from pathlib import Path
 
-from .common.console import OptionParser, run_command
+from .common.console import OptionParser, positive, run_command
 from .common.files import disk_errors, write_whole
 from .evaluation import options as evaluation_options
 from .inspection import options as detect_options
@@ -49,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--families", type=_names, default=DEMO_FAMILIES, metavar="A,B", help="default: %(default)s")
     detect_options.add_model_options(demo)
     demo.set_defaults(run=_demo)
+
+    app = commands.add_parser(
+        "app",
+        help="start the app in the browser",
+        description="Start the app; needs `pip install 'anomalysd-pipeline[app]'`. Bounds and the model are set by "
+        "environment variables, see docs/app.md.",
+    )
+    app.add_argument("--host", metavar="ADDRESS", help="address to serve at (default: this machine alone)")
+    app.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
+    app.set_defaults(run=_app)
 
     detect = commands.add_parser(
         "detect",
@@ -186,6 +196,21 @@ def _demo_table(tests: dict, results: dict) -> str:
         seconds = sum(result.seconds for result in found) / len(found)
         lines.append(DEMO_LINE.format(family, f"{image:.3f}", f"{pixel:.3f}", alarms, misses, f"{seconds:.1f}"))
     return "\n".join(lines)
+
+
+def _app(args: argparse.Namespace) -> int:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("The app needs gradio; run `pip install 'anomalysd-pipeline[app]'`.") from error
+    from .app import space
+
+    with space.prepared():
+        from .app.page import build
+
+        page = build()
+    page.launch(server_name=args.host, server_port=args.port)
+    return 0
 
 
 def _detect(args: argparse.Namespace) -> int:

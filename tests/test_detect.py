@@ -365,6 +365,24 @@ class TestProcesses:
         assert rows[5]["file"].endswith("parts.parquet#0:0.png") and "damaged" in rows[6]["error"]
 
 
+def test_names_of_files_that_are_no_text_or_have_line_breaks(parts, base, tmp_path):
+    names = [b"a\xff.png", b"b\nc.png", b"no\npicture.png"]
+    paths = [os.fsdecode(os.fsencode(tmp_path) + b"/" + name) for name in names]
+    for path in paths[:2]:
+        shutil.copy(parts / "test" / "0.png", path)
+    Path(paths[2]).write_text("no picture")
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/out\xff")
+    given = ["--test", *paths, "--category", "ring", "--device", "cpu", "--base", str(base), "--out", out]
+    command = [sys.executable, "-m", "anomalysd_pipeline.detect", *given]  # on streams of its own
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0 and b"2 inspected" in done.stdout and b"/out\xff" in done.stdout
+    assert b"no picture.png' is damaged" in done.stderr
+    rows = table(Path(out))
+    assert [row["file"] for row in rows] == paths and rows[0]["score"] == rows[1]["score"] != ""
+    assert "\n" not in rows[2]["error"]
+    assert json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))["given"]["test"] == paths
+
+
 def test_columns_are_as_ever(whole):
     with open(whole / "results.csv", newline="", encoding="utf-8") as file:
         header, first, *_ = csv.reader(io.StringIO(file.read()))

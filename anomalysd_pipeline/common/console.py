@@ -64,6 +64,9 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     Returns:
         The exit status of `run`; 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not every program's own stream can
+            stream.reconfigure(errors="surrogateescape")  # a file's name that is no text keeps its bytes
     try:
         return run(args)
     except (ValueError, OSError) as error:

@@ -220,6 +220,11 @@ def _remove_unfinished(path: Path) -> None:
                 left.unlink()
 
 
+def write_names(path: Path, text: str) -> None:
+    """Writes JSON as UTF-8; bytes of file names that are no text become escapes, which JSON reads."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def read_rows(path: Path, *forms: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[int, dict]]:
     """Yields the rows of a file of JSON lines, each with its place in bytes.
 

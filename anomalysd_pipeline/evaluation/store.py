@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.files import disk_errors, read_rows, write_whole
+from ..common.files import disk_errors, read_rows, write_names, write_whole
 
 RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.csv", "report.md"
 EARLIER_RESULTS = "results.parquet"  # of versions that wrote it in place of `RESULTS`
@@ -234,7 +234,7 @@ class Store:
         path = self.folder / name
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         with disk_errors("--out", self.folder, _REMEDY):
-            write_whole(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+            write_whole(path, lambda partial: write_names(partial, text))
 
     def read_json(self, name: str):
         """Reads a file that `write_json` wrote."""

@@ -28,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.drawing import montage
-from ..common.files import disk_errors, read_rows, remove, write_whole
+from ..common.files import disk_errors, read_rows, remove, write_names, write_whole
 from ..data.picture import Picture
 from ..data.sources import Listing
 from .result import Inspection, caption, table_values, write_table
@@ -134,7 +134,7 @@ class ResultFolder:
                 remove(self.folder / _ROWS)
                 self.part.unlink(missing_ok=True)
             text = json.dumps({"facts": ours, "given": dict(given)}, indent=2, ensure_ascii=False) + "\n"
-            self._write(self.folder / _FACTS, lambda path: path.write_text(text, encoding="utf-8"))
+            self._write(self.folder / _FACTS, lambda path: write_names(path, text))
         for leftover in (self.folder / _ROWS).glob(".*.partial"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
 
@@ -196,7 +196,7 @@ class ResultFolder:
 
     def fail(self, picture: Picture, sentence: str) -> None:
         """Keeps the reason why a picture could not be inspected; a run that goes on tries it again."""
-        self._append({**_place(picture), "error": sentence})
+        self._append({**_place(picture), "error": " ".join(sentence.split())})
 
     def end(self, source: str, shard: int, pictures: int) -> None:
         """Keeps how many pictures a shard has, so that a run that goes on need not read it to its end again."""

@@ -225,7 +225,7 @@ def _names(option: str) -> dict[str, str]:
 
 
 def _report(sentence: str) -> None:
-    print(f"anomalysd: {sentence}", file=sys.stderr)
+    print(f"anomalysd: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def summary(folder: ResultFolder, counts: Counts) -> str:

@@ -17,7 +17,7 @@ from ..adaptation.preview import validation_pictures
 from ..adaptation.settings import AdaptationSettings
 from ..adaptation.stages import Stage
 from ..common.drawing import montage
-from ..common.files import disk_errors, read_rows, write_whole
+from ..common.files import disk_errors, read_rows, write_names, write_whole
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
 _PROJECT = "anomalysd"
@@ -142,7 +142,7 @@ class Reports:
             with self._disk_errors():
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(dict(self.facts), indent=2, ensure_ascii=False) + "\n"
-                write_whole(self.output_dir / FACTS, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+                write_whole(self.output_dir / FACTS, lambda unfinished: write_names(unfinished, text))
         values = {**self.settings.to_dict(), "categories": list(self.shots)}
         # Trackers take numbers and texts.
         flat = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in values.items()}
