@@ -1,4 +1,4 @@
-"""Offer the commands `anomalysd demo | detect | adapt | evaluate | publish | synth`.
+"""Offer the commands `anomalysd demo | app | detect | adapt | evaluate | publish | synth`.
 
 Modules that need torch are imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -6,9 +6,11 @@ Modules that need torch are imported when a command runs, so that `--help` and m
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
-from .common.console import OptionParser, run_command
+from .common.console import OptionParser, positive, run_command
+from .common.files import disk_errors, write_whole
 from .evaluation import options as evaluation_options
 from .inspection import options as detect_options
 from .training import options as train_options
@@ -47,6 +49,16 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--families", type=_names, default=DEMO_FAMILIES, metavar="A,B", help="default: %(default)s")
     detect_options.add_model_options(demo)
     demo.set_defaults(run=_demo)
+
+    app = commands.add_parser(
+        "app",
+        help="start the app in the browser",
+        description="Start the app; needs `pip install 'anomalysd-pipeline[app]'`. Bounds and the model are set by "
+        "environment variables, see docs/app.md.",
+    )
+    app.add_argument("--host", metavar="ADDRESS", help="address to serve at (default: this machine alone)")
+    app.add_argument("--port", type=positive, metavar="N", help="default: the first free one from 7860 on")
+    app.set_defaults(run=_app)
 
     detect = commands.add_parser(
         "detect",
@@ -120,7 +132,7 @@ def _synth(args: argparse.Namespace) -> int:
     from .synthetic import FAMILIES, write_dataset
 
     families = args.families or FAMILIES
-    with _progress(len(families)) as bar:
+    with _progress(len(families)) as bar, disk_errors("OUT", args.out):
         bar.unit = "family"
         write_dataset(
             args.out, families, args.train, args.good, args.defective, args.seed, args.size, lambda _: bar.update()
@@ -139,7 +151,8 @@ def _demo(args: argparse.Namespace) -> int:
     normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
     counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
     tests = {family: synthetic.test_samples(family, **counts, seed=args.seed) for family in args.families}
-    args.out.mkdir(parents=True, exist_ok=True)
+    with disk_errors("--out", args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(args.base, args.device, args.mixed_precision)
 
     results, rows, pictures, labels = {}, [], [], []
@@ -159,12 +172,14 @@ def _demo(args: argparse.Namespace) -> int:
                 pictures.append([result.image, Image.fromarray(sample.mask), result.inpainted, result.overlay()])
                 labels.append(caption(f"{family}\n{defect}", result.score, result.threshold))
                 bar.update()
-    write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
     titles = ["input", "true defect", "repainted", "heatmap"]
-    montage(pictures, titles, labels, cell=144).save(args.out / "montage.png")
-    # The same for a page's top: of each family the first good and the last defective part.
+    # The teaser is for a page's top: of each family the first good and the last defective part.
     ends = [row + end for row in range(0, len(pictures), 2 * DEMO_PICTURES) for end in (0, 2 * DEMO_PICTURES - 1)]
-    montage([pictures[i] for i in ends], titles, [labels[i] for i in ends], cell=144).save(args.out / "teaser.png")
+    with disk_errors("--out", args.out):
+        write_table(args.out / "results.csv", rows, DEMO_COLUMNS)
+        for name, shown in (("montage.png", range(len(pictures))), ("teaser.png", ends)):
+            figure = montage([pictures[i] for i in shown], titles, [labels[i] for i in shown], cell=144)
+            write_whole(args.out / name, functools.partial(figure.save, format="PNG"))
     print(_demo_table(tests, results))
     print(f"\nPictures: {args.out / 'montage.png'}   Scores: {args.out / 'results.csv'}")
     return 0
@@ -186,6 +201,21 @@ def _demo_table(tests: dict, results: dict) -> str:
         seconds = sum(result.seconds for result in found) / len(found)
         lines.append(DEMO_LINE.format(family, f"{image:.3f}", f"{pixel:.3f}", alarms, misses, f"{seconds:.1f}"))
     return "\n".join(lines)
+
+
+def _app(args: argparse.Namespace) -> int:
+    try:
+        import gradio  # noqa: F401
+    except ImportError as error:
+        raise ValueError("The app needs gradio; run `pip install 'anomalysd-pipeline[app]'`.") from error
+    from .app import space
+
+    with space.prepared():
+        from .app.page import build
+
+        page = build()
+    page.launch(server_name=args.host, server_port=args.port)
+    return 0
 
 
 def _detect(args: argparse.Namespace) -> int:

@@ -16,8 +16,9 @@ from torch import Tensor
 from .adaptation.folder import StoredAdaptation
 from .data.shots import SHOT_NAMES
 from .method.prompts import PromptBook
-from .models.adapters import AdapterStore
+from .models.adapters import AdapterStore, check_fits
 from .models.bank import PrototypeBank
+from .models.collection import is_in_range
 
 KEYS = ("categories", "prompts", "adaptations")
 """Entries of a pipeline's config that hold knowledge."""
@@ -87,6 +88,30 @@ class Knowledge:
     def config(self) -> dict[str, dict]:
         """The entries `KEYS` of a config, JSON-serializable."""
         return {"categories": self.categories, "prompts": self.prompts.to_dict(), "adaptations": self.adaptations}
+
+    def check(self, unet, vae) -> None:
+        """Raises ValueError for a bank out of range, normal pictures that do not fit their bank, a threshold without a bank, an adaptation without weights,
+        and weights that do not fit the denoiser or the decoder; see `adapters.check_fits`."""
+        for category in self.bank.categories:
+            if not is_in_range(self.bank[category]) or self.bank.sources(category).min() < 0:
+                raise ValueError(
+                    f"`bank` holds prototypes of {category!r} that are not finite, or far too large; register the "
+                    "part anew."
+                )
+        self.bank.check_shots()
+        calibrated = {category for category, record in self.categories.items() if record["calibration"] is not None}
+        for argument, missing in (
+            ("adapters", set(self.adaptations) - set(self.adapters.names)),
+            ("bank", calibrated - set(self.bank.categories)),
+        ):
+            if missing:
+                raise ValueError(f"`{argument}` holds nothing of {', '.join(map(repr, sorted(missing)))}.")
+        for name in self.adapters.names:
+            for part, own in self.adapters.state(name).items():
+                try:
+                    check_fits({"denoiser": unet, "decoder": vae}[part], own)
+                except (LookupError, ValueError) as error:
+                    raise ValueError(f"`adapters` does not fit, in {name!r}: {error}.") from error
 
     def copy(self) -> Knowledge:
         """A copy that shares nothing, to change and to drop on an error."""

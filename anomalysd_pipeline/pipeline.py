@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -25,9 +26,12 @@ from .adaptation.folder import (
     read_adaptation,
     write_adaptation,
 )
+from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
-from .common.files import recover
+from .common.checks import require_kind, require_number, require_whole, shown
+from .common.files import disk_errors, recover, written_into
+from .common.threads import alone, give_way, takes_turns
 from .data.depth import KEY
 from .data.images import load_pictures
 from .data.inputs import Inputs
@@ -40,7 +44,7 @@ from .method.masks import multi_scale_masks, prototype_mask
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
 from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
-from .method.settings import PRESETS, InspectionSettings, checkpoint_settings
+from .method.settings import OVERRIDDEN, PRESETS, InspectionSettings, checkpoint_settings
 from .method.workload import Workload
 from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
@@ -60,9 +64,18 @@ UNNAMED_CATEGORY = "part"
 AT_ONCE = 4
 """Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
 
+MOST_PIXELS = 4096
+"""Side of a picture at which Stable Diffusion can be asked to repaint."""
+
+_computes = takes_turns(lambda pipe: pipe.components.values())  # which other pipelines may hold too
+_learns = takes_turns(lambda pipe: [pipe])  # inspections go on meanwhile
+
 
 class AnomalySDPipeline(DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
+
+    Its methods may be called from several threads, also of pipelines that share networks: one at a time computes, and
+    the others wait, except while a callback runs.
 
     Args:
         vae: AutoencoderKL or AutoencoderTiny.
@@ -166,11 +179,24 @@ class AnomalySDPipeline(DiffusionPipeline):
                 # The order in which convolutions compute; otherwise they reorder their inputs on every call.
                 module.to(memory_format=torch.channels_last)
         self.vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        require_whole("resolution", resolution, self.vae_scale_factor, MOST_PIXELS)
         if resolution % self.vae_scale_factor:
             raise ValueError(
                 f"`resolution` must be a multiple of the VAE's factor {self.vae_scale_factor}, got {resolution}."
             )
+        require_whole("rotations", rotations, 1, MOST_ROTATIONS)
+        require_number("vae.config.scaling_factor", vae.config.scaling_factor, 0, 1e6, above=True)
+        require_kind("default_preset", default_preset, str, "the name of a preset")
+        for name, given in (("preset_overrides", preset_overrides), ("adaptation", adaptation)):
+            require_kind(name, given or {}, Mapping, "a dictionary of settings")
+        for name, given in (preset_overrides or {}).items():
+            if name not in OVERRIDDEN:
+                raise ValueError(f"`preset_overrides` may be of {', '.join(OVERRIDDEN)}, got {shown(name)}.")
+            require_kind(f"preset_overrides[{name!r}]", given, Mapping, "a dictionary of settings")
         book = PromptBook.default() if prompts is None else PromptBook.from_dict(prompts)
+        categories, adaptations = check_records(
+            {} if categories is None else categories, {} if adaptations is None else adaptations
+        )
         self.register_to_config(
             resolution=resolution,
             default_preset=default_preset,
@@ -180,14 +206,15 @@ class AnomalySDPipeline(DiffusionPipeline):
             feature_weight=feature_weight,
             rotations=rotations,
             prompts=book.to_dict(),
-            categories=copy.deepcopy(dict(categories or {})),
+            categories=categories,
             adaptation=copy.deepcopy(dict(adaptation or {})),
-            adaptations=copy.deepcopy(dict(adaptations or {})),
+            adaptations=adaptations,
             requires_safety_checker=False,
         )
         for preset in PRESETS:
             self.settings(preset=preset)
         self.adaptation_settings()
+        self.knowledge.check(unet, vae)
 
     # Settings
 
@@ -339,6 +366,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
 
     @torch.no_grad()
+    @_computes
     def _score_maps(
         self,
         inputs: Inputs,
@@ -359,6 +387,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         device, side = self._execution_device, self.config.resolution
         record = self.config.categories.get(category, {})
         self.use_adaptation(record.get("adaptation"))
+        scheduler = copy.deepcopy(self.scheduler)  # it counts its steps
         inputs = inputs.to(device)
         pictures = inputs.squares  # [N, 3, R, R], R the pipeline's resolution
 
@@ -396,16 +425,22 @@ class AnomalySDPipeline(DiffusionPipeline):
             starts = torch.cat([encode(self.vae, part) for part in exemplars.split(AT_ONCE)])  # [N, 4, h, w]
 
         # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
+        def between_steps(function: Callable, *arguments):
+            answer, used = give_way(function, *arguments)
+            if used:
+                self.use_adaptation(record.get("adaptation"))
+            return answer
+
         def on_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
-            changed = callback(self, step, int(timestep), {"latents": current})
+            changed = between_steps(callback, self, step, int(timestep), {"latents": current})
             return (changed or {}).get("latents", current)
 
-        schedule = start_schedule(self.scheduler, settings.num_inference_steps, settings.noise_strength, device)
+        schedule = start_schedule(scheduler, settings.num_inference_steps, settings.noise_strength, device)
         with self.progress_bar(total=len(work) * len(schedule)) as progress:
             painted = run_passes(
                 self.unet,
                 self.vae,
-                self.scheduler,
+                scheduler,
                 self.perceptual,
                 pictures,
                 latents,
@@ -417,7 +452,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 batch_size or (16 if device.type == "cuda" else 4),
                 self.mixed_precision,
                 starts,
-                update=progress.update,
+                update=functools.partial(between_steps, progress.update),
                 on_step=None if callback is None else on_step,
             )
 
@@ -444,6 +479,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return Inputs.of(pictures, self.config.resolution, size_of)
 
     @torch.no_grad()
+    @_computes
     def inpaint(
         self,
         images: Tensor,
@@ -519,7 +555,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return repaint(
             self.unet,
             self.vae,
-            self.scheduler,
+            copy.deepcopy(self.scheduler),
             images,
             latents,
             masks.to(images.dtype),
@@ -549,6 +585,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return Knowledge.of(self.config, self.bank, self.adapters)
 
     @knowledge.setter
+    @_computes
     def knowledge(self, known: Knowledge) -> None:
         self.register_modules(bank=known.bank, adapters=known.adapters)
         self.register_to_config(**known.config())
@@ -561,6 +598,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.knowledge = known
 
     @torch.no_grad()
+    @_learns
+    @_computes
     def add_category(
         self,
         category: str,
@@ -625,6 +664,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         known.drop_unused_adaptations()
         self.knowledge = known
 
+    @_learns
+    @_computes
     def remove_category(self, category: str) -> None:
         """Forgets a registered part: its bank, settings and calibration.
 
@@ -636,6 +677,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.knowledge = known
 
     @torch.no_grad()
+    @_learns
     def calibrate(
         self,
         category: str,
@@ -735,6 +777,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         """
         return AdaptationSettings.resolve([self.config.adaptation, given])
 
+    @_learns
     def adapt(
         self,
         normal_images: Mapping[str, object],
@@ -787,6 +830,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
         return weights
 
+    @_learns
     def learn(
         self,
         normal_images: Mapping[str, object],
@@ -820,9 +864,10 @@ class AnomalySDPipeline(DiffusionPipeline):
                     if own is not None
                 }
                 # After the categories: they drop the adaptation that this one replaces.
-                known = self.knowledge
-                known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
-                self.knowledge = known
+                with alone(self.components.values()):
+                    known = self.knowledge
+                    known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
+                    self.knowledge = known
             if calibrate:
                 for category, images in shots.items():
                     self.calibrate(category, images, false_alarm_rate)
@@ -855,6 +900,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "name, or remove it with `remove_adaptation` first."
             )
 
+    @_learns
+    @_computes
     def remove_adaptation(self, name: str) -> None:
         """Forgets an adaptation and the categories that rest on it.
 
@@ -879,6 +926,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             self._check_adaptation(name)
         self._chosen_adaptation = name
 
+    @_computes
     def use_adaptation(self, name: str | None) -> None:
         """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
         pipeline may share them and have switched them since."""
@@ -943,6 +991,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         if kwargs.get("torch_dtype") is None:
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
             kwargs["dtype"] = kwargs.get("dtype") or torch.float32
+        kwargs.setdefault("use_safetensors", True)  # no pickles, unless a caller insists
         path = pretrained_model_name_or_path or EMBEDDED
         if path == EMBEDDED and not os.path.isdir(path):
             raise ValueError(
@@ -963,9 +1012,10 @@ class AnomalySDPipeline(DiffusionPipeline):
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
-        from .hub.components import own_components
+        from .hub.components import own_components, readable
 
-        pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
+        with readable(path, folder):
+            pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
         made = {}
         if kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
@@ -978,12 +1028,23 @@ class AnomalySDPipeline(DiffusionPipeline):
         pipe.register_modules(**made)
         return pipe
 
+    @_computes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included."""
+        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included.
+
+        The files appear when all of them are on disk; other files of the folder stay.
+
+        Raises:
+            ValueError: if the folder cannot be written; it is then as before.
+        """
         # Their weights are in the store, so the modules can be written as they were loaded.
         take_out_adapters(self.unet)
         take_out_adapters(self.vae)
-        super().save_pretrained(save_directory, *args, **kwargs)
+        folder = Path(os.path.abspath(save_directory))
+        if kwargs.get("push_to_hub"):
+            kwargs.setdefault("repo_id", folder.name)
+        with disk_errors("save_directory", folder), written_into(folder) as partial:
+            super().save_pretrained(partial, *args, **kwargs)
 
     def save_adaptation(self, save_directory, adaptation: str | None = None, exemplars: bool = True) -> None:
         """Writes an adaptation without the base: LoRA weights, banks, prompts, thresholds and the normal pictures that
@@ -1012,6 +1073,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         `load_adaptation`."""
         return read_adaptation(pretrained_adaptation_name_or_path, self.base, self.settings, **hub)
 
+    @_learns
+    @_computes
     def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
         """Takes in an adaptation that `save_adaptation` wrote, from a folder or from the Hub; all or nothing.
 
@@ -1066,6 +1129,11 @@ class AnomalySDPipeline(DiffusionPipeline):
         return push_to_hub(self, repo_id, **kwargs)
 
     # Parts of the above
+
+    @_computes
+    def maybe_free_model_hooks(self) -> None:
+        """As of `DiffusionPipeline`, between the computations of other threads."""
+        super().maybe_free_model_hooks()
 
     def _threshold(self, category: str | None, settings: InspectionSettings) -> float | None:
         record = self.config.categories.get(category, {}).get("calibration")

@@ -72,7 +72,7 @@ def run(arguments: list[str], out: Path, kill_before: int | None = None) -> int 
 
 def table(out: Path) -> list[dict]:
     """The table of results without what no two runs share."""
-    with open(out / "results.csv", newline="", encoding="utf-8") as file:
+    with open(out / "results.csv", newline="", encoding="utf-8", errors="surrogateescape") as file:
         return [{key: value for key, value in row.items() if key != "seconds"} for row in csv.DictReader(file)]
 
 

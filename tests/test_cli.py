@@ -1,10 +1,15 @@
 """The command line and the room behind it, with a tiny pipeline on drawn parts."""
 
 import csv
+import json
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +103,28 @@ class TestArguments:
             main(arguments)
         assert stop.value.code == 2
         assert part in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("command", "option"),
+        [
+            (["synth", "{file}", "--families", "ring"], "OUT"),
+            (["synth", "{file}/below", "--families", "ring"], "OUT"),
+            (["demo", "--out", "{file}", "--families", "ring"], "--out"),
+            (["demo", "--out", "{file}/below", "--families", "ring"], "--out"),
+            (
+                ["detect", "--out", "{file}/below", "--category", "ring", "--test", "{parts}", "--base", "{base}"],
+                "--out",
+            ),
+        ],
+    )
+    def test_a_folder_that_cannot_be_written(self, command, option, parts, tiny_pipeline_folder, tmp_path, capsys):
+        file = tmp_path / "file"
+        file.write_text("mine")
+        names = {"file": file, "parts": parts / "normal", "base": tiny_pipeline_folder}
+        assert main([word.format(**names) for word in command]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"anomalysd: error: `{option}` '{file}") and "could not be written" in error
+        assert file.read_text() == "mine"
 
     def test_evaluate_runs_what_its_options_say(self, tmp_path, capsys):
         common = ["--shots", "1", "--seeds", "0", "--limit", "1", "--peer", "color_patches", "--out", str(tmp_path)]
@@ -274,3 +301,40 @@ def test_space_installs_what_the_package_needs():
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     listed = {line for line in lines if line and not line.startswith("#")}
     assert listed == set(project["dependencies"]) | set(project["optional-dependencies"]["app"])
+
+
+@pytest.mark.full
+def test_the_app_and_the_demo_start_from_an_installed_package_elsewhere(tiny_pipeline_folder, tmp_path):
+    site, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    shutil.copytree(ROOT / "anomalysd_pipeline", site / "anomalysd_pipeline")
+    shutil.copy(ROOT / "prompts.json", site / "anomalysd_pipeline")  # as a wheel has it
+    elsewhere.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(site), "ANOMALYSD_MODEL": str(tiny_pipeline_folder)}
+    command = [sys.executable, "-m", "anomalysd_pipeline"]
+    start = {
+        "cwd": elsewhere,
+        "env": environment,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+    }
+    demo = [*command, "demo", "--families", "ring", "--base", str(tiny_pipeline_folder), "--device", "cpu"]
+    assert "image AUROC" in subprocess.run(demo, **start, check=True).stdout
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen([*command, "app", "--port", str(port)], **start)
+    try:
+        straight = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # past any proxy
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                with straight.open(f"http://127.0.0.1:{port}/config") as answer:
+                    assert "AnomalySD" in json.load(answer)["title"]
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        process.kill()
+        process.communicate()

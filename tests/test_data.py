@@ -470,3 +470,69 @@ class TestAugment:
     def test_bad_arguments(self, shape, scale):
         with pytest.raises(ValueError, match="`image`|`scale`"):
             augment(torch.zeros(shape), torch.Generator(), scale=scale)
+
+
+class TestOddColors:
+    @pytest.mark.parametrize("mode", ["L", "RGB", "P", "1"])
+    @pytest.mark.parametrize("transparency", ["red", 5.5, [1], None, 10**9])
+    def test_transparency_that_is_none_is_one_sentence(self, tmp_path, mode, transparency):
+        image = Image.new(mode, (16, 16))
+        image.info["transparency"] = transparency
+        if transparency == 10**9 and mode != "P":
+            return  # a color that no pixel has
+        with pytest.raises(ValueError, match="^`source`, a PIL image, is damaged and has no colors .*; copy it anew"):
+            load_image(image)
+
+    def test_a_file_whose_palette_lacks_the_transparent_color_is_named(self, tmp_path):
+        def chunk(kind, content):
+            return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+        header = b"".join(length.to_bytes(4, "big") for length in (16, 16)) + bytes([8, 3, 0, 0, 0])
+        chunks = {
+            b"IHDR": header,
+            b"PLTE": bytes(range(6)),
+            b"tRNS": b"\xff" * 300 + b"\0",
+            b"IDAT": zlib.compress(bytes(17 * 16)),
+            b"IEND": b"",
+        }
+        path = tmp_path / "part.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks.items()))
+        with pytest.raises(ValueError, match="^`source` '.*part.png' is damaged and has no colors .palette index"):
+            load_image(path)
+
+    def test_premultiplied_gray(self):
+        assert (pixels_of(Image.new("La", (16, 16))) == 255).all()
+
+    @pytest.mark.parametrize(
+        ("tensor", "kind"),
+        [
+            (torch.empty(3, 16, 16, device="meta"), "a meta"),
+            (torch.zeros(3, 16, 16).to_sparse(), "a sparse"),
+            (torch.quantize_per_tensor(torch.zeros(3, 16, 16), 0.1, 0, torch.quint8), "a quantized"),
+        ],
+    )
+    def test_tensors_without_plain_values(self, tensor, kind):
+        with pytest.raises(ValueError, match=f"^`source` is {kind} tensor of shape .3, 16, 16."):
+            load_image(tensor)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the memory of a forked process is measured")
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "I;16", "I", "F"])
+def test_memory_of_large_pictures(tmp_path, mode):
+    """At most 11 bytes for each pixel, which is a gigabyte at the 100 megapixels that are allowed."""
+    import resource
+
+    dtype = {"I;16": np.uint16, "I": np.int32, "F": np.float32}.get(mode)
+    image = Image.new(mode, (4000, 4000)) if dtype is None else Image.fromarray(np.ones((4000, 4000), dtype))
+    image.save(tmp_path / "part.tif")
+    del image
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        load_image(tmp_path / "part.tif")
+        os.write(write, str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    kibibytes = int(os.read(read, 100))
+    assert kibibytes * 1024 < 11 * 4000 * 4000

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline, detect, synthetic
+from anomalysd_pipeline.common.files import SoleWriter
 from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
 from anomalysd_pipeline.inspection.folder import ResultFolder
@@ -143,6 +145,30 @@ class TestResume:
         assert part in error and "--overwrite" in error
         assert not (half / "results.csv").exists()
 
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            lambda row: b"5",
+            lambda row: b"\0" * 20,
+            lambda row: b"\xff{}",
+            lambda row: json.dumps({key: value for key, value in row.items() if key != "name"}).encode(),
+            lambda row: json.dumps({**row, "name": "a\0b"}).encode(),
+            lambda row: json.dumps({**row, "name": "../../x"}).encode(),
+            lambda row: json.dumps({**row, "score": float("nan")}).encode(),
+            lambda row: json.dumps({**row, "seconds": None}).encode(),
+        ],
+    )
+    def test_a_picture_with_a_damaged_row_is_done_again(self, damage, whole, parts, base, tmp_path, capsys):
+        out = shutil.copytree(whole, tmp_path / "out")
+        (rows,) = out.glob("rows/*.jsonl")
+        first, *others = rows.read_bytes().splitlines()
+        rows.write_bytes(b"\n".join([damage(json.loads(first)), *others]) + b"\n")
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume")) == 0
+        assert table(out) == table(whole)
+        (again,) = set(out.glob("rows/*.jsonl")) - {rows}
+        done = [Path(json.loads(line)["file"]).name for line in again.read_bytes().splitlines()]
+        assert done == [Path(json.loads(first)["file"]).name, "2.png"]  # and that which is no picture
+
     def test_without_maps_is_refused(self, half, parts, base, capsys):
         assert detect.main(arguments(parts, base, half, "--resume")) == 2
         assert "`--maps` gives 'off'" in capsys.readouterr().err
@@ -169,6 +195,30 @@ class TestResume:
         (half / "run.json").unlink()
         assert detect.main(arguments(parts, base, half, "--maps", "--resume")) == 2
         assert "without a run.json" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("resumed", [False, True])
+    def test_a_folder_that_another_run_writes_is_refused(self, resumed, half, parts, base, tmp_path, capsys):
+        out = half if resumed else tmp_path / "new"
+        with SoleWriter("--out", out) as other:
+            other.keep()
+            given = arguments(parts, base, out, "--maps", *(["--resume"] if resumed else []))
+            assert detect.main(given) == 2
+            assert f"`--out` '{out}' is being written by another run" in capsys.readouterr().err
+        assert detect.main(given) == 0
+
+    @pytest.mark.parametrize("size", [20_000, 200])
+    def test_a_full_disk_is_one_sentence(self, size, whole, parts, base, tmp_path, capsys):
+        """Files cannot grow past a limit, so writing fails as it does on a full disk: what was learned, or a row."""
+        out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            assert detect.main(arguments(parts, base, out, "--maps")) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith(f"anomalysd: error: `--out` '{out}' could not be written") and "--resume" in error
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume")) == 0
+        assert table(out) == table(whole)
 
     def test_an_interrupted_run_leaves_a_table(self, whole, parts, base, tmp_path, monkeypatch, capsys):
         calls = []
@@ -241,9 +291,10 @@ class TestThreshold:
         return {row["threshold"] for row in rows}
 
     def test_given_in_the_shell(self, parts, base, whole, tmp_path, capsys):
-        score = sorted(float(row["score"]) for row in table(whole) if row["score"])[1]
-        assert detect.main(arguments(parts, base, tmp_path / "out", "--threshold", score)) == 0
-        assert self.verdicts(tmp_path / "out") == {f"{score:.6g}"}
+        low, high = sorted(float(row["score"]) for row in table(whole) if row["score"])[1:3]
+        between = (low + high) / 2  # and not a score, which the table rounds
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--threshold", between)) == 0
+        assert self.verdicts(tmp_path / "out") == {f"{between:.6g}"}
         assert detect.main(arguments(parts, base, tmp_path / "out", "--resume", "--threshold", "9")) == 2
         assert "`--threshold` gives '9.0'" in capsys.readouterr().err
 
@@ -464,6 +515,24 @@ class TestProcesses:
         rows = table(together[0])
         assert [row["score"] for row in rows[5:]] == [rows[4]["score"], "", rows[0]["score"]]
         assert rows[5]["file"].endswith("parts.parquet#0:0.png") and "damaged" in rows[6]["error"]
+
+
+def test_names_of_files_that_are_no_text_or_have_line_breaks(parts, base, tmp_path):
+    names = [b"a\xff.png", b"b\nc.png", b"no\npicture.png"]
+    paths = [os.fsdecode(os.fsencode(tmp_path) + b"/" + name) for name in names]
+    for path in paths[:2]:
+        shutil.copy(parts / "test" / "0.png", path)
+    Path(paths[2]).write_text("no picture")
+    out = os.fsdecode(os.fsencode(tmp_path) + b"/out\xff")
+    given = ["--test", *paths, "--category", "ring", "--device", "cpu", "--base", str(base), "--out", out]
+    command = [sys.executable, "-m", "anomalysd_pipeline.detect", *given]  # on streams of its own
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True)
+    assert done.returncode == 0 and b"2 inspected" in done.stdout and b"/out\xff" in done.stdout
+    assert b"no picture.png' is damaged" in done.stderr
+    rows = table(Path(out))
+    assert [row["file"] for row in rows] == paths and rows[0]["score"] == rows[1]["score"] != ""
+    assert "\n" not in rows[2]["error"]
+    assert json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))["given"]["test"] == paths
 
 
 def test_columns_are_as_ever(whole):

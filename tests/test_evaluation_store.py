@@ -44,7 +44,9 @@ class TestRows:
         found = np.load(store.map_path(DRAW, 0, 3))
         assert found.dtype == np.float32 and found.tolist() == [[3, 3, 3]] * 2
 
-    @pytest.mark.parametrize("torn", [b'{"shots": 1, "se', b"\x00\x00\x00", b"\xff\xfe{", b""])
+    @pytest.mark.parametrize(
+        "torn", [b'{"shots": 1, "se', b"5\n", b'{"shots": 1}\n', b"\x00\x00\x00", b"\xff\xfe{", b""]
+    )
     def test_a_torn_last_line_is_not_done(self, store, torn):
         store.add(row(0), np.zeros((1, 1), np.float32))
         (path,) = (store.folder / "rows").iterdir()

@@ -209,6 +209,16 @@ class TestShots:
         with pytest.raises(ValueError, match="lack 'sizes'"):
             PrototypeBank().add_packed("part", {key: packed[key] for key in packed if key != "sizes"})
 
+    def test_that_do_not_fit_are_refused_in_a_saved_pipeline_too(self, nuts, tmp_path):
+        pipe = make_tiny_pipeline()
+        pipe.add_category("hex_nut", nuts)
+        pipe.bank.places_0[0, 1] = 999
+        pipe.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="normal pictures beside a bank that do not fit"):
+            AnomalySDPipeline.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"`shots\['a'\]` must be two whole numbers, got 3"):
+            PrototypeBank(sizes={"a": 1}, dim=1, shots={"a": 3})
+
     def test_more_copies_than_a_place_can_number_are_not_kept(self):
         assert Shots.of([torch.zeros(3, 1, 1)] * 9000, torch.zeros(1, 3), rotations=4) is None
 

@@ -1,5 +1,6 @@
 """Files and folders are complete or not there, whatever ends the process that writes them."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,7 +8,16 @@ import signal
 import pytest
 
 from anomalysd_pipeline import AnomalySDPipeline
-from anomalysd_pipeline.common.files import disk_errors, recover, remove, write_whole, written_whole
+from anomalysd_pipeline.common.files import (
+    SoleWriter,
+    disk_errors,
+    read_rows,
+    recover,
+    remove,
+    write_whole,
+    written_into,
+    written_whole,
+)
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="the writer is a forked process")
 
@@ -193,3 +203,131 @@ class TestWriteWhole:
         sentence = "^`out` '.*' could not be written .No space left on device.; free some"
         with pytest.raises(ValueError, match=sentence), disk_errors("out", tmp_path):
             write_whole(tmp_path / "b.txt", save)
+
+
+class TestWrittenInto:
+    def test_what_is_there_stays_and_what_is_written_replaces_it(self, folder):
+        for text in ("old", "new"):
+            with written_into(folder) as partial:
+                (partial / "part").mkdir()
+                (partial / "part" / "weights").write_text(text)
+            if text == "old":
+                (folder / "mine").write_text("mine")
+        found = {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+        assert found == {"part/weights": "new", "mine": "mine"}
+        assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+
+    @pytest.mark.parametrize("earlier", [False, True])
+    def test_after_an_error_all_is_as_before(self, folder, earlier):
+        if earlier:
+            put(folder, "old")
+        with pytest.raises(KeyError), written_into(folder) as partial:
+            (partial / "first.txt").write_text("new")
+            raise KeyError
+        assert held(folder) == ("old" if earlier else None)
+        assert list(folder.rglob(".*")) == []
+
+    def test_a_pipeline_on_a_full_disk_is_as_before(self, folder, tiny_pipeline):
+        resource = pytest.importorskip("resource")
+        tiny_pipeline.save_pretrained(folder)
+        (folder / "notes.txt").write_text("mine")
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            with pytest.raises(ValueError, match="^`save_directory` '.*' could not be written .*; free some space"):
+                tiny_pipeline.save_pretrained(folder)
+            with pytest.raises(ValueError, match="^`save_directory` '.*' could not be written"):
+                tiny_pipeline.save_pretrained(folder.with_name("new"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+        assert [path.name for path in folder.parent.iterdir()] == ["folder"]
+
+
+class TestUnfinished:
+    @forks
+    def test_what_a_killed_process_left_is_removed_by_the_next(self, tmp_path):
+        def die(unfinished):
+            unfinished.write_text("ne")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        path = tmp_path / "results.csv"
+        child = os.fork()
+        if child == 0:
+            write_whole(path, die)
+        os.waitpid(child, 0)
+        assert len(list(tmp_path.iterdir())) == 1
+        write_whole(path, lambda unfinished: unfinished.write_text("new"))
+        assert [each.name for each in tmp_path.iterdir()] == ["results.csv"]
+
+    def test_that_of_a_running_process_stays(self, tmp_path):
+        path = tmp_path / "results.csv"
+
+        def save(unfinished):
+            unfinished.write_text("outer")
+            write_whole(path, lambda other: other.write_text("inner"))
+
+        write_whole(path, save)
+        assert path.read_text() == "outer" and len(list(tmp_path.iterdir())) == 1
+
+
+@forks
+class TestSoleWriter:
+    def test_a_second_is_refused_until_the_first_has_ended(self, folder):
+        with SoleWriter("out", folder) as first:
+            first.keep()
+            first.keep()
+            sentence = "^`out` '.*' is being written by another run; wait until it has ended"
+            with SoleWriter("out", folder) as second, pytest.raises(ValueError, match=sentence):
+                second.keep()
+        assert not folder.exists()
+        with SoleWriter("out", folder) as third:
+            third.keep()
+            (folder / "result").write_text("mine")
+        assert (folder / "result").read_text() == "mine"
+
+    def test_a_killed_process_keeps_nothing(self, folder):
+        child = os.fork()
+        if child == 0:
+            SoleWriter("out", folder).keep()
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        with SoleWriter("out", folder) as writer:
+            writer.keep()
+
+    def test_a_file_is_one_sentence(self, folder):
+        folder.write_text("mine")
+        with pytest.raises(ValueError, match="^`out` '.*' could not be written .File exists"):
+            SoleWriter("out", folder).keep()
+
+
+def test_the_outermost_of_several_names_what_was_given(tmp_path):
+    inner, sentence = disk_errors("inner", tmp_path / "inner"), "^`outer` '.*' could not be written"
+    with pytest.raises(ValueError, match=sentence), disk_errors("outer", tmp_path), inner:
+        raise OSError(28, "No space left on device")
+    with pytest.raises(ValueError, match="^`next`"), disk_errors("next", tmp_path):
+        raise OSError(28, "No space left on device")
+
+
+def test_damaged_rows_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = {"name": "ä", "number": 1}
+    lines = [
+        b"5",
+        b"null",
+        b"[]",
+        b"{}",
+        b"\0\0\0",
+        b"\xff\xfe",
+        b"[" * 10**5,
+        b'{"name": "x"}',
+        b'{"name": 5, "number": 1}',
+    ]
+    lines += [json.dumps(good).encode()]
+    path.write_bytes(b"\n".join(lines) + b"\n" + json.dumps(good).encode())  # the last is cut short
+    ((place, row),) = read_rows(path, {"name": str, "number": int})
+    assert row == good
+    with open(path, "rb") as file:
+        file.seek(place)
+        assert json.loads(file.readline()) == good

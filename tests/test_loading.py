@@ -1,13 +1,15 @@
 """Another extractor for a pipeline: where `from_pretrained` makes it, and where it must not."""
 
 import json
+import shutil
+import time
 
 import numpy as np
 import pytest
 import timm
 import torch
 from diffusers import StableDiffusionInpaintPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.models.extractor import PrototypeExtractor
@@ -112,3 +114,108 @@ class TestTimmModel:
             AnomalySDPipeline.from_pretrained(
                 tiny_pipeline_folder, timm_model=NAME, timm_checkpoint=tmp_path / "absent.pth"
             )
+
+
+NAN = float("nan")
+PART = ("categories", "nut")
+CALIBRATION = (*PART, "calibration")
+PROMPTS = {"generic": {"coarse": ["a {name}"], "fine": []}, "categories": {}}
+BAD_SETTINGS = [
+    ("model_index.json", ("resolution",), 10**6),
+    ("model_index.json", ("resolution",), "64"),
+    ("model_index.json", ("rotations",), 10**12),
+    ("model_index.json", ("rotations",), True),
+    ("model_index.json", ("default_preset",), ["fast"]),
+    ("model_index.json", ("preset_overrides",), {"fast": 5}),
+    ("model_index.json", ("preset_overrides",), {"fast": {"num_inference_steps": 10**9}}),
+    ("model_index.json", ("preset_overrides",), {"fast": {"mask_scales": [10**6]}}),
+    ("model_index.json", ("noise_strength",), True),
+    ("model_index.json", ("feature_weight",), 1e300),
+    ("model_index.json", ("prompts",), []),
+    ("model_index.json", ("prompts", "generic", "coarse"), ["a"] * 10**6),
+    ("model_index.json", ("prompts", "generic", "fine"), ["half of \ud800"]),
+    ("model_index.json", ("prompts", "categories"), {f"part {n}": PROMPTS["generic"] for n in range(10_001)}),
+    ("model_index.json", ("categories",), [1]),
+    ("model_index.json", ("categories",), {"../x": {}}),
+    ("model_index.json", (*PART, "shots"), 10**12),
+    ("model_index.json", (*PART, "adaptation"), "nobody"),
+    ("model_index.json", (*CALIBRATION, "threshold"), 1e-320),
+    ("model_index.json", (*CALIBRATION, "threshold"), NAN),
+    ("model_index.json", (*CALIBRATION, "settings"), {}),
+    ("model_index.json", ("adaptation",), {"rank": 10**9}),
+    ("model_index.json", ("adaptations",), {"nut": 5}),
+    ("model_index.json", ("unet",), 5),
+    ("unet/config.json", ("layers_per_block",), 10**6),
+    ("vae/config.json", ("scaling_factor",), NAN),
+    ("scheduler/scheduler_config.json", ("num_train_timesteps",), 10**9),
+    ("bank/config.json", ("sizes",), {"nut": 10**9}),
+    ("bank/config.json", ("sizes",), {}),
+    ("bank/config.json", ("dim",), "x"),
+    ("adapters/config.json", ("layouts",), 5),
+]
+BANK = "bank/diffusion_pytorch_model.safetensors"
+
+
+def pickled(folder):
+    torch.save(load_file(folder / BANK), folder / "bank" / "diffusion_pytorch_model.bin")
+    (folder / BANK).unlink()
+
+
+def changed_bank(change):
+    def edit(folder):
+        tensors = load_file(folder / BANK)
+        save_file(tensors | {"bank_0": change(tensors["bank_0"]).contiguous()}, folder / BANK, {"format": "pt"})
+
+    return edit
+
+
+BAD_FILES = {
+    "no index": lambda folder: (folder / "model_index.json").unlink(),
+    "an index that is a list": lambda folder: (folder / "model_index.json").write_text("[]"),
+    "an index nested too deeply": lambda folder: (folder / "model_index.json").write_text("[" * 10**5),
+    "a network cut short": lambda folder: (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"x"),
+    "a network without weights": lambda folder: (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink(),
+    "a pickled bank": pickled,
+    "a bank of NaN": changed_bank(lambda bank: bank * NAN),
+    "a bank of another width": changed_bank(lambda bank: bank[:, 1:]),
+}
+
+
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory, nuts):
+    folder = tmp_path_factory.mktemp("calibrated") / "pipeline"
+    pipe = make_tiny_pipeline(rotations=1)
+    pipe.add_category("nut", nuts[:2])
+    pipe.calibrate("nut", nuts[:2])
+    pipe.save_pretrained(folder)
+    return folder
+
+
+class TestDamagedOrHostile:
+    def refused(self, folder):
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match="^`") as caught:
+            AnomalySDPipeline.from_pretrained(folder)
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 700
+        assert time.monotonic() - begin < 5
+
+    @pytest.mark.parametrize(
+        ("file", "path", "value"), BAD_SETTINGS, ids=[f"{'.'.join(p)}={str(v)[:20]}" for _, p, v in BAD_SETTINGS]
+    )
+    def test_a_value_out_of_its_range(self, calibrated, tmp_path, file, path, value):
+        folder = shutil.copytree(calibrated, tmp_path / "pipeline")
+        settings = facts = json.loads((folder / file).read_text(encoding="utf-8"))
+        for key in path[:-1]:
+            facts = facts[key]
+        facts[path[-1]] = value
+        (folder / file).write_text(json.dumps(settings), encoding="utf-8")
+        self.refused(folder)
+
+    @pytest.mark.parametrize("edit", BAD_FILES)
+    def test_a_damaged_file(self, calibrated, tmp_path, edit):
+        folder = shutil.copytree(calibrated, tmp_path / "pipeline")
+        BAD_FILES[edit](folder)
+        self.refused(folder)
+
+    def test_the_same_folder_untouched_loads(self, calibrated):
+        assert AnomalySDPipeline.from_pretrained(calibrated).categories == ["nut"]

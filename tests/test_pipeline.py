@@ -459,11 +459,19 @@ class TestBadInput:
             ({"category": ""}, "category"),
             ({"callback_on_step_end_tensor_inputs": ["weights"]}, "callback_on_step_end_tensor_inputs"),
             ({"generator": [torch.Generator()] * 2}, "generator"),
+            ({"generator": 5}, "`generator` must be a `torch.Generator`.*got 5"),
+            ({"generator": [5]}, "`generator` must be"),
         ],
     )
     def test_call(self, registered_pipeline, nuts, arguments, named):
         with pytest.raises(ValueError, match=named):
             registered_pipeline(nuts[0], **arguments)
+
+    def test_a_precision_that_is_none(self, nuts):
+        pipe = make_tiny_pipeline()
+        pipe.mixed_precision = "bogus"
+        with pytest.raises(ValueError, match="`mixed_precision` must be 'no', 'bf16' or 'fp16', got 'bogus'"):
+            pipe(nuts[0])
 
     def test_no_pictures(self, registered_pipeline):
         for nothing in (None, []):

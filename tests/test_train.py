@@ -17,6 +17,7 @@ from PIL import Image
 from anomalysd_pipeline import AnomalySDPipeline, synthetic, train
 from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints
 from anomalysd_pipeline.adaptation.settings import AdaptationSettings
+from anomalysd_pipeline.common.files import SoleWriter
 from anomalysd_pipeline.data.datasets import draw_shots
 from anomalysd_pipeline.training import run as train_run
 from anomalysd_pipeline.training.options import add_arguments, given_settings
@@ -293,6 +294,15 @@ class TestFullDisk:
         if method == "lora":
             loaded.load_adaptation(out / "adaptation")
         assert loaded.categories == ["ring"]
+
+
+def test_a_folder_that_another_run_writes_is_refused_at_once(tiny_pipeline_folder, finished, tmp_path, capsys):
+    out = tmp_path / "run"
+    with SoleWriter("output_dir", out) as other:
+        other.keep()
+        assert start(tiny_pipeline_folder, out, "--max_train_steps", "2") == 2
+        assert f"`--output_dir` '{out}' is being written by another run" in capsys.readouterr().err
+    assert not out.exists()
 
 
 class TestPictures:

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import EMBEDDED, __version__
+from ..common.checks import read_json, require_kind, require_whole, shown
 from ..common.files import disk_errors, recover, written_whole
-from ..data.depth import check_bit_depth
-from ..data.inputs import check_fingerprints
 from ..data.shots import SHOT_NAMES
-from ..method.calibration import Calibration, prediction_threshold
-from ..method.prompts import PROMPT_DESIGNS, check_category
-from ..method.settings import InspectionSettings
+from ..method.prompts import check_category
 from ..models.adapters import PARTS, check_fits, same_fingerprint
 from ..models.bank import unpacked, unpacked_shots
+from ..models.collection import is_in_range
 from .base import EMBEDDED_NAME, Base
+from .records import MOST, check_adaptation, check_part
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
 _FORMAT = 4
@@ -42,16 +40,8 @@ _KEYS = {
     "categories",
     "prompts",
 }
-_RECORD_KEYS = {
-    "shots",
-    "rotations",
-    "noise_strength",
-    "adaptation",
-    "prompt_design",
-    "calibration",
-}
-_OPTIONAL_KEYS = {"digests", "fingerprints", "bit_depth", "adapted"}
-"""Of records: earlier formats lack the first three, and have the last, which nothing looks at now."""
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that PyTorch can compute in everywhere, unlike those of 8 bits."""
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
@@ -88,9 +78,9 @@ def adaptation_base_of(folder) -> tuple[str, int]:
         ValueError: the folder is damaged, or only the name of its base is known.
     """
     try:
-        facts = json.loads(Path(folder, FACTS).read_text(encoding="utf-8"))
+        facts = read_json(Path(folder, FACTS))
         name, resolution = str(facts["base_model"]), int(facts["resolution"])
-    except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except (OSError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"`pretrained_model_name_or_path` '{folder}' must hold a complete {FACTS} ({type(error).__name__})."
         ) from error
@@ -154,15 +144,15 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     recover(source)
     folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+        facts = read_json(folder / FACTS)
+        require_whole("format", facts["format"], 1, 10**6)
         later = facts["format"] > _FORMAT
         if not later:
             stored = _parse(facts, load_file(folder / WEIGHTS))
             fits = same_fingerprint(base.fingerprint(), facts["base_fingerprint"])
             if fits:
                 _check_fits(stored, base, settings)
-    # All errors of wrong types and values; a deep nesting ends in RecursionError.
-    except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+    except Exception as error:  # whatever a stranger's values lead to
         raise ValueError(
             f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
             f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
@@ -187,15 +177,22 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
 
 
 def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
-    if facts.keys() != _KEYS or facts["record"].keys() != {"settings"}:
+    if facts.keys() != _KEYS:
         raise ValueError(f"{FACTS} has other keys than an adaptation")
-    if type(facts["resolution"]) is not int or len(str(facts["base_model"])) > 200:
-        raise ValueError("its resolution is no whole number, or its base has no name")
+    require_whole("resolution", facts["resolution"], 1, 10**6)
+    for name in ("version", "base_model"):
+        if not isinstance(facts[name], str) or len(facts[name]) > 200:
+            raise ValueError(f"`{name}` must be a text of at most 200 characters, got {shown(facts[name])}.")
     categories = facts["categories"]
+    require_kind("categories", categories, dict, "a dictionary")
+    require_whole("len(categories)", len(categories), 1, MOST)
+    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and tensor.dtype not in _FLOATS]
+    if bad:
+        raise ValueError(f"{bad[0][:80]} is of {tensors[bad[0]].dtype}")
     stored = StoredAdaptation(
         name=check_category(facts["name"]),
-        record={"settings": dict(facts["record"]["settings"])},
-        categories={check_category(category): _check_record(record) for category, record in categories.items()},
+        record=check_adaptation(facts["record"]),
+        categories={check_category(category): check_part(record) for category, record in categories.items()},
         prompts={category: dict(facts["prompts"][category]) for category in categories},
         banks={
             category: {kind: tensors[f"{kind}.{index}"] for kind in _BANKS if f"{kind}.{index}" in tensors}
@@ -215,46 +212,6 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
     return stored
 
 
-def _check_record(record: dict) -> dict:
-    """Returns the record of a category, once inspections can rely on it."""
-    counts = (record["shots"], record["rotations"])
-    if record.keys() - _OPTIONAL_KEYS != _RECORD_KEYS or not all(
-        type(count) is int and count >= 1 for count in counts
-    ):
-        raise ValueError("a category's record has other keys or counts")
-    if record["prompt_design"] not in PROMPT_DESIGNS:
-        raise ValueError(f"a category has the prompt_design {record['prompt_design']!r}")
-    digests = record.get("digests", [])
-    if not isinstance(digests, list) or not all(isinstance(digest, str) for digest in digests):
-        raise ValueError("a category's `digests` are no list of words")
-    check_fingerprints(record.get("fingerprints", []))
-    check_bit_depth(record.get("bit_depth"))
-    record = {key: value for key, value in record.items() if key != "adapted"}
-    if record["calibration"] is not None:
-        calibration = Calibration(**record["calibration"])
-        scales = tuple(calibration.settings["mask_scales"])
-        InspectionSettings(**{**calibration.settings, "mask_scales": scales}).check()
-        prediction_threshold([1.0, 2.0], calibration.false_alarm_rate)
-        if not all(
-            type(score) is float and math.isfinite(score)
-            for score in [*calibration.scores, *calibration.defective_scores]
-        ):
-            raise ValueError("a calibration has scores that are not finite")
-        if type(calibration.threshold) is not float or not 0 < calibration.threshold < math.inf:
-            raise ValueError(f"a calibration has the threshold {calibration.threshold!r}")
-        if type(calibration.pictures) is not int or type(calibration.held_out) is not bool:
-            raise ValueError("a calibration has another number of pictures")
-        if not all(isinstance(digest, str) for digest in calibration.digests):
-            raise ValueError("a calibration has `digests` that are no words")
-        check_fingerprints(calibration.fingerprints)
-        if len(calibration.defective_scores) != len(calibration.defective_digests):
-            raise ValueError("a calibration has other numbers of `defective_scores` and `defective_digests`")
-        for share in (calibration.expected_false_alarms, calibration.expected_misses):
-            if share is not None and not (type(share) is float and 0 <= share <= 1):
-                raise ValueError(f"a calibration expects the share {share!r}")
-    return record
-
-
 def _check_fits(stored: StoredAdaptation, base: Base, settings: Callable[..., object]) -> None:
     for part, own in stored.state.items():
         check_fits({"denoiser": base.unet, "decoder": base.vae}[part], own)
@@ -272,9 +229,9 @@ def _check_fits(stored: StoredAdaptation, base: Base, settings: Callable[..., ob
                 f"a bank of the shape {list(bank.shape)} and type {bank.dtype}, where the pipeline has {channels} "
                 "channels"
             )
-        if not bank.isfinite().all():
-            raise ValueError("a bank that is not finite")
-        if sources.shape != bank.shape[:1] or sources.is_floating_point():
+        if not is_in_range(bank):
+            raise ValueError("a bank that is not finite, or beyond half precision")
+        if sources.shape != bank.shape[:1] or sources.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"`sources` of the shape {list(sources.shape)} and type {sources.dtype}")
         unpacked_shots(banks)
 

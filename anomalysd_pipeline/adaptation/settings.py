@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
+from ..common.checks import require_kind, require_number, require_whole, shown
 from ..method.masks import MASK_DESIGNS
 from ..method.prompts import PROMPT_DESIGNS
 
 METHODS = ("lora", "full")
 SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+
+MOST_STEPS, MOST_PICTURES, MOST_RANK = 10**9, 10**5, 4096
+"""Of a fine-tuning; of a step; and of LoRA weights. More are a mistake."""
+
+AUGMENTATION = {"brightness": 1, "contrast": 1, "scale": 0.9, "degrees": 360}
+"""The limits of `data.augment`, each with the highest that it may have."""
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -112,49 +118,47 @@ class AdaptationSettings:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
-                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}."
+                    f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {shown(getattr(self, name))}."
                 )
         for name in ("steps", "decoder_steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(
-                    f"`{name}` must be a whole number of at least 1, got {value!r}; to leave a part as it is, give "
-                    "`train_denoiser=False` or `train_decoder=False`."
-                )
-        counts = (
-            "epochs",
-            "decoder_epochs",
-            "train_batch_size",
-            "gradient_accumulation_steps",
-            "rank",
-            "decoder_rank",
-        )
-        for name in counts:
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {getattr(self, name)!r}.")
+            if getattr(self, name) is not None:
+                leave = "; to leave a part as it is, give `train_denoiser=False` or `train_decoder=False`"
+                require_whole(name, getattr(self, name), 1, MOST_STEPS, leave)
+        for name in ("epochs", "decoder_epochs"):
+            require_whole(name, getattr(self, name), 1, MOST_STEPS)
+        for name in ("train_batch_size", "gradient_accumulation_steps"):
+            require_whole(name, getattr(self, name), 1, MOST_PICTURES)
+        for name in ("rank", "decoder_rank"):
+            require_whole(name, getattr(self, name), 1, MOST_RANK)
         for name in ("learning_rate", "decoder_learning_rate", "max_grad_norm"):
-            value = getattr(self, name)
-            if value is None and name == "decoder_learning_rate":
-                continue
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be a number above 0, got {value!r}.")
-        if not isinstance(self.lr_warmup_steps, int) or self.lr_warmup_steps < 0:
-            raise ValueError(f"`lr_warmup_steps` must be a whole number of at least 0, got {self.lr_warmup_steps!r}.")
+            if getattr(self, name) is not None or name != "decoder_learning_rate":
+                require_number(name, getattr(self, name), 0, 1e6, above=True)
+        require_whole("lr_warmup_steps", self.lr_warmup_steps, 0, MOST_STEPS)
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
                 f"`lr_warmup_steps` is {self.lr_warmup_steps}, but the `lr_scheduler` 'constant' has no warmup; give "
                 "'constant_with_warmup'."
             )
-        if len(self.noise_range) != 2 or not 0 <= self.noise_range[0] < self.noise_range[1] <= 1:
-            raise ValueError(f"`noise_range` must be two rising numbers in [0, 1], got {tuple(self.noise_range)}.")
-        if not isinstance(self.defect_share, (int, float)) or not 0 <= self.defect_share <= 1:
-            raise ValueError(f"`defect_share` must be a number in [0, 1], got {self.defect_share!r}.")
-        if not isinstance(self.repainting_weight, (int, float)) or not 0 <= self.repainting_weight < math.inf:
-            raise ValueError(f"`repainting_weight` must be a number of at least 0, got {self.repainting_weight!r}.")
+        limits = self.noise_range if isinstance(self.noise_range, tuple) else ()
+        numbers = all(isinstance(limit, (int, float)) for limit in limits)
+        if len(limits) != 2 or not numbers or not 0 <= limits[0] < limits[1] <= 1:
+            raise ValueError(f"`noise_range` must be two rising numbers in [0, 1], got {shown(self.noise_range)}.")
+        require_kind("augmentation", self.augmentation, Mapping, "a dictionary of limits, see `data.augment`")
+        for name, limit in self.augmentation.items():
+            if name not in AUGMENTATION:
+                raise ValueError(f"`augmentation` may have {', '.join(AUGMENTATION)}, got {shown(name)}.")
+            require_number(f"augmentation[{name!r}]", limit, 0, AUGMENTATION[name])
+        for name in ("target_modules", "decoder_target_modules"):
+            value = getattr(self, name)
+            if not isinstance(value, tuple) or not all(isinstance(end, str) for end in value):
+                raise ValueError(f"`{name}` must be a list of the ends of names, got {shown(value)}.")
+        for name in ("train_denoiser", "train_decoder", "use_8bit_adam", "use_ema", "gradient_checkpointing"):
+            require_kind(name, getattr(self, name), bool, "true or false")
+        require_number("defect_share", self.defect_share, 0, 1)
+        require_number("repainting_weight", self.repainting_weight, 0, 1e6)
         if not isinstance(self.ema_decay, (int, float)) or not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be a number above 0 and below 1, got {self.ema_decay!r}.")
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"`seed` must be a whole number of at least 0, got {self.seed!r}.")
+            raise ValueError(f"`ema_decay` must be a number above 0 and below 1, got {shown(self.ema_decay)}.")
+        require_whole("seed", self.seed, 0, 2**63 - 1)
         if not (self.train_denoiser or self.train_decoder):
             raise ValueError("`train_denoiser` and `train_decoder` are both off; leave at least one on.")
 

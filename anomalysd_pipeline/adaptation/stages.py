@@ -19,6 +19,7 @@ from diffusers.training_utils import cast_training_params
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..common.threads import alone
 from ..method.inpainting import encode
 from ..method.prompts import encode_prompts
 from .base import Base
@@ -197,7 +198,8 @@ def frozen_copy(module: nn.Module, copied: Collection[nn.Parameter] = ()) -> nn.
         if id(tensor) not in apart:
             # New parameters over the same numbers: freezing these does not freeze the pipeline's own.
             memo[id(tensor)] = nn.Parameter(tensor.detach(), False) if isinstance(tensor, nn.Parameter) else tensor
-    twin = copy.deepcopy(module, memo)
+    with alone([module]):  # an inspection in another thread may be switching adapters
+        twin = copy.deepcopy(module, memo)
     if getattr(twin, "_hf_peft_config_loaded", False):
         twin.unload_lora()
     return twin.requires_grad_(False)

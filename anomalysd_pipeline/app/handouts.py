@@ -8,6 +8,7 @@ are refused. Files of a visitor without a cookie are protected only by the 128 r
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -18,6 +19,8 @@ from collections.abc import Callable, Iterable
 from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 
+from .shares import Shares
+
 COOKIE = "anomalysd_visitor"
 KEPT = 20
 """Results of a session that can be fetched at a time; files of older ones are deleted."""
@@ -26,6 +29,9 @@ UPLOADS = 20_000
 """Uploads whose owners are remembered; gradio deletes the files after two hours."""
 
 REFUSED = "This file is not yours, or it is gone; make it anew."
+BROKEN = "This is no complete upload; try again."
+
+logger = logging.getLogger(__name__)
 
 
 class Handouts:
@@ -141,10 +147,11 @@ class Door:
     Args:
         app: the application behind it.
         handouts: returns the `Handouts`; called with each request, as the page is complete only then.
+        shares: bounds uploads.
     """
 
-    def __init__(self, app, handouts: Callable[[], Handouts]):
-        self.app, self._handouts = app, handouts
+    def __init__(self, app, handouts: Callable[[], Handouts], shares: Shares):
+        self.app, self._handouts, self._shares = app, handouts, shares
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
@@ -156,11 +163,29 @@ class Door:
             await _refuse(send)
             return
         if path.endswith("/upload") and scope["method"] == "POST":
-            send = self._noting(send, visitor)
+            await self._upload(scope, receive, send, visitor)
+            return
         # Only with the page or a client's first request, which runs alone; two cookies at once would get mixed up.
-        elif visitor is None and scope["method"] == "GET":
+        if visitor is None and scope["method"] == "GET":
             send = _greeting(send, path, _is_https(scope))
         await self.app(scope, receive, send)
+
+    async def _upload(self, scope, receive, send, visitor: str | None) -> None:
+        # Those without a cookie share a share: any other name could be made up for every file.
+        receive = self._shares.receiving(receive, visitor or "")
+        answered = []
+
+        async def answering(message) -> None:
+            answered.append(message["type"])
+            await noted(message)
+
+        noted = self._noting(send, visitor)
+        try:
+            await self.app(scope, receive, answering)
+        except Exception as error:  # what is no upload can cause any error, which is no news for the log
+            logger.warning("an upload was refused: %r", error)
+            if not answered:
+                await _refuse(send, 400, BROKEN)
 
     def _noting(self, send, visitor: str | None):
         body = bytearray()
@@ -226,8 +251,8 @@ def _paths(body: bytes) -> list[str]:
     return [path for path in found if isinstance(path, str)] if isinstance(found, list) else []
 
 
-async def _refuse(send) -> None:
-    body = json.dumps({"detail": REFUSED}).encode()
+async def _refuse(send, status: int = 403, sentence: str = REFUSED) -> None:
+    body = json.dumps({"detail": sentence}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": 403, "headers": headers})
+    await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

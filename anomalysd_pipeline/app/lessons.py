@@ -289,7 +289,6 @@ class _Teaching:
                 done[0] += count
                 share = (rounds[0] + done[0] / total) / pictures_to_score
                 self.step("calibrating", round(100 * share), 100, self.before + (0.99 - self.before) * share)
-                pipe.use_adaptation_of(name)  # an inspection in between may have switched the shared weights
 
             yield SimpleNamespace(update=update)
             rounds[0] += 1

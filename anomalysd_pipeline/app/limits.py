@@ -21,6 +21,8 @@ class Limits:
         upload_bytes: bytes of one uploaded file, and of one picture in a zip.
         unpacked_bytes: bytes of all pictures in the zips of one batch, unpacked.
         adaptation_bytes: bytes of an adaptation in a zip, unpacked.
+        visitor_bytes: bytes that a visitor may upload in two hours, after which uploads are deleted.
+        upload_seconds: time that an upload may take.
         zip_entries: entries of one zip, folders and hidden files included.
         pictures: pictures of one batch.
         pixels: pixels of one picture in its file; at most the bound of `data.load_image`.
@@ -39,6 +41,8 @@ class Limits:
     upload_bytes: int = 20_000_000
     unpacked_bytes: int = 400_000_000
     adaptation_bytes: int = 100_000_000
+    visitor_bytes: int = 2_000_000_000
+    upload_seconds: int = 600
     zip_entries: int = 500
     pictures: int = 200
     pixels: int = 100_000_000

@@ -13,6 +13,7 @@ from .desk import GRACE_SECONDS, Desk, sentences
 from .handouts import Door
 from .limits import Limits
 from .model import Models
+from .shares import Shares
 
 TITLE = """# AnomalySD
 Finds defects on industrial parts from zero to a handful of normal pictures: the part is repainted as it should look,
@@ -43,7 +44,8 @@ class Page(gr.Blocks):
             root_path: path at which a proxy serves the app, such as "/anomalysd"; or set `GRADIO_ROOT_PATH`.
         """
         app_kwargs = dict(kwargs.pop("app_kwargs", None) or {})
-        door = Middleware(Door, handouts=lambda: self.desk.handouts)
+        shares = Shares(self.desk.limits.visitor_bytes, self.desk.limits.upload_seconds)
+        door = Middleware(Door, handouts=lambda: self.desk.handouts, shares=shares)
         app_kwargs["middleware"] = [door, *app_kwargs.get("middleware", [])]
         defaults = {
             "max_file_size": self.desk.limits.upload_bytes,

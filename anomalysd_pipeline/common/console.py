@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -77,10 +78,16 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     Returns:
         The exit status of `run`; 2 for input that cannot be used (one sentence on stderr), 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # not every program's own stream can
+            stream.reconfigure(errors="surrogateescape")  # a file's name that is no text keeps its bytes
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        print(f"anomalysd: error: {' '.join(str(error).split())}", file=sys.stderr)
+        text = str(error)
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            text = f"'{os.fsdecode(error.filename)}' cannot be read or written ({error.strerror})"
+        print(f"anomalysd: error: {' '.join(text.split())}", file=sys.stderr)
         return 2
     except (NotImplementedError, TypeError) as error:
         if "MPS" not in str(error):

@@ -10,12 +10,20 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, parse_flag_from_env
 
+_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def autocast(device: torch.device, mixed_precision: str) -> contextlib.AbstractContextManager:
-    """Gives a context that computes in "bf16" or "fp16" where PyTorch can; "no" gives one without effect."""
+    """Gives a context that computes in "bf16" or "fp16" where PyTorch can; "no" gives one without effect.
+
+    Raises:
+        ValueError: for any other word.
+    """
     if mixed_precision == "no":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, {"bf16": torch.bfloat16, "fp16": torch.float16}[mixed_precision])
+    if mixed_precision not in _PRECISIONS:
+        raise ValueError(f"`mixed_precision` must be 'no', 'bf16' or 'fp16', got {mixed_precision!r}.")
+    return torch.autocast(device.type, _PRECISIONS[mixed_precision])
 
 
 def resolve_precision(mixed_precision: str, device: torch.device) -> str:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import glob
+import json
 import os
 import shutil
+import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 from safetensors import SafetensorError
 
@@ -21,16 +29,22 @@ class disk_errors:
         remedy: advice for after space has been freed.
 
     Raises:
-        ValueError: by the block's end, in place of OSError, SafetensorError and torch.save's RuntimeError.
+        ValueError: by the block's end, in place of OSError, SafetensorError and torch.save's RuntimeError. Of several
+            such blocks in each other the outermost raises: it names what a person has given.
     """
+
+    _depth = threading.local()
 
     def __init__(self, argument: str, folder: Path, remedy: str = "try again"):
         self.argument, self.folder, self.remedy = argument, folder, remedy
 
     def __enter__(self) -> None:
-        pass
+        self._depth.value = getattr(self._depth, "value", 0) + 1
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._depth.value -= 1
+        if self._depth.value:
+            return
         # torch.save reports a failed write, and the failed close after it, as RuntimeError.
         words = ("write", "Write", "iostream", "unexpected pos")
         cut_short = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
@@ -72,6 +86,87 @@ def written_whole(folder: Path) -> Iterator[Path]:
     _discard(folder, old)
 
 
+@contextlib.contextmanager
+def written_into(folder: Path) -> Iterator[Path]:
+    """Gives a new empty folder to write into, and puts its files into `folder` when all of them are on disk.
+
+    Other files of an existing `folder` stay, and so does the folder itself. After an error it is as before.
+    """
+    if not os.path.lexists(folder):
+        with written_whole(folder) as partial:
+            yield partial
+        return
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process
+    try:
+        partial.mkdir()
+        yield partial
+        flush(partial)
+        files = [path for path in partial.rglob("*") if path.is_file()]
+        # Those at the top last: among them is the one that says what the others are.
+        for path in sorted(files, key=lambda path: -len(path.parts)):
+            target = folder / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+class SoleWriter:
+    """Keeps a second run from writing into a folder: `with SoleWriter("--out", folder) as writer: writer.keep()`.
+
+    The system lets go of the folder when the process ends, however it ends. Where a file system knows no locks,
+    nothing is kept.
+
+    Args:
+        argument: the option that names the folder, for the error.
+        folder: made by `keep` if missing; it goes with the block if it is empty then.
+    """
+
+    def __init__(self, argument: str, folder: Path):
+        self.argument, self.folder, self._handle, self._made = argument, folder, None, False
+
+    def __enter__(self) -> SoleWriter:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._handle is not None:
+            if self._made:
+                with contextlib.suppress(OSError):
+                    os.rmdir(self.folder)
+            os.close(self._handle)
+            self._handle = None
+
+    def keep(self) -> None:
+        """Keeps the folder to the end of the block; does nothing when called again.
+
+        Raises:
+            ValueError: another run keeps it, or it cannot be made.
+        """
+        if fcntl is None or self._handle is not None:
+            return
+        with disk_errors(self.argument, self.folder):
+            self._made = not self.folder.exists()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.folder, os.O_RDONLY)
+        if not _lock(self._handle):
+            raise ValueError(
+                f"`{self.argument}` '{self.folder}' is being written by another run; wait until it has ended, or give "
+                "another folder."
+            )
+
+
+def _lock(handle: int) -> bool:
+    """Locks an open file or folder, or tells that somebody else has."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
+
 def recover(folder: str | os.PathLike) -> None:
     """Puts a folder back that a killed `written_whole` had taken away: the new one, or else the earlier one.
 
@@ -100,16 +195,60 @@ def write_whole(path: Path, save: Callable[[Path], object], partial: Path | None
         partial: that path, on the same disk; None: a hidden name beside `path` that no other process uses.
         flushed: whether the bytes are forced onto the disk first, so that this holds for a loss of power too.
     """
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}") if partial is None else partial
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        save(partial)
-        if flushed:
-            flush_file(partial)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as kept:
+        if partial is None:
+            _remove_unfinished(path)
+            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            if fcntl is not None:  # as long as this process lives
+                _lock(kept.enter_context(open(partial, "wb")).fileno())
+        try:
+            save(partial)
+            if flushed:
+                flush_file(partial)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Removes unfinished files of killed processes that were writing `path`."""
+    for left in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}") if fcntl is not None else ():
+        with contextlib.suppress(OSError), open(left, "rb") as file:
+            if _lock(file.fileno()):
+                left.unlink()
+
+
+def write_names(path: Path, text: str) -> None:
+    """Writes JSON as UTF-8; bytes of file names that are no text become escapes, which JSON reads."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_rows(path: Path, *forms: Mapping[str, type | tuple[type, ...]]) -> Iterator[tuple[int, dict]]:
+    """Yields the rows of a file of JSON lines, each with its place in bytes.
+
+    A line that was cut short or damaged is left out.
+
+    Args:
+        forms: what a row may have, key to type; further keys are allowed.
+    """
+    offset = 0
+    with open(path, "rb") as file:
+        for line in file:
+            # All but the last line of a process that was killed while writing it.
+            if line.endswith(b"\n"):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError):
+                    row = None
+                if isinstance(row, dict) and any(_has_form(row, form) for form in forms):
+                    yield offset, row
+            offset += len(line)
+
+
+def _has_form(row: Mapping, form: Mapping) -> bool:
+    return all(key in row and isinstance(row[key], kind) for key, kind in form.items())
 
 
 def _beside(folder: Path, end: str) -> Path:

@@ -72,21 +72,20 @@ def settle(depths: Sequence[int], highest: Sequence[float]) -> int | None:
     return max(depths, default=None) or (depth_of(max(highest)) if highest else None)
 
 
-def to_bytes(values: np.ndarray, name: str, bit_depth: int | None) -> tuple[np.ndarray, int]:
-    """Scales gray or colors of whole numbers to uint8.
+def scale_of(lowest: float, highest: float, name: str, bit_depth: int | None) -> tuple[float, int]:
+    """Finds the factor from gray or colors of whole numbers to 8 bits.
 
     Args:
-        values: from 0 to 65535.
+        lowest, highest: of the values, from 0 to 65535.
         name: of the picture, for errors.
         bit_depth: bits in use; None: by `depth_of`.
 
     Returns:
-        The scaled values and the depth.
+        The factor and the depth.
 
     Raises:
         ValueError: for values beyond the depth.
     """
-    lowest, highest = values.min(), values.max()
     if lowest < 0 or highest > 65535:
         raise ValueError(f"{name} has gray values from {lowest:g} to {highest:g}; scale them to [0, 65535].")
     depth = bit_depth or depth_of(highest)
@@ -95,7 +94,7 @@ def to_bytes(values: np.ndarray, name: str, bit_depth: int | None) -> tuple[np.n
             f"{name} has gray values up to {highest:g}, but its {depth} bits end at {2**depth - 1}; give the "
             "`bit_depth` of the camera."
         )
-    return np.rint(values * (255 / (2**depth - 1))).astype(np.uint8), depth
+    return 255 / (2**depth - 1), depth
 
 
 def _significant_bits(image: PngImageFile) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +14,15 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 from torch import Tensor
 
-from .depth import KEY, check_bit_depth, is_deep, settle, tagged_depth, to_bytes
+from .depth import KEY, check_bit_depth, is_deep, scale_of, settle, tagged_depth
 
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
 """Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_AT_ONCE = 2**20
+"""Pixels that are converted together."""
 # Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 with contextlib.suppress(ImportError):
@@ -194,40 +196,87 @@ def flatten(image: Image.Image, name: str, background: str, bit_depth: int | Non
         bit_depth: see `load_image`.
 
     Raises:
-        ValueError: gray values are not finite or out of range, or colors are missing; the sentence starts with `name`.
+        ValueError: gray values are not finite or out of range, or the image cannot be converted; the sentence starts
+            with `name`.
     """
-    if is_deep(image):
-        pixels, depth = to_bytes(np.asarray(image).astype(np.float64), name, image.info.get(KEY) or bit_depth)
-        converted = Image.fromarray(pixels).convert("RGB")
-        converted.info[KEY] = depth
-        return converted
-    if image.mode == "F":
-        return _from_float(np.asarray(image), name)
     try:
+        if is_deep(image):
+            lowest, highest = _extremes((np.asarray(strip) for strip, _ in _strips(image)), name)
+            factor, depth = scale_of(lowest, highest, name, image.info.get(KEY) or bit_depth)
+            converted = _scaled(image, factor)
+            converted.info[KEY] = depth
+            return converted
+        if image.mode == "F":
+            return _from_float(image, name)
         if not image.has_transparency_data:
             return image.convert("RGB")
-        image = image.convert("RGBA")
-    except Exception as error:  # such as of a transparent color that its palette lacks
+        return _by_strips(image, lambda strip: _laid_over(strip, background))
+    except Exception as error:  # a color outside its palette, or facts about transparency that are none
+        if isinstance(error, ValueError) and str(error).startswith(name):
+            raise
         raise ValueError(f"{name} is damaged and has no colors ({error}); copy it anew, or {_RESAVE}.") from error
+
+
+def _laid_over(image: Image.Image, background: str) -> Image.Image:
+    image = image.convert("LA") if image.mode == "La" else image  # which knows no other way
+    image = image.convert("RGBA")
     canvas = Image.new("RGBA", image.size, background)
     canvas.alpha_composite(image)
     return canvas.convert("RGB")
 
 
-def _from_float(values: np.ndarray, name: str) -> Image.Image:
+def _from_float(image: Image.Image, name: str) -> Image.Image:
     """Converts gray of uncertain range, to 1 or to 255, by the largest value."""
-    if not np.isfinite(values).all():
+    lowest, highest = _extremes((np.asarray(strip) for strip, _ in _strips(image)), name)
+    if lowest < 0 or highest > 255:
+        raise ValueError(f"{name} has gray values from {lowest:g} to {highest:g}; scale them to [0, 255].")
+    return _scaled(image, 255 / (1 if highest <= 1 else 255))
+
+
+def _scaled(image: Image.Image, factor: float) -> Image.Image:
+    """Converts gray of any depth to RGB, times a factor."""
+    return _by_strips(image, lambda strip: _to_bytes(np.asarray(strip), lambda rows: rows.astype(np.float64) * factor))
+
+
+def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Converts an image to RGB, some rows at a time: copies of all of it would take gigabytes."""
+    result = Image.new("RGB", image.size)
+    for strip, top in _strips(image):
+        result.paste(convert(strip), (0, top))
+    return result
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
+    """Cuts an image into strips of some rows, each with the number of its first row."""
+    rows = max(1, _AT_ONCE // image.width)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height))), top
+
+
+def _extremes(parts: Iterable[np.ndarray], name: str) -> tuple[float, float]:
+    """Finds the lowest and the highest of all values. Raises ValueError if any is not finite."""
+    found = np.array([(part.min(), part.max()) for part in parts], dtype=np.float64)  # NaN stays NaN
+    if not np.isfinite(found).all():
         raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
-    values = values.astype(np.float64)
-    highest = values.max()
-    if values.min() < 0 or highest > 255:
-        raise ValueError(f"{name} has gray values from {values.min():g} to {highest:g}; scale them to [0, 255].")
-    gray = np.rint(values * (255 / (1 if highest <= 1 else 255))).astype(np.uint8)
-    return Image.fromarray(gray).convert("RGB")
+    return float(found.min()), float(found.max())
+
+
+def _to_bytes(values: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    """Rounds scaled values `[H, W]` or `[H, W, C]` to 8 bits, some rows at a time."""
+    result, rows = np.empty(values.shape, np.uint8), max(1, _AT_ONCE // max(1, values[0].size))
+    for top in range(0, len(values), rows):
+        result[top : top + rows] = np.rint(scale(values[top : top + rows]))
+    return Image.fromarray(result)
 
 
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
     """Converts a tensor `[C, H, W]` or `[1, C, H, W]` to an array `[H, W, C]`."""
+    if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+        kind = "a meta" if tensor.is_meta else "a quantized" if tensor.is_quantized else "a sparse"
+        raise ValueError(
+            f"`source` is {kind} tensor of shape {list(tensor.shape)}; give one that holds all values, such as "
+            "`dequantize()` and `to_dense()` return."
+        )
     plane = tensor.detach().cpu()
     if plane.ndim == 4 and plane.shape[0] == 1:
         plane = plane[0]
@@ -252,18 +301,19 @@ def _from_array(array: np.ndarray, name: str, bit_depth: int | None) -> Image.Im
         raise ValueError(_too_large(name))
     depth = None
     if np.issubdtype(array.dtype, np.floating):
-        if not np.isfinite(array).all():
-            raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
-        low, high = float(array.min()), float(array.max())
+        low, high = _extremes([array], name)
         # Resizing and float rounding overshoot a little; a picture in [-1, 1] or [0, 255] overshoots by far.
         if low < -0.01 or high > 1.01:
             raise ValueError(f"{name} has float values from {low:g} to {high:g}; scale them to [0, 1], or give uint8.")
-        array = np.rint(array.clip(0, 1) * 255).astype(np.uint8)
+        image = _to_bytes(array, lambda rows: rows.clip(0, 1) * 255)
     elif array.dtype == np.uint16:
-        array, depth = to_bytes(array, name, bit_depth)
-    elif array.dtype != np.uint8:
+        factor, depth = scale_of(*_extremes([array], name), name, bit_depth)
+        image = _to_bytes(array, lambda rows: rows * factor)
+    elif array.dtype == np.uint8:
+        image = Image.fromarray(np.ascontiguousarray(array))
+    else:
         raise ValueError(f"{name} has type {array.dtype}; give uint8, uint16, or float in [0, 1].")
-    image = flatten(Image.fromarray(np.ascontiguousarray(array)), name, "white")
+    image = flatten(image, name, "white")
     if depth is not None:
         image.info[KEY] = depth
     return image

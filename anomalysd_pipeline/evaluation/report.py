@@ -6,11 +6,11 @@ shots, false alarms and misses, curves, cases, settings, cost and notes.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..common.files import write_whole
 from . import paper
 from .figures import can_draw_curves, draw_cases, draw_curves
 from .markdown import UNDEFINED, is_defined, percent, plain, table
@@ -94,9 +94,7 @@ def write_report(
         f"## Notes\n\n{_notes(summary, notes)}",
     ]
     path = folder / REPORT
-    partial = path.with_name(f".{REPORT}.partial")
-    partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_whole(path, lambda partial: partial.write_text("\n\n".join(sections) + "\n", encoding="utf-8"))
     return path
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..common.files import disk_errors
+from ..common.files import disk_errors, read_rows, write_names, write_whole
 
 RUN, SHOTS, SUMMARY, RESULTS, REPORT = "run.json", "shots.json", "summary.json", "results.csv", "report.md"
 EARLIER_RESULTS = "results.parquet"  # of versions that wrote it in place of `RESULTS`
@@ -39,6 +39,8 @@ _REMEDY = "give the same command to go on"
 _FIGURES = ("curves_*.png", "cases.png")
 _WORK = (ROWS, MAPS, CLASSES, CASES, PREPARED, COSTS)
 _OUTCOME = (SUMMARY, RESULTS, EARLIER_RESULTS, REPORT)
+
+_KEYS = dict.fromkeys(("shots", "seed", "number", "index"), int)
 
 # Fact to its option, for the sentence that names a difference between two evaluations.
 _OPTIONS = {
@@ -165,11 +167,9 @@ class Store:
         """
         path = self.map_path(Draw(row["shots"], row["seed"]), row["number"], row["index"])
         with disk_errors("--out", self.folder, _REMEDY):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{uuid.uuid4().hex}")
-            with open(partial, "wb") as file:
-                np.save(file, anomaly_map)
-            os.replace(partial, path)
+            # A name of its own: looking for what killed processes left would take longer with every picture.
+            unfinished = path.with_name(f".{uuid.uuid4().hex}")
+            write_whole(path, lambda partial: _save_map(partial, anomaly_map), unfinished, flushed=False)
             if self._rows_file is None:
                 rows = self.folder / ROWS / self._own
                 rows.parent.mkdir(parents=True, exist_ok=True)
@@ -180,10 +180,10 @@ class Store:
     def rows(self, draw: Draw | None = None) -> dict[tuple[int, int, int, int], dict]:
         """Reads the rows of a draw or of all, by `(shots, seed, number, index)` and in this order.
 
-        A line that a killed process left unfinished is skipped.
+        A line that a killed process left unfinished, or that is damaged, is skipped.
         """
         found = {}
-        for row in self._lines(ROWS):
+        for row in self._lines(ROWS, _KEYS):
             if draw is None or (row["shots"], row["seed"]) == (draw.shots, draw.seed):
                 found[row["shots"], row["seed"], row["number"], row["index"]] = row
         return dict(sorted(found.items()))
@@ -234,10 +234,7 @@ class Store:
         path = self.folder / name
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         with disk_errors("--out", self.folder, _REMEDY):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, path)
+            write_whole(path, lambda partial: write_names(partial, text))
 
     def read_json(self, name: str):
         """Reads a file that `write_json` wrote."""
@@ -255,16 +252,17 @@ class Store:
 
     def costs(self) -> list[dict]:
         """Reads the costs of all processes."""
-        return list(self._lines(COSTS))
+        return list(self._lines(COSTS, {}))
 
-    def _lines(self, name: str) -> Iterator[dict]:
+    def _lines(self, name: str, form: Mapping) -> Iterator[dict]:
         for path in sorted((self.folder / name).glob("*.jsonl")):
-            with open(path, encoding="utf-8", errors="replace") as file:
-                for line in file:
-                    try:
-                        yield json.loads(line)
-                    except json.JSONDecodeError:
-                        continue
+            for _, row in read_rows(path, form):
+                yield row
+
+
+def _save_map(path: Path, anomaly_map: np.ndarray) -> None:
+    with open(path, "wb") as file:  # given a path, NumPy would add a suffix
+        np.save(file, anomaly_map)
 
 
 def _first_difference(name: str, before, now) -> tuple[str, object, object]:

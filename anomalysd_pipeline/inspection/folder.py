@@ -9,13 +9,14 @@
 | `rows/` | a line for each picture, in a file of each process: what an interrupted run goes on from |
 
 A row is written after the picture's own files, and each of those is complete or not there. So a picture with a row
-needs nothing more, and one without is done again.
+needs nothing more, and one without, or with a damaged one, is done again.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
+import math
 import os
 import uuid
 from collections import Counter
@@ -27,7 +28,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.drawing import montage
-from ..common.files import remove, write_whole
+from ..common.files import disk_errors, read_rows, remove, write_names, write_whole
 from ..data.listing import RESULTS
 from ..data.picture import Picture
 from ..data.sources import Listing
@@ -37,6 +38,19 @@ MONTAGE_ROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
 _TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", RESULTS, "rows", "montage.png"
+_PLACE = {"source": str, "shard": int}
+_END = {**_PLACE, "pictures": int}
+_FAILURE = {**_PLACE, "row": int, "file": str, "error": str}
+_NUMBER = (int, float)
+_RESULT = {
+    **_PLACE,
+    "row": int,
+    "file": str,
+    "name": str,
+    "score": _NUMBER,
+    "threshold": (*_NUMBER, type(None)),
+    "seconds": _NUMBER,
+}
 _CELL = 176  # pixels, the side of a picture in the montage
 
 
@@ -123,10 +137,11 @@ class ResultFolder:
             self._compare(ours)
         else:
             # Last what the others are worth nothing without: killed in between, the folder never lies.
-            remove(self.folder / _ROWS)
-            self.part.unlink(missing_ok=True)
+            with self._disk_errors():
+                remove(self.folder / _ROWS)
+                self.part.unlink(missing_ok=True)
             text = json.dumps({"facts": ours, "given": dict(given)}, indent=2, ensure_ascii=False) + "\n"
-            self._write(self.folder / _FACTS, lambda path: path.write_text(text, encoding="utf-8"))
+            self._write(self.folder / _FACTS, lambda path: write_names(path, text))
         for leftover in (self.folder / _ROWS).glob(".*.partial"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
 
@@ -192,7 +207,7 @@ class ResultFolder:
         Args:
             read: whether the picture could be read, and has no score all the same.
         """
-        self._append({**_place(picture), "error": sentence, "read": read})
+        self._append({**_place(picture), "error": " ".join(sentence.split()), "read": read})
 
     def end(self, source: str, shard: int, pictures: int) -> None:
         """Keeps how many pictures a shard has, so that a run that goes on need not read it to its end again."""
@@ -213,11 +228,9 @@ class ResultFolder:
         missing = [
             ((number, -1, -1), {"file": listing.errors[number][0], "error": s}) for number, s in sentences.items()
         ]
-        write_table(
-            self.folder / _TABLE,
-            (_cells(row) for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0])),
-            RESULT_COLUMNS,
-        )
+        rows = (_cells(row) for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0]))
+        with self._disk_errors():
+            write_table(self.folder / _TABLE, rows, RESULT_COLUMNS)
         # Of equal scores those listed first, because the sort is stable.
         best = heapq.nlargest(MONTAGE_ROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
         if best:
@@ -239,8 +252,9 @@ class ResultFolder:
     def close(self) -> None:
         """Closes this process's file of rows."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            with self._disk_errors():
+                file.close()
 
     def _index(self, listing: Listing) -> list[_Entry]:
         """Finds each picture's row, in the order of the listing; of several that with a result, or the last."""
@@ -259,13 +273,9 @@ class ResultFolder:
         """Yields every row with its file and its place in it, those of earlier runs first."""
         paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / _ROWS).glob("*.jsonl")]
         for _, path in sorted(paths):
-            offset = 0
-            with open(path, "rb") as file:
-                for line in file:
-                    # All but the last line of a process that was killed while writing it.
-                    if line.endswith(b"\n"):
-                        yield path, offset, json.loads(line)
-                    offset += len(line)
+            for offset, row in read_rows(path, _END, _FAILURE, _RESULT):
+                if "score" not in row or _is_usable(row):
+                    yield path, offset, row
 
     def _read(self, index: list[_Entry]) -> Iterator[tuple[tuple[int, int, int], dict]]:
         files = {}
@@ -290,19 +300,24 @@ class ResultFolder:
             return [None, None, _thumbnail(image)]
 
     def _append(self, row: Mapping[str, object]) -> None:
-        if self._file is None:
-            path = self.folder / _ROWS / f"{self._id}.jsonl"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._disk_errors():
+            if self._file is None:
+                path = self.folder / _ROWS / f"{self._id}.jsonl"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
 
     def _write(self, path: Path, save: Callable[[Path], object]) -> None:
         """Writes a file that is complete or not there."""
         partial = self.folder / _ROWS / f".{self._id}.partial"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        # Three files of each picture: waiting for the disk would take longer than an inspection on a GPU.
-        write_whole(path, save, partial, flushed=False)
+        with self._disk_errors():
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            # Three files of each picture: waiting for the disk would take longer than an inspection on a GPU.
+            write_whole(path, save, partial, flushed=False)
+
+    def _disk_errors(self) -> disk_errors:
+        return disk_errors("--out", self.folder, "give the same command with --resume to go on")
 
 
 @dataclass(frozen=True)
@@ -330,6 +345,15 @@ class _Entry:
 
 def _place(picture: Picture) -> dict[str, object]:
     return {"file": picture.file, "source": picture.source, "shard": picture.shard, "row": picture.row}
+
+
+def _is_usable(row: Mapping) -> bool:
+    """Tells whether a row has finite numbers, and names of files that lie where results do."""
+    numbers = (row["score"], row["threshold"] or 0.0, row["seconds"])
+    names = (row["name"], row.get("shown", "x"))
+    return all(map(math.isfinite, numbers)) and all(
+        isinstance(name, str) and name and "\0" not in name and not {"", ".."} & set(name.split("/")) for name in names
+    )
 
 
 def _cells(row: Mapping) -> dict[str, object]:

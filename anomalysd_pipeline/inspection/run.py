@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .. import __version__
 from ..common.console import renamed, renaming
 from ..common.devices import choose_device
+from ..common.files import SoleWriter
 from ..data.depth import KEY
 from ..data.picture import Picture
 from ..data.sources import Listing, gather, read_normals
@@ -44,11 +45,18 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for input that cannot be used; in one sentence, with the names of the options.
         OSError: for a base that cannot be loaded or a disk that cannot be written.
     """
+    with SoleWriter("--out", args.out) as writer:
+        return _run(args, writer)
+
+
+def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     # 1. Whatever a person may have mistyped, before a model is loaded
     device = choose_device(args.device)
     on_cpu = device.type == "cpu" or parse_flag_from_env("ACCELERATE_USE_CPU")
     # Without saying so to accelerate, each of several processes on CPUs would work on its own.
     state = PartialState(cpu=on_cpu, timeout=_PATIENCE)
+    if state.is_main_process and args.out.is_dir():
+        writer.keep()
     folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
     check_category(args.category)
     check_verdicts(args)
@@ -91,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
     with _progress(state, listing, len(earlier.names), bool(args.normal)) as bar:
         # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
         if state.is_main_process:
+            writer.keep()
             folder.begin(describe(args, pipe, normals, defective), given(args))
             if args.normal and not folder.part.exists():
                 bar.set_description(f"learning {args.category}")
@@ -291,7 +300,7 @@ def _names(option: str) -> dict[str, str]:
 
 
 def _report(sentence: str) -> None:
-    print(f"anomalysd: {sentence}", file=sys.stderr)
+    print(f"anomalysd: {' '.join(sentence.split())}", file=sys.stderr)
 
 
 def summary(folder: ResultFolder, counts: Counts) -> str:

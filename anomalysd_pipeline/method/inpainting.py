@@ -39,13 +39,15 @@ def draw_noise(shape, generator, device, dtype) -> Tensor:
         generator: one for all pictures, or a list of N; None: every picture gets the same numbers, on every device.
 
     Raises:
-        ValueError: for a list of another length.
+        ValueError: for a list of another length, or anything else than generators.
     """
     one = (1, *shape[1:])
     if generator is None:
         fixed = torch.Generator().manual_seed(0)
         return randn_tensor(one, generator=fixed, device=device, dtype=dtype).expand(shape)
     generators = generator if isinstance(generator, list) else [generator] * shape[0]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator` must be a `torch.Generator`, a list of these, or None, got {generator!r}.")
     if len(generators) != shape[0]:
         raise ValueError(f"`generator` must be one generator or a list of {shape[0]}, got {len(generators)}.")
     # One draw per picture: how many pictures a call holds does not change the first one's noise.

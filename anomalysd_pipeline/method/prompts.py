@@ -16,6 +16,8 @@ import torch
 
 PROMPT_DESIGNS = ("none", "simple", "hierarchical")
 MAX_PROMPT_LENGTH = 300
+MAX_PROMPTS = 1000
+MAX_BOOK = 10_000
 MAX_CATEGORY_LENGTH = 64
 _LEVELS = ("coarse", "fine")
 
@@ -59,6 +61,8 @@ def _check_texts(texts: str | Iterable[str], argument: str) -> list[str]:
         texts = [texts]
     if not isinstance(texts, (list, tuple)):
         raise ValueError(f"`{argument}` must be a string or a list of strings, but {type(texts).__name__} was given.")
+    if len(texts) > MAX_PROMPTS:
+        raise ValueError(f"`{argument}` must hold at most {MAX_PROMPTS} prompts, but {len(texts)} were given.")
     for text in texts:
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"`{argument}` must hold non-empty strings, but {text!r} was given.")
@@ -67,6 +71,10 @@ def _check_texts(texts: str | Iterable[str], argument: str) -> list[str]:
                 f"`{argument}` must hold strings of at most {MAX_PROMPT_LENGTH} characters, but one of {len(text)} "
                 "was given."
             )
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a character, which a tokenizer cannot read
+            raise ValueError(f"`{argument}` must hold whole characters, but {text!r} was given.") from error
     return list(texts)
 
 
@@ -166,6 +174,9 @@ class PromptBook:
             raise ValueError("`data` must be a dictionary with the keys 'generic' and 'categories'.")
         if not isinstance(data["categories"], Mapping):
             raise ValueError("`data['categories']` must be a dictionary from category names to prompts.")
+        names = len(data["categories"])
+        if names > MAX_BOOK:
+            raise ValueError(f"`data['categories']` must have at most {MAX_BOOK} names, but {names} were given.")
         return cls(categories=data["categories"], generic=data["generic"])
 
     def _levels(self, category: str) -> dict[str, list[str]]:

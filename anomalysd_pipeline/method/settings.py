@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
+
+from ..common.checks import require_number, require_whole, shown
 
 STARTS = ("image", "exemplar")
 
@@ -31,6 +33,12 @@ PRESETS = {
     "sota": {**_FAST, "feature_weight": 1.0, "top_share": 0.01},
 }
 """What a preset sets where the checkpoint's own config does not say otherwise."""
+
+OVERRIDDEN = (*PRESETS, "exemplar")
+"""What a checkpoint may change, see `AnomalySDPipeline`."""
+
+MOST_STEPS, MOST_SCALES, MOST_CELLS = 1000, 32, 64
+"""Of a noise schedule; of the masks; and of the cells along a side. More are a mistake that would take days."""
 
 
 def checkpoint_settings(config: Mapping) -> dict:
@@ -76,40 +84,53 @@ class InspectionSettings:
         Raises:
             ValueError: for an unknown preset or a value out of its range.
         """
-        if preset not in PRESETS:
-            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {preset!r}.")
+        if not isinstance(preset, str) or preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {', '.join(map(repr, PRESETS))}, got {shown(preset)}.")
         values = dict(PRESETS[preset])
         for layer in layers:
             values.update({f.name: layer[f.name] for f in fields(cls) if layer.get(f.name) is not None})
-        scales = values["mask_scales"]
-        if isinstance(scales, (str, bytes)) or not isinstance(scales, Sequence):
-            raise ValueError(f"`mask_scales` must be a list of whole numbers such as (1, 2, 4, 8), got {scales!r}.")
+        return cls.of(values)
+
+    @classmethod
+    def of(cls, values: Mapping) -> InspectionSettings:
+        """Inverts `to_dict`.
+
+        Raises:
+            TypeError: a name is no setting, or one is missing.
+            ValueError: a value is out of its range.
+        """
+        scales = values.get("mask_scales")
+        if isinstance(scales, (str, bytes)) or not isinstance(scales, Sequence) or len(scales) > MOST_SCALES:
+            raise ValueError(
+                f"`mask_scales` must be a list of at most {MOST_SCALES} whole numbers such as (1, 2, 4, 8), got "
+                f"{shown(scales)}."
+            )
         settings = cls(**{**values, "mask_scales": tuple(scales)})
         settings.check()
         return settings
 
     def check(self) -> None:
         """Raises ValueError, naming the argument, for a value out of its range."""
-        _require_number("noise_strength", self.noise_strength, 0, 1, above=True)
-        if not isinstance(self.num_inference_steps, int) or self.num_inference_steps < 1:
-            raise ValueError(
-                f"`num_inference_steps` must be a whole number of at least 1, got {self.num_inference_steps!r}."
-            )
+        require_number("noise_strength", self.noise_strength, 0, 1, above=True)
+        require_whole("num_inference_steps", self.num_inference_steps, 1, MOST_STEPS)
         if int(self.num_inference_steps * self.noise_strength) < 1:
             raise ValueError(
                 f"`num_inference_steps` ({self.num_inference_steps}) times `noise_strength` ({self.noise_strength}) "
                 f"leaves no step; give at least {math.ceil(1 / self.noise_strength)} steps or a higher strength."
             )
-        if not all(isinstance(scale, int) and scale >= 1 for scale in self.mask_scales) or not self.mask_scales:
+        scales = self.mask_scales
+        fits = all(isinstance(k, int) and not isinstance(k, bool) and 1 <= k <= MOST_CELLS for k in scales)
+        if not fits or not scales or len(set(scales)) != len(scales):
             raise ValueError(
-                f"`mask_scales` must hold whole numbers of at least 1 such as (1, 2, 4, 8), got {self.mask_scales}."
+                f"`mask_scales` must hold whole numbers of at least 1 such as (1, 2, 4, 8), each once and at most "
+                f"{MOST_CELLS}, got {shown(scales)}."
             )
         if self.mask_grouping not in ("none", "grouped"):
             raise ValueError(f"`mask_grouping` must be 'none' or 'grouped', got {self.mask_grouping!r}.")
-        _require_number("prototype_weight", self.prototype_weight, 0, 1)
-        _require_number("feature_weight", self.feature_weight, 0, math.inf)
-        _require_number("guidance_scale", self.guidance_scale, 1, math.inf)
-        _require_number("top_share", self.top_share, 0, 1)
+        require_number("prototype_weight", self.prototype_weight, 0, 1)
+        require_number("feature_weight", self.feature_weight, 0, 1e6)
+        require_number("guidance_scale", self.guidance_scale, 1, 1000)
+        require_number("top_share", self.top_share, 0, 1)
         if self.start not in STARTS:
             raise ValueError(f"`start` must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}.")
 
@@ -117,21 +138,12 @@ class InspectionSettings:
         """Adds what a checkpoint changes where exemplars are the start, "exemplar" among its `preset_overrides`.
 
         Raises:
-            ValueError: for a value out of its range.
+            TypeError, ValueError: as of `of`.
         """
         if self.start != "exemplar":
             return self
-        settings = replace(self, **preset_overrides.get("exemplar", {}))
-        settings.check()
-        return settings
+        return self.of({**self.to_dict(), **preset_overrides.get("exemplar", {})})
 
     def to_dict(self) -> dict:
         """Gives JSON-serializable values, for a category's calibration record."""
         return {**asdict(self), "mask_scales": list(self.mask_scales)}
-
-
-def _require_number(name: str, value, low: float, high: float, above: bool = False) -> None:
-    fits = isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high
-    if not fits or (above and value == low):
-        span = f"{'above' if above else 'at least'} {low}" + (f" and at most {high}" if math.isfinite(high) else "")
-        raise ValueError(f"`{name}` must be a number {span}, got {value!r}.")

@@ -141,7 +141,8 @@ def take_out_adapters(module: nn.Module) -> None:
 
 
 def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Raises ValueError for anything but whole pairs of finite LoRA factors, each for a layer that the module has.
+    """Raises ValueError for anything but whole pairs of LoRA factors, each for a layer that the module has, and whose
+    product is within half precision, in which they are stored: what they add would drown the layer beyond that.
 
     Other names must not pass: peft would put their weights in place of the base's.
     """
@@ -159,6 +160,11 @@ def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
             raise ValueError(f"weights of the shapes {list(down.shape)} and {list(up.shape)} at '{target}'")
         if not all(weight.is_floating_point() and weight.isfinite().all() for weight in (down, up)):
             raise ValueError(f"weights that are not finite at '{target}'")
+        up, down = (weight.flatten(start_dim=1).double().abs() for weight in (up, down))
+        most = torch.finfo(torch.float16).max
+        # The first product is a bound that costs next to nothing.
+        if up.max() * down.max() * len(down) > most and not (added := (up @ down).max()) <= most:
+            raise ValueError(f"weights that overflow at '{target}', where they add up to {added:.3g}")
     if len(state) != 2 * len(targets):
         raise ValueError(f"weights besides those of LoRA for {type(module).__name__}")
 

@@ -2,17 +2,23 @@
 2408.01960)."""
 
 import json
+from collections.abc import Mapping
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from ..common.checks import require_kind, require_whole
 from ..data.shots import SHOT_NAMES, Shots
 from ..method.neighbors import NeighborSearch
 from .collection import is_finite
 from .coreset import greedy_coreset
 
+MOST = 10**7
+"""Prototypes of a part, and channels of each."""
+MOST_PIXELS = 2**31
+"""Values of all normal pictures of a part."""
 _OLD_COLUMNS = 2
 """Of what earlier versions packed in one tensor with the prototypes: how much normal pictures differ."""
 
@@ -59,6 +65,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             defect then hides in the gaps of a coreset.
         half: Whether vectors are rounded to half precision (by at most 0.05 %) and packed in it, which halves files.
         shots: For each category whose normal pictures are kept, their number and that of their pixels.
+
+    Raises:
+        ValueError: If one of these is no whole number, or negative.
     """
 
     # Of earlier versions, which kept beside each prototype how much normal pictures differ.
@@ -75,6 +84,19 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         shots: dict[str, tuple[int, int]] | None = None,
     ):
         super().__init__()
+        require_kind("sizes", sizes or {}, Mapping, "a dictionary from categories to numbers of prototypes")
+        for name, value, low in (
+            ("dim", dim, 0),
+            ("max_size", max_size, 1),
+            ("max_unturned", max_unturned, 0),
+            *((f"sizes[{category!r}]", size, 1) for category, size in (sizes or {}).items()),
+        ):
+            require_whole(name, value, low, MOST)
+        for category, counts in (shots or {}).items():
+            require_kind(f"shots[{category!r}]", counts, (list, tuple), "two whole numbers")
+            require_whole(f"len(shots[{category!r}])", len(counts), 2, 2)
+            for count in counts:
+                require_whole(f"shots[{category!r}]", count, 1, MOST_PIXELS)
         self._search: tuple[Tensor, tuple, list[NeighborSearch]] | None = None
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
@@ -112,6 +134,13 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             return None
         index = self._index(category)
         return Shots(**{name: getattr(self, f"{name}_{index}") for name in SHOT_NAMES})
+
+    def check_shots(self) -> None:
+        """Raises ValueError unless all normal pictures fit their banks; a loaded file may hold anything."""
+        for category in self.categories:
+            shots = self.shots(category)
+            if shots is not None:
+                shots.check(len(self[category]))
 
     def forget_shots(self, category: str) -> None:
         """Drops the normal pictures of a category, and keeps its prototypes."""
@@ -305,14 +334,15 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         )
 
     def _searches(self, category: str, parts: int, left_out: int | None) -> list[NeighborSearch]:
-        bank = self[category]
+        bank, search = self[category], self._search
         # Prepared once for all pictures in a row; the tensor itself is a key, because a changed bank is another one.
-        if self._search is None or self._search[0] is not bank or self._search[1] != (parts, left_out):
+        if search is None or search[0] is not bank or search[1] != (parts, left_out):
             rows = bank if left_out is None else bank[self.compared(category, left_out)]
             if not len(rows):
                 raise ValueError(f"`left_out` must leave prototypes of another picture, got {left_out!r}.")
-            self._search = bank, (parts, left_out), [NeighborSearch(part) for part in rows.chunk(parts, dim=1)]
-        return self._search[2]
+            search = bank, (parts, left_out), [NeighborSearch(part) for part in rows.chunk(parts, dim=1)]
+            self._search = search  # and not read from there again: another thread may put its own there
+        return search[2]
 
     def __getstate__(self) -> dict:
         # Copies and pickles leave out what can be prepared anew.

@@ -64,3 +64,9 @@ def fill_bank(bank, category: str, extractor, images: Sequence[Tensor], rotation
 def is_finite(features: Tensor) -> bool:
     """Tells whether all of [M, C] are finite, in pieces: PyTorch's own check takes more memory than they do."""
     return all(bool(torch.isfinite(part).all()) for part in features.split(_CHECKED))
+
+
+def is_in_range(features: Tensor) -> bool:
+    """Tells whether all of [M, C] are within half precision, so that their squares are finite too."""
+    most = torch.finfo(torch.float16).max
+    return bool(-most <= features.min() and features.max() <= most)  # NaN is neither

@@ -17,7 +17,7 @@ from ..adaptation.preview import validation_pictures
 from ..adaptation.settings import AdaptationSettings
 from ..adaptation.stages import Stage
 from ..common.drawing import montage
-from ..common.files import disk_errors, write_whole
+from ..common.files import disk_errors, read_rows, write_names, write_whole
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
 _PROJECT = "anomalysd"
@@ -47,15 +47,8 @@ class LossCurve:
     def _cut(self, stage: str, step: int) -> None:
         if not self._path.exists():
             return
-        kept = []
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            try:
-                found = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a run that was killed while writing it
-            if found["stage"] != stage or found["step"] < step:
-                kept.append(line)
-        text = "".join(f"{line}\n" for line in kept)
+        rows = (row for _, row in read_rows(self._path, {"stage": str, "step": int}))
+        text = "".join(json.dumps(row) + "\n" for row in rows if row["stage"] != stage or row["step"] < step)
         write_whole(self._path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
@@ -149,7 +142,7 @@ class Reports:
             with self._disk_errors():
                 self.output_dir.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(dict(self.facts), indent=2, ensure_ascii=False) + "\n"
-                (self.output_dir / FACTS).write_text(text, encoding="utf-8")
+                write_whole(self.output_dir / FACTS, lambda unfinished: write_names(unfinished, text))
         values = {**self.settings.to_dict(), "categories": list(self.shots)}
         # Trackers take numbers and texts.
         flat = {k: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for k, v in values.items()}

@@ -26,7 +26,7 @@ from ..adaptation.registry import default_name
 from ..adaptation.settings import AdaptationSettings
 from ..common.console import base_errors, renaming
 from ..common.devices import choose_device, on_cpu, own_accelerate_state, resolve_precision
-from ..common.files import disk_errors, remove, written_whole
+from ..common.files import SoleWriter, disk_errors, remove, written_whole
 from ..method.calibration import check_rate
 from ..method.prompts import check_category
 from ..pipeline import AnomalySDPipeline
@@ -56,8 +56,9 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         # A host program's own accelerator may compute in another precision.
-        with renaming(option_names(args.settings)), own_accelerate_state():
-            return _run(args)
+        writer = SoleWriter("output_dir", args.output_dir)
+        with renaming(option_names(args.settings)), own_accelerate_state(), writer:
+            return _run(args, writer)
     except torch.OutOfMemoryError as error:
         raise ValueError(
             "the GPU's memory does not suffice; give a smaller `--train_batch_size` with more "
@@ -65,9 +66,11 @@ def run(args: argparse.Namespace) -> int:
         ) from error
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     # 1. Check the options, the pictures and the prompts before a model is loaded
     check_options(args)
+    if int(os.environ.get("RANK", 0)) == 0 and args.output_dir.is_dir():
+        writer.keep()
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     pictures = read_shots(args, report=_report if first_here else lambda sentence: None)
     shots = {category: [image for _, image in pairs] for category, pairs in pictures.items()}
@@ -85,6 +88,7 @@ def _run(args: argparse.Namespace) -> int:
 
     # 3. Train
     if accelerator.is_main_process:
+        writer.keep()
         if args.overwrite:
             discard(args.output_dir)
         counts = ", ".join(f"{category} ({len(images)})" for category, images in shots.items())
