@@ -132,7 +132,7 @@ class AdaptationSettings:
             require_whole(name, getattr(self, name), 1, MOST_RANK)
         for name in ("learning_rate", "decoder_learning_rate", "max_grad_norm"):
             if getattr(self, name) is not None or name != "decoder_learning_rate":
-                require_number(name, getattr(self, name), 0, 1e6, above=True)
+                require_number(name, getattr(self, name), 0, 1e38, above=True)
         require_whole("lr_warmup_steps", self.lr_warmup_steps, 0, MOST_STEPS)
         if self.lr_warmup_steps and self.lr_scheduler == "constant":
             raise ValueError(
