@@ -90,8 +90,8 @@ class Knowledge:
         return {"categories": self.categories, "prompts": self.prompts.to_dict(), "adaptations": self.adaptations}
 
     def check(self, unet, vae) -> None:
-        """Raises ValueError for a bank out of range, normal pictures that do not fit theirs, a threshold without a bank,
-        an adaptation without weights, and weights that do not fit the denoiser or the decoder; see
+        """Raises ValueError for a bank out of range, normal pictures that do not fit theirs, a threshold without a
+        bank, an adaptation without weights, and weights that do not fit the denoiser or the decoder; see
         `adapters.check_fits`."""
         for category in self.bank.categories:
             if not is_in_range(self.bank[category]) or self.bank.sources(category).min() < 0:
