@@ -1,4 +1,5 @@
-"""Write and read an adaptation's folder: `adaptation.json` and `adaptation.safetensors`, without its base."""
+"""Write and read what was learned of parts, without the base: as a folder (`adaptation.json` and
+`adaptation.safetensors`), or as a single safetensors file with the former in its header."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from ..models.bank import unpacked
 from .base import EMBEDDED_NAME, Base
 
 FACTS, WEIGHTS = "adaptation.json", "adaptation.safetensors"
-_FORMAT = 3
+_FORMAT, _FORMAT_WITHOUT_WEIGHTS = 3, 4
+"""Earlier versions read the first; they take the second, of parts without a fine-tuning, for damaged."""
 _BANKS = ("bank", "sources")
 _OLD_BANKS = ("colors", "views")
 """Of earlier formats; nothing looks at them now."""
@@ -49,20 +51,21 @@ _RECORD_KEYS = {
 }
 _OPTIONAL_KEYS = {"digests", "adapted"}
 """Of records: earlier formats lack the first, and have the second, which nothing looks at now."""
+_HEADER = "adaptation"
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
 
 @dataclass(frozen=True)
 class StoredAdaptation:
-    """Holds the content of an adaptation's folder.
+    """Holds what was learned of parts: an adaptation, or one part without a fine-tuning.
 
-    name: of the adaptation.
-    record: settings of its fine-tuning.
+    name: of the adaptation, or of the part.
+    record: settings of the fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
     banks: category to its bank, as `PrototypeBank.packed` gives it.
-    state: part to LoRA weights by name.
+    state: part of the network to LoRA weights by name; empty without a fine-tuning.
     """
 
     name: str
@@ -111,8 +114,25 @@ def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (held and not (FACTS in held and held <= _OURS)):
         raise ValueError(f"`save_directory` '{folder}' holds other things; give a new or empty folder.")
+    facts, tensors = _contents(stored, base)
+    with disk_errors("save_directory", folder), written_whole(folder) as partial:
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS)
+
+
+def write_part(stored: StoredAdaptation, base: Base, path: Path) -> None:
+    """Writes the same as `write_adaptation` into a single file.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    facts, tensors = _contents(stored, base)
+    save_file(tensors, path, metadata={_HEADER: json.dumps(facts, ensure_ascii=False)})
+
+
+def _contents(stored: StoredAdaptation, base: Base) -> tuple[dict, dict[str, Tensor]]:
     facts = {
-        "format": _FORMAT,
+        "format": _FORMAT if stored.state else _FORMAT_WITHOUT_WEIGHTS,
         "version": __version__,
         "name": stored.name,
         "base_model": base.name,
@@ -131,16 +151,23 @@ def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None
         for index, category in enumerate(stored.categories)
         for kind, tensor in stored.banks[category].items()
     }
-    with disk_errors("save_directory", folder), written_whole(folder) as partial:
-        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
+    return facts, {key: value.cpu() for key, value in tensors.items()}
+
+
+def _read_files(source: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Reads what `_contents` gave."""
+    if source.is_dir():
+        return json.loads((source / FACTS).read_text(encoding="utf-8")), load_file(source / WEIGHTS)
+    with safe_open(source, framework="pt") as file:
+        facts = json.loads(file.metadata()[_HEADER])
+    return facts, load_file(source)
 
 
 def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) -> StoredAdaptation:
-    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a base.
+    """Reads an adaptation from a folder, a file or the Hub, trusting nothing in it, and checks that it fits a base.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, a file of `write_part` or a Hub id.
         base: the networks that the adaptation must fit.
         settings: called with the `noise_strength` of a part; raises ValueError if inspections cannot use it.
         **hub: as of `huggingface_hub.snapshot_download`.
@@ -149,20 +176,22 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
         ValueError: the adaptation is missing, damaged, of a later format, or made for another base.
     """
     recover(source)
-    folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
+    is_file = os.path.isfile(source)
+    holding = "hold what was learned of a part" if is_file else f"hold a complete {FACTS} and {WEIGHTS}"
+    folder = Path(source) if is_file or os.path.isdir(source) else _download(str(source), hub)
     try:
-        facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-        later = facts["format"] > _FORMAT
+        facts, tensors = _read_files(folder)
+        later = facts["format"] > _FORMAT_WITHOUT_WEIGHTS
         if not later:
-            stored = _parse(facts, load_file(folder / WEIGHTS))
+            stored = _parse(facts, tensors)
             fits = same_fingerprint(base.fingerprint(), facts["base_fingerprint"])
             if fits:
                 _check_fits(stored, base, settings)
     # All errors of wrong types and values; a deep nesting ends in RecursionError.
     except (OSError, SafetensorError, AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
-            f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            f"`pretrained_adaptation_name_or_path` '{source}' must {holding}, as `save_adaptation` writes it "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         ) from error
     if later:
         raise ValueError(
@@ -204,7 +233,8 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
             if (own := {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
         },
     )
-    if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
+    bare = facts["format"] == _FORMAT_WITHOUT_WEIGHTS
+    if not stored.categories or bare is bool(stored.state) or facts["prompts"].keys() != categories.keys():
         raise ValueError("it names no category, or no weights, or has prompts of others")
     old = {f"{kind}.{index}" for kind in _OLD_BANKS for index in range(len(categories))}
     if len(tensors.keys() - old) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import html
 import threading
 
 import gradio as gr
 from gradio_client.utils import is_file_obj_with_meta, traverse
 from starlette.middleware import Middleware
 
-from ..app import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_tab
+from ..app import about_tab, batch_tab, gallery_tab, inspect_tab, style, teach_api, teach_tab
 from .desk import GRACE_SECONDS, Desk, sentences
 from .handouts import Door
 from .limits import Limits
 from .model import Models
+from .stored import StoredExamples
 
 TITLE = """# AnomalySD
 Finds defects on industrial parts from zero to a handful of normal pictures: the part is repainted as it should look,
@@ -57,7 +59,7 @@ class Page(gr.Blocks):
             "_frontend": False,
         }
         self.desk.sweep()
-        timer = threading.Timer(WARM_UP_SECONDS, self.desk.models.warm_up)
+        timer = threading.Timer(WARM_UP_SECONDS, self.desk.warm_up)
         timer.daemon = True
         timer.start()
         return super().launch(*args, **{**defaults, **kwargs, "app_kwargs": app_kwargs})
@@ -90,6 +92,7 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
         # Only the key of the session; both the session and this state stay on the server. The callback is a plain
         # function: gradio copies its config for every request, and with a bound method the desk and all its models.
         key = gr.State(time_to_live=desk.limits.idle_seconds, delete_callback=leave)
+        stored = _stored(desk, key)
         gr.Markdown(TITLE, elem_id="title")
         with gr.Row(elem_id="note", visible=False) as note:
             with gr.Column(scale=4, min_width=300):
@@ -97,18 +100,18 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
             again = gr.Button("Go on with these parts", size="sm", scale=0, min_width=220, elem_id="take-up")
         with gr.Tabs(selected="inspect") as tabs:
             with gr.Tab("Inspect", id="inspect"):
-                inspecting = inspect_tab.build(desk, key)
+                inspecting = inspect_tab.build(desk, key, stored)
             with gr.Tab("Teach", id="teach") as teaching:
                 pass
             with gr.Tab("Batch", id="batch"):
                 batch_part = batch_tab.build(desk, key)
             with gr.Tab("Gallery", id="gallery"):
-                gallery_tab.build(desk, inspecting.picture, tabs)
+                gallery_tab.build(stored, inspecting.picture, tabs)
             with gr.Tab("About", id="about") as about:
                 pass
             parts = [inspecting.part, batch_part]
             with teaching:
-                teach_tab.build(desk, key, parts)
+                teach_tab.build(desk, key, inspecting, batch_part, tabs)
             with about:
                 about_tab.build(desk, key, parts, about)
 
@@ -120,7 +123,9 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
         @sentences
         def take_up(key, request: gr.Request):
             visit = desk.take_up(key, request)
-            lists = [gr.Dropdown(choices=teach_tab.choices(visit)) for _ in parts]
+            last = list(visit.session.parts)[-1]
+            lists = [gr.Dropdown(choices=teach_api.choices(visit), value=last) for _ in parts]
+            gr.Info(f"You go on with {', '.join(f'“{html.escape(name)}”' for name in visit.session.parts)}.")
             return visit.key, gr.Row(visible=False), *lists
 
         def closed(request: gr.Request) -> None:
@@ -131,6 +136,14 @@ def build(limits: Limits | None = None, models: Models | None = None) -> Page:
         page.unload(closed)
     desk.handouts.publish(_own_files(page))
     return page.queue(max_size=256, default_concurrency_limit=8)
+
+
+def _stored(desk: Desk, keeper: gr.State) -> StoredExamples | None:
+    """Reads the ready examples; the app is of use without them."""
+    try:
+        return StoredExamples(desk, keeper)
+    except ValueError:
+        return None
 
 
 def _own_files(page: gr.Blocks) -> list[str]:

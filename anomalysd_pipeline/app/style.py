@@ -33,6 +33,9 @@ def theme() -> gr.themes.Base:
 
 
 OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--heat-opacity', value / 100); }"
+TO_VERDICT_JS = """() => { if (window.innerWidth <= 640)
+  document.getElementById("inspect-verdict").scrollIntoView({ behavior: "smooth", block: "start" }); }"""
+"""Moves a phone's view to the verdict, which is below the inputs there."""
 
 HEAD = "<meta name='description' content='Finds defects on industrial parts from zero to a handful of good ones.'>"
 
@@ -55,6 +58,18 @@ button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].
 .verdict.defective { border-left-color: var(--defect); } .verdict.defective .words { color: var(--defect); }
 .verdict.normal { border-left-color: var(--good); } .verdict.normal .words { color: var(--good); }
 .verdict.empty .words { color: var(--quiet); font-weight: 450; font-size: 1.05rem; }
+
+.fault-place:not(:has(.fault)) { display: none; }
+.fault { margin: 0; color: var(--defect); font-size: 0.92rem; font-weight: 550; overflow-wrap: anywhere; }
+
+.thumbnail-place:not(:has(figure)) { display: none; }
+.thumbnails { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+.thumbnails figure { margin: 0; width: 76px; } .thumbnails p { margin: 0; color: var(--quiet); }
+.thumbnails :is(img, .none) { width: 76px; height: 64px; object-fit: cover; border-radius: 6px; display: grid;
+  place-items: center; background: rgb(128 128 128 / 0.12); margin: 0; }
+.thumbnails figcaption { font-size: 0.7rem; color: var(--quiet); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.thumbnails .bad :is(.none, figcaption) { color: var(--defect); }
 
 .gauge { padding: 0.5rem 0.25rem 0; min-height: 4.6rem; box-sizing: border-box; }
 .gauge .scale, .heat-view .colors { height: 14px; border-radius: 7px; background: linear-gradient(90deg, #0d1442,
@@ -90,10 +105,15 @@ dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.35rem 1
 dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 
 #inspect-verdict, #teach-result { min-height: 5.4rem; }
-#inspect-downloads { min-height: 250px; } #batch-downloads { min-height: 140px; }
+#inspect-downloads { min-height: 244px; } #batch-downloads { min-height: 140px; }
 /* These are results: there is nothing to be removed from them. */
 :is(#inspect-downloads, #batch-downloads) .label-clear-button { display: none; }
 #batch-table { min-height: 12rem; }
+/* Under the pictures, which it would otherwise cover. */
+.thumbnail-lg { display: flex !important; flex-direction: column; }
+.thumbnail-lg img { flex: 1; min-height: 0; }
+.thumbnail-lg .caption-label { position: static; width: 100%; border: 0; text-align: left; }
+#teach-length .wrap { flex-direction: column; }
 .caption-label { max-width: 100% !important; white-space: normal !important; overflow-wrap: anywhere;
   line-height: 1.25 !important; }
 :is(button, input, textarea, [role=tab]):focus-visible { outline: 3px solid #0d9488 !important; outline-offset: 2px; }
