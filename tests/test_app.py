@@ -124,6 +124,15 @@ class TestFunctions:
         assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
 
+    def test_every_argument_is_described_in_our_words(self, page):
+        for name, function in page.get_api_info()["named_endpoints"].items():
+            for parameter in function["parameters"]:
+                told = parameter["python_type"]["description"]
+                assert told and "FileData" not in told, (name, parameter["parameter_name"])
+        by_name = {p["parameter_name"]: p for p in page.get_api_info()["named_endpoints"]["/teach"]["parameters"]}
+        assert by_name["false_alarm_rate"]["python_type"]["type"] == "float"
+        assert by_name["false_alarm_rate"]["parameter_default"] == 0.05
+
     def test_inspect_a_part_that_was_not_taught(self, asker, pictures):
         result, files = inspect(asker, "Any part", pictures / "defective.png")
         assert result["verdict"].startswith("No verdict") and result["is_defective"] is None

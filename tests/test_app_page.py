@@ -1,6 +1,9 @@
 """What the page shows and when it stops showing it: its own functions, called as a browser calls them."""
 
 import inspect
+import json
+import zipfile
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from anomalysd_pipeline.app.heat import HeatView, Shown
 from anomalysd_pipeline.app.inspect_tab import CHANGED, EMPTY
 from anomalysd_pipeline.app.limits import Limits
 from anomalysd_pipeline.app.model import Models
-from anomalysd_pipeline.app.pace import Pace
+from anomalysd_pipeline.app.pace import PROPORTIONS, Pace, Plan, pace_of
 from anomalysd_pipeline.app.thumbnails import MOST, pictures_of, strip
 
 from .tiny_adaptations import pictures, quick_pipeline
@@ -64,6 +67,11 @@ class Browser:
             told |= {component.elem_id or component: value for component, value in one.items()}
         self.key = next((value for value in told.values() if isinstance(value, tuple) and value[0] == BASE), self.key)
         return told
+
+    def select(self, name, value, row):
+        """Calls the function of that name for a selected row."""
+        found = next(one for one in self.page.fns.values() if one.name == name)
+        return found.fn(value, SimpleNamespace(row_value=row))
 
     @property
     def session(self):
@@ -218,6 +226,100 @@ class TestTimes:
         pace = desk.pace(BASE)
         assert pace.measured and min(pace.denoiser, pace.decoder, pace.score, pace.preview) > 0
         assert desk.models.base().categories == [] and desk.models.base().adaptations == []
+
+    def test_the_time_left_falls_though_the_stages_take_other_times_than_planned(self):
+        plan, left, elapsed = Plan(Pace().stages(4, 4, 20, 10), measured=True), [], 0.0
+        taken = {"preparing": 1.0, "denoiser": 25.0, "decoder": 10.0, "calibrating": 6.0}
+        for stage, seconds in taken.items():
+            for part in range(10):
+                plan.share(stage, part / 10)
+                left.append(plan.seconds_left(elapsed + seconds * part / 10) + 0.0)
+            elapsed += seconds
+        rises = [after - before for before, after in pairwise(left)]
+        assert max(rises) < 0.05 * left[0] and left[-1] < 0.1 * left[0]
+        assert plan.share("denoiser", 0.0) > 0.9  # a share never falls
+
+    def test_nothing_is_told_of_an_unmeasured_machine_at_first(self):
+        plan = Plan(PROPORTIONS.stages(4, 4))
+        assert plan.seconds_left(1.0) is None
+        assert plan.seconds_left(6.0 * plan.share("calibrating", 0.5)) == pytest.approx(6.0 * (1 - plan._share))
+
+    def test_the_pace_is_that_of_the_later_steps(self):
+        marks = [(0.0, "preparing", 0, None)]
+        for stage, start in (("denoiser", 5.0), ("decoder", 20.0)):
+            marks += [(start, stage, 1, marks[-1][3]), (start + 0.5, stage, 1, object())]
+            marks += [(start + 2.5, stage, 2, marks[-1][3]), (start + 3.0, stage, 2, object())]
+        marks += [(24.0, "calibrating", 0, marks[-1][3]), (30.0, "calibrating", 100, marks[-1][3])]
+        assert pace_of(marks, 2) == Pace(0.5, 3.0, 2.0, 2.0, 0.5, measured=True)
+
+
+class TestBatch:
+    @pytest.fixture
+    def files(self, taught):
+        odd = pictures("nut")[0].copy()
+        odd.paste((255, 0, 255), (20, 20, 44, 44))
+        given = {"good.png": pictures("nut")[0], "odd.png": odd, "ring.png": pictures("ring")[0]}
+        return [taught.upload(image, name) for name, image in given.items()]
+
+    def test_the_most_suspicious_comes_first_and_a_row_opens_its_heatmap(self, taught, files):
+        notes = taught.upload(pictures("nut")[0], "notes.png")
+        Path(notes["path"]).write_text("no picture")
+        told = taught.call("inspect_all", [notes, *files], "nut", "fast")
+        table = told["batch-table"]
+        scores = [row[3] for row in table[:-1]]
+        assert scores == sorted(scores, reverse=True) and table[0][0] != "good.png"
+        assert table[-1][:2] == ["notes.png", "Could not be read"]
+        shown = [{"image": {"path": path}, "caption": caption} for path, caption in told["batch-gallery"]]
+        for number, row in enumerate(table[:-1]):
+            assert taught.select("open_row", shown, row).selected_index == number
+        assert taught.select("open_row", shown, table[-1]).selected_index is None
+        assert "4 done as “nut”" in told["batch-progress"]
+
+    def test_the_zip_has_masks_and_json(self, taught, files):
+        told = taught.call("inspect_all", files, "nut", "fast")
+        with zipfile.ZipFile(told["batch-downloads"][1]) as archive:
+            rows = json.loads(archive.read("results.json"))["pictures"]
+            assert [row["file"] for row in rows] == ["good.png", "odd.png", "ring.png"]
+            assert rows[1]["score"] == pytest.approx(
+                next(r[3] for r in told["batch-table"] if r[0] == "odd.png"), abs=1e-4
+            )
+            with Image.open(archive.open(rows[1]["mask"])) as mask:
+                assert mask.size == (64, 64) and mask.mode == "1"
+
+    def test_canceled_it_keeps_what_is_done(self, taught, files, monkeypatch):
+        from anomalysd_pipeline.app import batch_work
+
+        def add(work_, item, add=batch_work.BatchWork._add):
+            add(work_, item)
+            assert work.cancel_batch(taught.session)
+
+        monkeypatch.setattr(batch_work.BatchWork, "_add", add)
+        told = taught.call("inspect_all", files, "nut", "fast")
+        assert "Canceled: 1 of 3 done" in told["batch-progress"] and [row[0] for row in told["batch-table"]] == [
+            "good.png"
+        ]
+        assert len(told["batch-downloads"]) == 2 and is_active(told["batch-run"])
+
+    def test_other_files_clear_it(self, taught, files):
+        taught.call("inspect_all", files[:1], "nut", "fast")
+        told = taught.call("clear_batch")
+        assert told["batch-table"] == [] and told["batch-downloads"] is None
+
+    def test_without_files_it_says_so_at_the_field(self, browser):
+        told = browser.call("inspect_all", None, "Any part", "fast")
+        assert "Add at least one picture" in told["batch-files-fault"] and is_active(told["batch-run"])
+
+
+class TestExamples:
+    def test_one_shows_its_stored_result_until_another_picture_comes(self, browser):
+        told = browser.call("example", "Any part", "fast", 1)
+        assert "Defect likely" in told["inspect-verdict"] and "stored result" in told["inspect-verdict"]
+        assert told["inspect-masks"] and told["inspect-compare"]
+        picture = {"path": told["inspect-picture"]}
+        kept = browser.call("clear", picture, "Any part", "fast")
+        assert all(value == gr.skip() for value in kept.values())
+        other = browser.upload(pictures("nut")[0])
+        assert CHANGED in browser.call("clear", other, "Any part", "fast")["inspect-verdict"]
 
 
 class TestThumbnails:

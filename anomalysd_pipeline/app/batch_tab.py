@@ -11,6 +11,7 @@ from .batch_work import BatchWork
 from .desk import Desk, sentences
 from .fields import Faults
 from .inspect_tab import ANY_PART, PRESETS
+from .style import TO_HEATMAPS_JS
 from .thumbnails import pictures_in, under
 
 HEADERS = ["File", "Verdict", "× threshold", "Score", "Threshold", "Note"]
@@ -54,6 +55,7 @@ def build(desk: Desk, key: gr.State) -> gr.Dropdown:
                 height=360,
                 object_fit="contain",
                 interactive=False,
+                buttons=["download", "fullscreen"],
                 elem_id="batch-gallery",
             )
             downloads = gr.File(
@@ -149,6 +151,7 @@ def build(desk: Desk, key: gr.State) -> gr.Dropdown:
         return gr.Gallery(selected_index=captions.index(caption) if caption in captions else None)
 
     table.select(open_row, gallery, gallery, preprocess=False, **at_once)
+    table.select(None, None, None, js=TO_HEATMAPS_JS)
     _add_api(desk, key, files, part, preset)
     return part
 

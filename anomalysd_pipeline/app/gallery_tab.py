@@ -31,7 +31,7 @@ def build(stored: StoredExamples | None, picture: gr.Image, tabs: gr.Tabs) -> No
         [(str(example.path), example.title) for example in examples],
         label="Examples",
         columns=4,
-        height=300,
+        height="auto",
         object_fit="contain",
         allow_preview=False,
         interactive=False,

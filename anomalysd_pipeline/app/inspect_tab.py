@@ -10,7 +10,7 @@ from ..app import figures, views
 from .desk import Desk, Visit, sentences
 from .fields import Faults, about
 from .heat import HeatView, Shown
-from .stored import StoredExamples
+from .stored import NOTE, StoredExamples
 from .style import OPACITY_JS, TO_VERDICT_JS
 
 PRESETS = [("Fast", "fast"), ("As in the paper, slower", "paper")]
@@ -48,8 +48,15 @@ def cleared(text: str = CHANGED) -> tuple:
     )
 
 
-def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTab:
-    """Builds the contents of the tab, and the functions `inspect` and `accept` for programs."""
+def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tabs) -> InspectTab:
+    """Builds the contents of the tab, and the functions `inspect` and `accept` for programs.
+
+    Args:
+        desk: gives sessions and turns.
+        key: state that holds the key of the page's session.
+        stored: the ready examples; None: there are none.
+        tabs: switched to Teach on request.
+    """
     faults = Faults()
     with gr.Row():
         with gr.Column(scale=4, min_width=300):
@@ -71,6 +78,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTa
                 elem_id="inspect-part",
             )
             faults.beside("part", part)
+            first = gr.Button("No part yet? Teach one first", size="sm", elem_id="inspect-teach")
             preset = gr.Radio(PRESETS, value="fast", label="Thoroughness", elem_id="inspect-preset")
             run = gr.Button("Inspect", variant="primary", elem_id="inspect-run")
             if stored is not None:
@@ -103,8 +111,8 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTa
             compare = gr.ImageSlider(
                 label="Before and after repainting",
                 interactive=False,
-                height=510,
-                max_height=490,
+                height=538,
+                max_height=518,
                 elem_id="inspect-compare",
             )
         with gr.Column(min_width=320):
@@ -120,7 +128,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTa
                 label="To take home: map and report",
                 file_count="multiple",
                 interactive=False,
-                height=244,
+                height=272,
                 elem_id="inspect-downloads",
             )
     inputs = [key, part, picture, preset]
@@ -187,6 +195,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTa
         for button, function, given in ((run, show, inputs), (good, learn, inputs), (keep, hold, [*inputs, threshold]))
     ]
     run.click(None, None, None, js=TO_VERDICT_JS)
+    first.click(lambda: gr.Tabs(selected="teach"), None, tabs, api_visibility="private", queue=False)
 
     def clear(key, picture, part, preset):
         """Clears the results of other inputs than those that are chosen now."""
@@ -224,7 +233,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None) -> InspectTa
             inputs = _inputs({"path": path}, part, preset)
             visit.session.shown = shown = Shown(inputs, None, drawn.view, chosen.score, chosen.threshold)
             values = (
-                drawn.verdict,
+                views.verdict(chosen.sentence, chosen.is_defective, f"{chosen.title}. {NOTE}"),
                 drawn.gauge,
                 drawn.view.html(chosen.threshold, outlined=chosen.is_defective),
                 gr.Button(interactive=False),

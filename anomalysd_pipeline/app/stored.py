@@ -57,7 +57,7 @@ class StoredExamples:
             shown = masks(example.image, (), example.prototype_mask, example.predicted, Path(folder))
             shown = [(self._published(path), title) for path, title in shown]
         return Drawn(
-            views.verdict(example.sentence, example.is_defective, f"{example.title}. {NOTE}"),
+            views.verdict(example.sentence, example.is_defective, example.title),
             views.gauge(example.score, example.threshold),
             HeatView(example.image, example.anomaly_map),
             pair,

@@ -146,8 +146,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
         """Takes in what was learned of a part.
 
         Args:
-            file: the file that `teach` returned, `part.safetensors` of `anomalysd detect`, or a zip of an adaptation's
-                folder.
+            file: the file that `teach` returned, `part.safetensors` of `anomalysd detect`, or a zipped adaptation.
 
         Returns:
             `{"parts": [...]}`, the names of its parts.

@@ -121,6 +121,7 @@ def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> 
     )
     rows: list[Upload] = []
     taken: set[str] = set()
+    sources: dict[str, Path] = {}
     more = 0
     for path in map(Path, paths):
         for name, opener, error in _rows_of(path, limits, budget):
@@ -128,8 +129,8 @@ def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> 
                 more += 1
                 continue
             shown = visible_name(name)
-            if shown in taken and shown != visible_name(path.name):  # of the same name in another zip
-                shown = visible_name(f"{path.name}/{name}")
+            if sources.setdefault(shown, path) != path and name != visible_name(path.name):
+                shown = visible_name(f"{path.name}/{name}")  # as in another zip
             shown = _unique(shown, taken)
             rows.append(Upload(shown, partial(opener, shown) if opener else None, error))
     if more:
