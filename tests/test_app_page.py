@@ -21,6 +21,7 @@ from anomalysd_pipeline.app.inspect_tab import CHANGED, EMPTY
 from anomalysd_pipeline.app.limits import Limits
 from anomalysd_pipeline.app.model import Models
 from anomalysd_pipeline.app.pace import PROPORTIONS, Pace, Plan, pace_of
+from anomalysd_pipeline.app.space import links
 from anomalysd_pipeline.app.thumbnails import MOST, pictures_of, strip
 
 from .tiny_adaptations import pictures, quick_pipeline
@@ -320,6 +321,20 @@ class TestExamples:
         assert all(value == gr.skip() for value in kept.values())
         other = browser.upload(pictures("nut")[0])
         assert CHANGED in browser.call("clear", other, "Any part", "fast")["inspect-verdict"]
+
+
+class TestLinks:
+    def test_of_a_space_are_its_own_files(self, monkeypatch):
+        monkeypatch.setenv("SPACE_ID", "ann/nuts")
+        found = links()
+        assert list(found) == ["Paper", "Repository", "Docs"]
+        assert found["Docs"] == "https://huggingface.co/spaces/ann/nuts/blob/main/docs/app.md"
+
+    def test_elsewhere_are_those_of_the_package(self, monkeypatch):
+        named = SimpleNamespace(get_all=lambda name: ["Repository, https://a/b", "Other, https://c"])
+        monkeypatch.setattr("importlib.metadata.metadata", lambda name: named)
+        monkeypatch.delenv("SPACE_ID", raising=False)
+        assert links() == {"Paper": "https://arxiv.org/abs/2408.01960", "Repository": "https://a/b"}
 
 
 class TestThumbnails:

@@ -150,8 +150,8 @@ def build(desk: Desk, key: gr.State) -> gr.Dropdown:
         caption = ": ".join(map(str, (event.row_value or [])[:2]))
         return gr.Gallery(selected_index=captions.index(caption) if caption in captions else None)
 
-    table.select(open_row, gallery, gallery, preprocess=False, **at_once)
     table.select(None, None, None, js=TO_HEATMAPS_JS)
+    table.select(open_row, gallery, gallery, preprocess=False, **at_once)
     _add_api(desk, key, files, part, preset)
     return part
 

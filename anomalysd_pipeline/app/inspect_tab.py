@@ -189,12 +189,12 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
 
         return answered(key, part, picture, preset, request, kept)
 
+    run.click(None, None, None, js=TO_VERDICT_JS)  # first: the next has to wait for the server
     shared = {"api_visibility": "private", "preprocess": False, "concurrency_limit": 24, "concurrency_id": "inspect"}
     runs = [
         button.click(function, given, [key, *results, *faults.outputs], show_progress_on=[verdict], **shared)
         for button, function, given in ((run, show, inputs), (good, learn, inputs), (keep, hold, [*inputs, threshold]))
     ]
-    run.click(None, None, None, js=TO_VERDICT_JS)
     first.click(lambda: gr.Tabs(selected="teach"), None, tabs, api_visibility="private", queue=False)
 
     def clear(key, picture, part, preset):

@@ -34,7 +34,7 @@ def theme() -> gr.themes.Base:
 
 OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--heat-opacity', value / 100); }"
 TO_VERDICT_JS = """() => { if (window.innerWidth <= 640)
-  document.getElementById("inspect-verdict").scrollIntoView({ behavior: "smooth", block: "start" }); }"""
+  document.getElementById("inspect-verdict").scrollIntoView({ block: "start" }); }"""
 """Moves a phone's view to the verdict, which is below the inputs there."""
 
 TO_HEATMAPS_JS = TO_VERDICT_JS.replace("inspect-verdict", "batch-gallery")
@@ -136,6 +136,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* gradio hides its address for programs on a phone. */
 footer :is(.show-api, .show-api-divider) { display: flex !important; }
 @media (max-width: 640px) {
+  #inspect-threshold { min-height: 116px; }
   .stack { height: 300px; } .validation .stack { height: 150px; }
   .verdict { min-height: 9.5rem; } .progress p { min-height: 3rem; } .gauge { min-height: 4.2rem; }
   .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
