@@ -75,9 +75,11 @@ class Desk:
             except ValueError:
                 return  # told to the visitor who needs it
             if not is_zero_gpu():  # which is lent to visitors alone
+                from .memory import give_back
                 from .teaching import measured_pace
 
                 pace = measured_pace(pipe, self.turns)
+                give_back()  # a training takes some hundred megabytes more than inspections
                 if pace is not None:
                     self._paces[self.models.names[0]] = pace
 

@@ -136,7 +136,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* gradio hides its address for programs on a phone. */
 footer :is(.show-api, .show-api-divider) { display: flex !important; }
 @media (max-width: 640px) {
-  #inspect-threshold { min-height: 116px; }
+  #inspect-threshold { min-height: 116px; } #inspect-verdict .verdict { min-height: 11.75rem; }
   .stack { height: 300px; } .validation .stack { height: 150px; }
   .verdict { min-height: 9.5rem; } .progress p { min-height: 3rem; } .gauge { min-height: 4.2rem; }
   .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
