@@ -185,19 +185,25 @@ class Knowledge:
         self.adaptations[name] = dict(record)
 
     def pack_adaptation(self, name: str, exemplars: bool = True) -> StoredAdaptation:
-        """Packs an adaptation and the parts that rest on it, for a folder, with their normal pictures or without."""
-        parts = {category: self.pack(category) for category in self.categories_of(name)}
+        """Packs an adaptation and the parts that rest on it, or a part that rests on none, with their normal
+        pictures or without.
+
+        Raises:
+            ValueError: if there is neither an adaptation nor a part of that name.
+        """
+        tuned = name in self.adaptations
+        parts = {category: self.pack(category) for category in (self.categories_of(name) if tuned else [name])}
         prompts = self.prompts.to_dict()["categories"]
         return StoredAdaptation(
             name=name,
-            record=self.adaptations[name],
+            record=self.adaptations[name] if tuned else {"settings": {}},
             categories={category: part.record for category, part in parts.items()},
             prompts={category: prompts[category] for category in parts},
             banks={
                 category: {key: value for key, value in part.tensors.items() if exemplars or key not in SHOT_NAMES}
                 for category, part in parts.items()
             },
-            state=self.adapters.state(name),
+            state=self.adapters.state(name) if tuned else {},
         )
 
     def unpack_adaptation(self, stored: StoredAdaptation) -> None:
@@ -207,9 +213,11 @@ class Knowledge:
             ValueError: as `unpack`.
         """
         for category, record in stored.categories.items():
-            part = PackedPart({**record, "adaptation": stored.name}, stored.banks[category])
+            adaptation = stored.name if stored.state else None
+            part = PackedPart({**record, "adaptation": adaptation}, stored.banks[category])
             self.unpack(category, part, stored.prompts[category])
-        self.add_adaptation(stored.name, stored.record, stored.state)
+        if stored.state:
+            self.add_adaptation(stored.name, stored.record, stored.state)
         self.drop_unused_adaptations()
 
     def drop_unused_adaptations(self) -> None:

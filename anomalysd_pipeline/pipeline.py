@@ -25,12 +25,13 @@ from .adaptation.folder import (
     is_adaptation_folder,
     read_adaptation,
     write_adaptation,
+    write_part,
 )
 from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.checks import require_kind, require_number, require_whole, shown
-from .common.files import disk_errors, recover, written_into
+from .common.files import disk_errors, recover, write_whole, written_into
 from .common.threads import alone, give_way, takes_turns
 from .data.depth import KEY
 from .data.images import load_pictures
@@ -1047,26 +1048,33 @@ class AnomalySDPipeline(DiffusionPipeline):
             super().save_pretrained(partial, *args, **kwargs)
 
     def save_adaptation(self, save_directory, adaptation: str | None = None, exemplars: bool = True) -> None:
-        """Writes an adaptation without the base: LoRA weights, banks, prompts, thresholds and the normal pictures that
-        were registered, a few MB.
+        """Writes what was learned of parts, without the base: LoRA weights, banks, prompts, thresholds and the
+        normal pictures that were registered, a few MB.
 
         Args:
-            save_directory: made if missing; replaced as a whole if it holds an adaptation.
-            adaptation: its name; None: the only one there is.
+            save_directory: folder, made if missing and replaced as a whole if it holds an adaptation; or a file that
+                ends in ".safetensors", as the app and `anomalysd detect` write it.
+            adaptation: its name, or that of a part without a fine-tuning; None: the only one there is.
             exemplars: False leaves the normal pictures out. Whoever loads it then repaints from the image itself
                 (`start`), and has to calibrate anew.
 
         Raises:
-            ValueError: if there is none of that name, or several and none is named, or the folder cannot be written.
+            ValueError: if there is none of that name, or several and none is named, or it cannot be written.
         """
+        known = self.knowledge
+        bare = [category for category in self.categories if known.record(category).get("adaptation") is None]
+        names = self.adaptations or bare
         if adaptation is None:
-            if len(self.adaptations) != 1:
-                raise ValueError(
-                    f"`adaptation` must name one of {', '.join(self.adaptations) or 'none: call `adapt` first'}."
-                )
-            adaptation = self.adaptations[0]
-        self._check_adaptation(adaptation)
-        write_adaptation(self.knowledge.pack_adaptation(adaptation, exemplars), self.base, Path(save_directory))
+            if len(names) != 1:
+                raise ValueError(f"`adaptation` must name one of {', '.join(names) or 'none: call `adapt` first'}.")
+            adaptation = names[0]
+        if adaptation not in bare:
+            self._check_adaptation(adaptation)
+        stored, path = known.pack_adaptation(adaptation, exemplars), Path(save_directory)
+        if path.suffix != ".safetensors":
+            return write_adaptation(stored, self.base, path)
+        with disk_errors("save_directory", path):
+            write_whole(path, lambda unfinished: write_part(stored, self.base, unfinished))
 
     def read_adaptation(self, pretrained_adaptation_name_or_path, **hub) -> StoredAdaptation:
         """Reads an adaptation and checks that it fits, without taking it in; arguments and errors are those of
@@ -1076,10 +1084,10 @@ class AnomalySDPipeline(DiffusionPipeline):
     @_learns
     @_computes
     def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
-        """Takes in an adaptation that `save_adaptation` wrote, from a folder or from the Hub; all or nothing.
+        """Takes in an adaptation that `save_adaptation` wrote, from a folder, a file or the Hub; all or nothing.
 
         Args:
-            pretrained_adaptation_name_or_path: folder or Hub id.
+            pretrained_adaptation_name_or_path: folder, file or Hub id.
             overwrite: whether categories of the same names may be replaced.
             **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as of `huggingface_hub.snapshot_download`.
 
@@ -1098,7 +1106,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "knows already; give `overwrite=True`, or remove them with `remove_category` first."
             )
         others = sorted(set(self.knowledge.categories_of(found.name)) - set(found.categories))
-        if others:
+        if others and found.state:
             raise ValueError(
                 f"`pretrained_adaptation_name_or_path` brings an adaptation {found.name!r}, and on one of that name "
                 f"{', '.join(map(repr, others))} rest here; remove it with `remove_adaptation` first."

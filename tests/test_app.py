@@ -121,8 +121,17 @@ class TestFunctions:
         names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
         assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
         assert names["/accept"] == ["picture", "part"]
-        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length"]
+        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
+
+    def test_every_argument_is_described_in_our_words(self, page):
+        for name, function in page.get_api_info()["named_endpoints"].items():
+            for parameter in function["parameters"]:
+                told = parameter["python_type"]["description"]
+                assert told and "FileData" not in told, (name, parameter["parameter_name"])
+        by_name = {p["parameter_name"]: p for p in page.get_api_info()["named_endpoints"]["/teach"]["parameters"]}
+        assert by_name["false_alarm_rate"]["python_type"]["type"] == "float"
+        assert by_name["false_alarm_rate"]["parameter_default"] == 0.05
 
     def test_inspect_a_part_that_was_not_taught(self, asker, pictures):
         result, files = inspect(asker, "Any part", pictures / "defective.png")
@@ -147,7 +156,7 @@ class TestFunctions:
 
     def test_teach_then_inspect_and_inspect_a_batch(self, client, pictures):
         *_, (told, adaptation) = teach(client, pictures)
-        assert told["stage"] == "done" and told["parts"] == ["ring"] and adaptation is None
+        assert told["stage"] == "done" and told["parts"] == ["ring"] and adaptation.endswith("ring.safetensors")
         result, _ = inspect(client, "ring", pictures / "defective.png")
         assert "× the threshold" in result["verdict"] and result["threshold"] == told["threshold"]
         assert result["times_threshold"] == pytest.approx(result["score"] / result["threshold"])
@@ -162,6 +171,12 @@ class TestFunctions:
         assert len(table.splitlines()) == 5 and "defective.png" in table
         with zipfile.ZipFile(files[1]) as archive:
             assert sum(name.startswith("heatmaps/") for name in archive.namelist()) == 2
+
+    def test_a_part_goes_to_another_visitor_as_a_file_however_it_was_taught(self, visitors, pictures):
+        teacher, pupil = visitors(), visitors()
+        *_, (told, file) = teach(teacher, pictures)
+        assert pupil.predict(sent(file), api_name="/load_adaptation") == {"parts": ["ring"]}
+        assert inspect(pupil, "ring", pictures / "defective.png")[0]["threshold"] == told["threshold"]
 
     def test_a_fine_tuned_part_goes_to_another_visitor_as_a_file(self, visitors, pictures):
         teacher, pupil = visitors(), visitors()
@@ -325,10 +340,11 @@ class TestPage:
         tabs = [block.label for block in page.blocks.values() if type(block).__name__ == "Tab"]
         assert tabs == ["Inspect", "Teach", "Batch", "Gallery", "About"]
         expected = {
-            "inspect": "picture part run verdict gauge heatmap opacity compare masks downloads",
+            "inspect": "picture part run verdict gauge heatmap threshold keep good opacity compare masks downloads "
+            "examples",
             "teach": "name pictures coarse fine length run cancel progress loss-denoiser loss-decoder validation "
-            "result download upload",
-            "batch": "files part run progress table gallery downloads",
+            "result inspect pictures-thumbnails rate download upload",
+            "batch": "files files-thumbnails part run cancel progress table gallery downloads",
             "about": "model",
         }
         assert not {f"{tab}-{name}" for tab, names in expected.items() for name in names.split()} - held

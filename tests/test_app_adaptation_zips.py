@@ -1,4 +1,4 @@
-"""Adaptations as zips: taken home and back, and brought by strangers."""
+"""Parts as files, and adaptations as zips: taken home and back, and brought by strangers."""
 
 import json
 import pickle
@@ -6,22 +6,27 @@ import zipfile
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load, save
 
 from anomalysd_pipeline.app import downloads
 from anomalysd_pipeline.app.limits import Limits
 from anomalysd_pipeline.app.sessions import SessionStore
+from anomalysd_pipeline.inspection.result import load_part, register, save_part
 
-from .tiny_adaptations import adapted_to, inspected, quick_pipeline
+from .tiny_adaptations import adapted_to, inspected, learned, pictures, quick_pipeline
 
 
 @pytest.fixture(scope="module")
 def taken_home(tmp_path_factory):
     """An adaptation to nuts as its zip, and the map that its pipeline computes."""
     pipe = adapted_to("nut")
-    path = tmp_path_factory.mktemp("home") / "nut.zip"
-    assert downloads.adaptation_zip(pipe, "nut", path) == path
-    return path, inspected(pipe, "nut")
+    folder = tmp_path_factory.mktemp("home")
+    pipe.save_adaptation(folder / "nut")
+    with zipfile.ZipFile(folder / "nut.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted((folder / "nut").iterdir()):
+            archive.write(file, file.name)
+    return folder / "nut.zip", inspected(pipe, "nut")
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +68,12 @@ def with_facts(taken_home, path, change):
     return changed(taken_home, path, adaptation__json=json.dumps(facts))
 
 
-def refused(session, path) -> str:
+def refused(session, path, name="mine.zip") -> str:
     """The sentence of a refusal, after which the session must be as it was."""
     with pytest.raises(ValueError) as error:
-        downloads.load_adaptation_zip(session, path, "mine.zip")
+        downloads.load_part_file(session, path, name)
     sentence = str(error.value)
-    assert "'mine.zip" in sentence and str(path.parent) not in sentence and str(session.folder) not in sentence
+    assert f"'{name}" in sentence and str(path.parent) not in sentence and str(session.folder) not in sentence
     assert "pretrained_adaptation" not in sentence
     assert session.parts == {} and session.pipe.categories == [] and session.pipe.adaptations == []
     assert list(session.folder.iterdir()) == []
@@ -78,22 +83,13 @@ def refused(session, path) -> str:
 class TestAdaptations:
     def test_come_back_as_they_were(self, taken_home, own_session):
         path, expected = taken_home
-        assert downloads.load_adaptation_zip(own_session, path) == ["nut"]
+        assert downloads.load_part_file(own_session, path) == ["nut"]
         part = own_session.parts["nut"]
         assert part.taught and part.pictures == [] and part.facts == {"shots": 2, "file": "nut.zip"}
         assert part.prompts == own_session.pipe.prompt_book.to_dict()["categories"]["nut"]
         # The weights are stored in half precision, and so learned; nothing is lost on the way.
         assert torch.equal(inspected(own_session.pipe, "nut"), expected)
         assert list(own_session.folder.iterdir()) == []
-
-    def test_the_zip_holds_two_files(self, taken_home):
-        with zipfile.ZipFile(taken_home[0]) as archive:
-            assert archive.namelist() == ["adaptation.json", "adaptation.safetensors"]
-
-    def test_an_unknown_one_cannot_be_taken_home(self, base, tmp_path):
-        with pytest.raises(ValueError, match="`adaptation` must be one of"):
-            downloads.adaptation_zip(base, "gear", tmp_path / "x.zip")
-        assert not (tmp_path / "x.zip").exists()
 
     def test_packed_again_with_its_folder(self, taken_home, own_session, tmp_path):
         with zipfile.ZipFile(taken_home[0]) as archive, zipfile.ZipFile(tmp_path / "b.zip", "w") as again:
@@ -102,13 +98,13 @@ class TestAdaptations:
                 again.writestr(f"nut/{name}", archive.read(name))
                 again.writestr(f"__MACOSX/nut/._{name}", b"x")
             again.writestr("nut/README.md", b"# Nut")
-        assert downloads.load_adaptation_zip(own_session, tmp_path / "b.zip") == ["nut"]
+        assert downloads.load_part_file(own_session, tmp_path / "b.zip") == ["nut"]
 
     def test_twice_only_on_request(self, taken_home, own_session):
-        downloads.load_adaptation_zip(own_session, taken_home[0])
+        downloads.load_part_file(own_session, taken_home[0])
         with pytest.raises(ValueError, match="'nut.zip' brings 'nut', which this pipeline knows already"):
-            downloads.load_adaptation_zip(own_session, taken_home[0])
-        assert downloads.load_adaptation_zip(own_session, taken_home[0], overwrite=True) == ["nut"]
+            downloads.load_part_file(own_session, taken_home[0])
+        assert downloads.load_part_file(own_session, taken_home[0], overwrite=True) == ["nut"]
 
     def test_too_many_parts(self, taken_home, session, tmp_path):
         def more(facts):
@@ -126,6 +122,63 @@ class TestAdaptations:
             facts = archive.read("adaptation.json")
         path = changed(taken_home, path, adaptation__json=facts, adaptation__safetensors=save(tensors))
         assert "brings 3 parts, which would make 3, and a session has room for 2" in refused(session, path)
+
+
+class TestPartFiles:
+    """One format for what the page and `anomalysd detect` have learned, with a fine-tuning or without."""
+
+    @pytest.fixture(scope="class")
+    def registered(self):
+        pipe = quick_pipeline()
+        register(pipe, "nut", pictures("nut"))
+        return pipe
+
+    def test_a_fine_tuned_part(self, tmp_path, own_session):
+        pipe = adapted_to("nut")
+        path = downloads.part_file(pipe, "nut", tmp_path / "nut.safetensors")
+        assert downloads.load_part_file(own_session, path) == ["nut"] and own_session.parts["nut"].taught
+        assert torch.equal(inspected(own_session.pipe, "nut"), inspected(pipe, "nut"))
+
+    def test_a_part_without_a_fine_tuning_is_all_there(self, registered, tmp_path, own_session):
+        path = downloads.part_file(registered, "nut", tmp_path / "nut.safetensors")
+        assert downloads.load_part_file(own_session, path) == ["nut"] and not own_session.parts["nut"].taught
+        pipe = own_session.pipe
+        assert pipe.config.categories == registered.config.categories and pipe.adaptations == []
+        assert torch.equal(inspected(pipe, "nut"), inspected(registered, "nut"))
+
+    def test_that_of_detect_is_taken_by_the_app_and_the_other_way_round(self, registered, tmp_path, own_session):
+        save_part(registered, "nut", tmp_path / "part.safetensors")
+        assert downloads.load_part_file(own_session, tmp_path / "part.safetensors") == ["nut"]
+        path, other = downloads.part_file(own_session.pipe, "nut", tmp_path / "home.safetensors"), quick_pipeline()
+        load_part(other, "nut", path)
+        assert other.config.categories == registered.config.categories
+        assert quick_pipeline().load_adaptation(path) == ["nut"]
+
+    def test_an_unknown_one_cannot_be_taken_home(self, base, tmp_path):
+        with pytest.raises(ValueError, match="`adaptation` must be one of"):
+            downloads.part_file(base, "gear", tmp_path / "x.safetensors")
+        assert not list(tmp_path.glob("*.safetensors"))
+
+    def test_it_replaces_a_fine_tuned_one(self, registered, tmp_path, own_session):
+        own_session.pipe.learn({"nut": pictures("nut")}, learned("nut"), calibrate=False)
+        path = downloads.part_file(registered, "nut", tmp_path / "nut.safetensors")
+        assert downloads.load_part_file(own_session, path, overwrite=True) == ["nut"]
+        assert own_session.pipe.adaptations == [] and own_session.pipe.categories == ["nut"]
+
+    @pytest.mark.parametrize("change", ["cut", "picture", "old", "mixed"])
+    def test_a_damaged_one(self, change, registered, tmp_path, session):
+        path = downloads.part_file(registered, "nut", tmp_path / "nut.safetensors")
+        tensors = load(path.read_bytes())
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["adaptation"])
+        content = {
+            "cut": path.read_bytes()[:-9],
+            "picture": b"\x89PNG\r\n" + bytes(99),
+            "old": save(tensors, {"record": "{}"}),
+            "mixed": save(tensors, {"adaptation": json.dumps({**facts, "format": 3})}),
+        }[change]
+        path.write_bytes(content)
+        assert "must hold what was learned of a part, as it was downloaded here" in refused(session, path, "mine")
 
 
 class TestHostileAdaptations:
@@ -209,8 +262,8 @@ class TestHostileAdaptations:
 
     def test_no_zip_at_all(self, session, tmp_path):
         (tmp_path / "x.bin").write_bytes(b"\x80\x04\x95")
-        with pytest.raises(ValueError, match="'x' is no zip"):
-            downloads.load_adaptation_zip(session, tmp_path / "x.bin", "x")
+        with pytest.raises(ValueError, match="'x' must hold what was learned of a part"):
+            downloads.load_part_file(session, tmp_path / "x.bin", "x")
         assert "not there anymore" in refused(session, tmp_path / "none.zip")
         (tmp_path / "big.zip").write_bytes(bytes(20_000_001))
         assert "larger than 20 MB" in refused(session, tmp_path / "big.zip")
@@ -218,7 +271,7 @@ class TestHostileAdaptations:
     def test_no_room(self, taken_home, tmp_path, base):
         session = SessionStore(Limits(disk_bytes=1000), lambda: base, tmp_path / "sessions").get(None)
         with pytest.raises(ValueError, match="do not fit"):
-            downloads.load_adaptation_zip(session, taken_home[0])
+            downloads.load_part_file(session, taken_home[0])
         assert session.pipe.categories == []
 
     def test_an_ended_session(self, taken_home, tmp_path, base):
@@ -226,4 +279,4 @@ class TestHostileAdaptations:
         session = store.get(None)
         store.drop(session.key)
         with pytest.raises(ValueError, match="session has ended"):
-            downloads.load_adaptation_zip(session, taken_home[0])
+            downloads.load_part_file(session, taken_home[0])

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import io
+import json
 import zipfile
 
 import numpy as np
@@ -179,18 +180,25 @@ class TestBatch:
     def test_zip(self, tmp_path):
         stored = tmp_path / "heat.png"
         Image.new("RGB", (5, 5), "blue").save(stored)
-        rows = [*ROWS, BatchRow("../../d/e.png", 1.0, 1.0, 1.0, stored), BatchRow("a.png", 1.0, 1.0, 1.0, stored)]
+        rows = [*ROWS, BatchRow("../../d/e.png", 1.0, 1.0, 1.0, stored, mask=stored)]
+        rows.append(BatchRow("a.png", 1.0, 1.0, 1.0, stored))
         path = downloads.batch_zip(rows, tmp_path / "batch.zip")
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-            assert names == ["results.csv", "heatmaps/001_a.png", "heatmaps/005_e.png", "heatmaps/006_a.png"]
+            pictures = ["heatmaps/001_a.png", "heatmaps/005_e.png", "masks/005_e.png", "heatmaps/006_a.png"]
+            assert names == ["results.csv", *pictures, "results.json"]
+            told = json.loads(archive.read("results.json"))["pictures"]
+            assert [(one["file"], one["heatmap"], one["mask"]) for one in told[3:5]] == [
+                ("@c.png", None, None),
+                ("../../d/e.png", "heatmaps/005_e.png", "masks/005_e.png"),
+            ]
             assert archive.read("results.csv") == downloads.batch_csv(rows)
             assert opened(archive.read(names[1])).getpixel((0, 0)) == (255, 0, 0)
             assert opened(archive.read(names[2])).getpixel((0, 0)) == (0, 0, 255)
 
     def test_an_empty_one(self, tmp_path):
         with zipfile.ZipFile(downloads.batch_zip([], tmp_path / "batch.zip")) as archive:
-            assert archive.namelist() == ["results.csv"]
+            assert archive.namelist() == ["results.csv", "results.json"]
 
     def test_a_lone_surrogate_is_written_somehow(self):
         assert b"a?.png" in downloads.batch_csv([BatchRow("a\ud800.png", error="x")])

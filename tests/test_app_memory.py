@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from anomalysd_pipeline.app.memory import share_arenas
+from anomalysd_pipeline.app.memory import give_back, share_arenas
 
 pytest.importorskip("psutil")
 
@@ -52,8 +52,29 @@ def test_little_stays_behind():
     assert little < kept("free")[1] / 2
 
 
+def test_free_memory_is_given_back():
+    code = """
+import ctypes, psutil
+from anomalysd_pipeline.app.memory import give_back
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+blocks, crumbs = zip(*((libc.malloc(100_000), libc.malloc(2_000)) for _ in range(600)))
+for block in blocks: ctypes.memset(block, 1, 100_000)
+for block in blocks: libc.free(block)  # between crumbs, so that the heap cannot shrink by itself
+rss = psutil.Process().memory_info
+before = rss().rss
+give_back()
+print(before - rss().rss)
+"""
+    given = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("the system's allocator cannot be told")
+    assert int(given) > 40_000_000
+
+
 def test_systems_that_cannot_be_told_change_nothing(monkeypatch):
     """ctypes.CDLL(None), which finds the allocator, is an error on Windows."""
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(ctypes, "CDLL", None)
     assert not share_arenas()
+    give_back()

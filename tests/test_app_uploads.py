@@ -146,6 +146,13 @@ class TestFiles:
         assert [row.shown_name for row in rows] == ["x.png", "x.png (2)", "x.png (3)"]
         assert len({row.load().tobytes() for row in rows}) == 3
 
+    def test_equal_names_in_two_zips_are_told_apart_by_the_zip(self, tmp_path):
+        for name in ("a.zip", "b.zip"):
+            with zipfile.ZipFile(tmp_path / name, "w") as archive:
+                archive.writestr("line/1.png", b"x")
+        rows = expand([tmp_path / "a.zip", tmp_path / "b.zip"])
+        assert [row.shown_name for row in rows] == ["line/1.png", "b.zip/line/1.png"]
+
     def test_too_many(self, put):
         rows = expand([put(f"{index}.png", encoded()) for index in range(9)], LIMITS)
         assert len(rows) == 7 and rows[6].shown_name == "3 more"

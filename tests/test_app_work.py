@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomalysd_pipeline.app import lessons, model, views, work
+from anomalysd_pipeline.app import model, teaching, views, work
 from anomalysd_pipeline.app.handouts import KEPT, Handouts
 from anomalysd_pipeline.app.lessons import Canceled, Lesson, make_lesson
 from anomalysd_pipeline.app.limits import Limits
@@ -181,21 +181,56 @@ class TestAccept:
                 break
 
 
+class TestKeptThreshold:
+    def test_verdicts_follow_it_until_another_picture_is_accepted(self, session):
+        taught(session)
+        record, score = session.pipe.config.categories["nut"], None
+        for factor, defective in ((0.5, True), (2.0, False)):
+            score = work.inspect_one(session, Turns(), "nut", pictures("nut")[0]).result.score
+            work.keep_threshold(session, "nut", factor * score)
+            found = work.inspect_one(session, Turns(), "nut", pictures("nut")[0]).result
+            assert (found.threshold, found.is_defective) == (factor * score, defective)
+        kept = session.pipe.config.categories["nut"]
+        calibration = {**record["calibration"], "threshold": 2 * score}
+        assert kept == {**record, "calibration": calibration}
+        assert work.accept(session, Turns(), "nut", pictures("nut")[1]) == record["calibration"]
+
+    @pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), float("inf"), None, "2", True])
+    def test_only_numbers_above_0(self, session, threshold):
+        taught(session)
+        before = session.pipe.config.categories["nut"]
+        with pytest.raises(ValueError, match="`threshold` must be a number above 0"):
+            work.keep_threshold(session, "nut", threshold)
+        assert session.pipe.config.categories["nut"] == before
+
+    @pytest.mark.parametrize("part", ["ring", work.ANY_PART])
+    def test_only_for_parts_that_were_taught(self, session, part):
+        with pytest.raises(ValueError, match=f"`part` must be one that you have taught, got '{part}'"):
+            work.keep_threshold(session, part, 1.0)
+
+
 class TestTeach:
     def test_quick(self, session):
         states = taught(session, prompts={"coarse": ["A nut."], "fine": ["A nut with a hole."]})
-        assert states[0].stage == "waiting" and states[-1].stage == "done"
+        assert states[0].stage == "preparing" and states[-1].stage == "done"
         assert [s.share for s in states] == sorted(s.share for s in states) and states[-1].share == 1
         record = session.pipe.config.categories["nut"]
         assert states[-1].facts["threshold"] == record["calibration"]["threshold"]
         assert session.parts["nut"].pictures == list(pictures("nut")) and not session.parts["nut"].taught
         assert session.pipe.prompt_book.prompts("nut") == ["A nut.", "A nut with a hole."]
 
+    def test_it_waits_only_while_another_has_the_turn(self, session):
+        turns, cancel = Turns(), threading.Event()
+        with turns.turn():
+            states = work.teach(session, turns, Lesson("nut", pictures("nut"), None, "quick"), cancel)
+            assert next(states).stage == "waiting"
+        assert "waiting" not in {state.stage for state in states}
+
     def test_one_whose_news_are_all_read_late_has_its_facts(self, session):
         lesson = Lesson("nut", pictures("nut"), None, "quick")
         before = set(threading.enumerate())
         states = work.teach(session, Turns(), lesson, threading.Event())
-        assert next(states).stage == "waiting"
+        assert next(states).stage == "preparing"
         for thread in set(threading.enumerate()) - before:
             thread.join()
         *_, last = states
@@ -209,6 +244,16 @@ class TestTeach:
         expected = alone.calibrate("nut", pictures("nut")).threshold
         assert session.pipe.config.categories["nut"]["calibration"]["threshold"] == expected
 
+    def test_fewer_false_alarms_raise_the_threshold_also_after_another_picture(self, base, session):
+        lesson = Lesson("nut", pictures("nut"), None, "quick", false_alarm_rate=0.01)
+        *_, last = work.teach(session, Turns(), lesson, threading.Event())
+        alone = own_pipeline(base)
+        alone.add_category("nut", pictures("nut"))
+        assert last.facts["threshold"] == alone.calibrate("nut", pictures("nut"), 0.01).threshold
+        assert last.facts["false_alarm_rate"] == 0.01
+        found = work.accept(session, Turns(), "nut", pictures("ring")[0])
+        assert found == alone.calibrate("nut", [pictures("ring")[0]], 0.01).to_dict()
+
     def test_fine_tuned_as_by_adapt(self, base, session):
         states = taught(session, "standard")
         alone = own_pipeline(base)
@@ -221,7 +266,7 @@ class TestTeach:
 
     def test_thorough_takes_three_times_as_many_steps(self, base):
         lesson = Lesson("nut", pictures("nut"), length="thorough")
-        assert lessons.lesson_steps(base, lesson) == {"steps": 6, "decoder_steps": 6}
+        assert teaching.lesson_steps(base, lesson) == {"steps": 6, "decoder_steps": 6}
 
     @pytest.mark.parametrize("stage", ["denoiser", "decoder", "calibrating"])
     def test_canceled(self, session, stage):
@@ -318,6 +363,9 @@ class TestLesson:
             ({"coarse": ["x"]}, "coarse"),
             ({"length": "forever"}, "length"),
             ({"length": 3}, "length"),
+            ({"false_alarm_rate": 0.5}, "false_alarm_rate"),
+            ({"false_alarm_rate": "1 in 20"}, "false_alarm_rate"),
+            ({"false_alarm_rate": float("nan")}, "false_alarm_rate"),
         ],
     )
     def test_refused(self, change, named):
@@ -418,13 +466,6 @@ class TestViews:
         assert "left:50.00%" in views.gauge(1.0, 1.0) and "left:25.00%" in views.gauge(0.5, 1.0)
         assert "left:100.00%" in views.gauge(9.0, 1.0)
         assert "needle" not in views.gauge(1.0, None) and "needle" not in views.gauge()
-
-    def test_the_heatmap_has_an_outline_where_something_is_marked(self):
-        picture, map_ = pictures("nut")[0], torch.zeros(64, 64).numpy()
-        map_[10:20, 10:20] = 2.0
-        assert views.heatmap(picture, map_, 1.0, region=map_ > 1).count("<img") == 3
-        assert views.heatmap(picture, map_, 1.0, region=map_ > 3).count("<img") == 2
-        assert views.heatmap(picture, map_, None, 1.0).count("<img") == 2
 
     def test_the_curve_of_a_loss_is_smooth_starts_with_the_first_and_keeps_its_steps(self):
         rng = np.random.default_rng(0)

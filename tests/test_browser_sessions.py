@@ -234,6 +234,43 @@ class TestLayout:
             assert width <= size[0], name
         assert visitor.faults == []
 
+    @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
+    def test_the_tabs_have_one_width_and_programs_find_their_address(self, visitors, size):
+        visitor, widths = visitors(size=size), set()
+        for name in ("Inspect", "Teach", "Batch", "Gallery", "About"):
+            visitor.tab(name)
+            visitor.page.locator("[role=tabpanel]:visible").first.wait_for()
+            widths.add(visitor.page.locator("main").first.bounding_box()["width"])
+        assert len(widths) == 1
+        visitor.page.locator("footer .show-api").click()
+        visitor.page.locator(".api-docs-wrap", has_text="/teach").wait_for()
+        assert visitor.page.locator(".snippet:visible", has_text="MCP").count() == 0
+
+    def test_nothing_jumps_and_a_phone_shows_the_verdict(self, visitors, nuts):
+        visitor = visitors(size=(390, 844))
+        tops = """() => [...document.querySelectorAll('[id^=inspect-]')].filter(one => one.offsetParent)
+            .map(one => [one.id, Math.round(one.getBoundingClientRect().top + scrollY)])"""
+        visitor.page.wait_for_function(
+            "() => [...document.querySelectorAll('#inspect-examples img')].filter(one => one.naturalWidth).length == 8"
+        )
+        visitor.give("inspect-picture", nuts[0])
+        before = visitor.page.evaluate(tops)
+        visitor.page.locator("#inspect-run").click()
+        visitor.text_of("#inspect-verdict", "No verdict")
+        assert 0 <= visitor.page.locator("#inspect-verdict").bounding_box()["y"] < 100
+        assert visitor.shown_pictures("inspect-masks") == 1 and visitor.page.evaluate(tops) == before
+
+    def test_another_picture_takes_the_result_away_also_while_it_comes(self, visitors, nuts):
+        visitor = visitors()
+        visitor.inspect(nuts[0])
+        visitor.give("inspect-picture", nuts[1])
+        visitor.text_of("#inspect-verdict", "Press Inspect")
+        assert visitor.page.locator("#inspect-heatmap img, #inspect-masks img").count() == 0
+        visitor.page.locator("#inspect-run").click()
+        visitor.give("inspect-picture", nuts[2])
+        visitor.page.wait_for_timeout(3000)
+        assert visitor.text_of("#inspect-verdict").startswith("Press Inspect")
+
     def test_the_page_fetches_nothing_from_elsewhere(self, browser, served):
         asked = []
         context = browser.new_context()

@@ -1,4 +1,5 @@
-"""Write and read an adaptation's folder: `adaptation.json` and `adaptation.safetensors`, without its base."""
+"""Write and read what was learned of parts, without the base: as a folder (`adaptation.json` and
+`adaptation.safetensors`), or as a single safetensors file with the former in its header."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import EMBEDDED, __version__
-from ..common.checks import read_json, require_kind, require_whole, shown
+from ..common.checks import parse_json, read_json, require_kind, require_whole, shown
 from ..common.files import disk_errors, recover, written_whole
 from ..data.shots import SHOT_NAMES
 from ..method.prompts import check_category
@@ -42,20 +44,21 @@ _KEYS = {
 }
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that PyTorch can compute in everywhere, unlike those of 8 bits."""
+_HEADER = "adaptation"
 _OURS = {FACTS, WEIGHTS, "README.md"}
 """Files of a folder that may be replaced as a whole; publishing adds the last."""
 
 
 @dataclass(frozen=True)
 class StoredAdaptation:
-    """Holds the content of an adaptation's folder.
+    """Holds what was learned of parts: an adaptation, or one part without a fine-tuning.
 
-    name: of the adaptation.
-    record: settings of its fine-tuning.
+    name: of the adaptation, or of the part.
+    record: settings of the fine-tuning.
     categories: category to its settings and calibration.
     prompts: category to its prompts.
     banks: category to its bank, as `PrototypeBank.packed` gives it.
-    state: part to LoRA weights by name.
+    state: part of the network to LoRA weights by name; empty without a fine-tuning.
     """
 
     name: str
@@ -104,6 +107,23 @@ def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None
     held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (held and not (FACTS in held and held <= _OURS)):
         raise ValueError(f"`save_directory` '{folder}' holds other things; give a new or empty folder.")
+    facts, tensors = _contents(stored, base)
+    with disk_errors("save_directory", folder), written_whole(folder) as partial:
+        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        save_file(tensors, partial / WEIGHTS)
+
+
+def write_part(stored: StoredAdaptation, base: Base, path: Path) -> None:
+    """Writes the same as `write_adaptation` into a single file.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written.
+    """
+    facts, tensors = _contents(stored, base)
+    save_file(tensors, path, metadata={_HEADER: json.dumps(facts, ensure_ascii=False)})
+
+
+def _contents(stored: StoredAdaptation, base: Base) -> tuple[dict, dict[str, Tensor]]:
     facts = {
         "format": _FORMAT,
         "version": __version__,
@@ -124,16 +144,23 @@ def write_adaptation(stored: StoredAdaptation, base: Base, folder: Path) -> None
         for index, category in enumerate(stored.categories)
         for kind, tensor in stored.banks[category].items()
     }
-    with disk_errors("save_directory", folder), written_whole(folder) as partial:
-        (partial / FACTS).write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        save_file({key: value.cpu() for key, value in tensors.items()}, partial / WEIGHTS)
+    return facts, {key: value.cpu() for key, value in tensors.items()}
+
+
+def _read_files(source: Path) -> tuple[dict, dict[str, Tensor]]:
+    """Reads what `_contents` gave."""
+    if source.is_dir():
+        return read_json(source / FACTS), load_file(source / WEIGHTS)
+    with safe_open(source, framework="pt") as file:
+        facts = parse_json(file.metadata()[_HEADER], source.name)
+    return facts, load_file(source)
 
 
 def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) -> StoredAdaptation:
-    """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a base.
+    """Reads an adaptation from a folder, a file or the Hub, trusting nothing in it, and checks that it fits a base.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, a file of `write_part` or a Hub id.
         base: the networks that the adaptation must fit.
         settings: called with the `noise_strength` of a part; raises ValueError if inspections cannot use it.
         **hub: as of `huggingface_hub.snapshot_download`.
@@ -142,20 +169,22 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
         ValueError: the adaptation is missing, damaged, of a later format, or made for another base.
     """
     recover(source)
-    folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
+    is_file = os.path.isfile(source)
+    holding = "hold what was learned of a part" if is_file else f"hold a complete {FACTS} and {WEIGHTS}"
+    folder = Path(source) if is_file or os.path.isdir(source) else _download(str(source), hub)
     try:
-        facts = read_json(folder / FACTS)
+        facts, tensors = _read_files(folder)
         require_whole("format", facts["format"], 1, 10**6)
         later = facts["format"] > _FORMAT
         if not later:
-            stored = _parse(facts, load_file(folder / WEIGHTS))
+            stored = _parse(facts, tensors)
             fits = same_fingerprint(base.fingerprint(), facts["base_fingerprint"])
             if fits:
                 _check_fits(stored, base, settings)
     except Exception as error:  # whatever a stranger's values lead to
         raise ValueError(
-            f"`pretrained_adaptation_name_or_path` '{source}' must hold a complete {FACTS} and {WEIGHTS}, as "
-            f"`save_adaptation` writes them ({type(error).__name__}: {' '.join(str(error).split())[:200]})."
+            f"`pretrained_adaptation_name_or_path` '{source}' must {holding}, as `save_adaptation` writes it "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]})."
         ) from error
     if later:
         raise ValueError(
@@ -204,7 +233,8 @@ def _parse(facts: dict, tensors: dict[str, Tensor]) -> StoredAdaptation:
             if (own := {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")})
         },
     )
-    if not (stored.categories and stored.state) or facts["prompts"].keys() != categories.keys():
+    bare = not stored.record["settings"]  # a part without a fine-tuning
+    if not stored.categories or bare is bool(stored.state) or facts["prompts"].keys() != categories.keys():
         raise ValueError("it names no category, or no weights, or has prompts of others")
     old = {f"{kind}.{index}" for kind in _OLD_BANKS for index in range(len(categories))}
     if len(tensors.keys() - old) != sum(map(len, [*stored.banks.values(), *stored.state.values()])):

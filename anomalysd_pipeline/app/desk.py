@@ -17,7 +17,9 @@ from gradio.utils import get_upload_folder
 from .handouts import Handouts, cookie_of
 from .limits import Limits
 from .model import Models, shared_models
+from .pace import PROPORTIONS, Pace
 from .sessions import Session, SessionStore
+from .space import is_zero_gpu
 from .turns import Turns
 
 SWEEP_SECONDS = 60.0
@@ -54,6 +56,7 @@ class Desk:
         self.limits = Limits.from_environment() if limits is None else limits
         self.models = shared_models() if models is None else models
         self.turns = Turns()
+        self._paces: dict[str, Pace] = {}
         self.handouts = Handouts(get_upload_folder())
         self.stores = {
             name: SessionStore(self.limits, functools.partial(self.models.pipeline, name))
@@ -62,6 +65,31 @@ class Desk:
         self._sessions: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # by key
         self._visitors: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # session to cookie
         self._pages: OrderedDict[str, tuple[str, str]] = OrderedDict()  # gradio's number of a page to a key
+
+    def warm_up(self) -> threading.Thread:
+        """Loads the first base in the background, then measures how long lessons take; returns the thread."""
+
+        def work() -> None:
+            try:
+                pipe = self.models.pipeline(self.models.names[0])
+            except ValueError:
+                return  # told to the visitor who needs it
+            if not is_zero_gpu():  # which is lent to visitors alone
+                from .memory import give_back
+                from .teaching import measured_pace
+
+                pace = measured_pace(pipe, self.turns)
+                give_back()  # a training takes some hundred megabytes more than inspections
+                if pace is not None:
+                    self._paces[self.models.names[0]] = pace
+
+        thread = threading.Thread(target=work, name="warm up", daemon=True)
+        thread.start()
+        return thread
+
+    def pace(self, base: str) -> Pace:
+        """Returns the pace of lessons on a base; the mere proportions until it is measured."""
+        return self._paces.get(base, PROPORTIONS)
 
     def visit(self, key: tuple[str, str] | None, request: gr.Request | None, base: str | None = None) -> Visit:
         """Finds the session of a call, or opens a new one where there is none or it has ended.
@@ -199,10 +227,10 @@ class Desk:
         Raises:
             ValueError: it is no upload, or not this visitor's.
         """
-        from .uploads import visible_name
+        from .uploads import Missing, visible_name
 
         if not isinstance(data, dict):
-            raise ValueError(f"`{argument}` is missing; upload it first.")
+            raise Missing(f"`{argument}` is missing; upload it first.")
         path = self.handouts.require_upload(data.get("path"), visitor, argument)
         name = data.get("orig_name")
         return path, visible_name(name if isinstance(name, str) and name else Path(path).name)
@@ -213,9 +241,11 @@ class Desk:
         Raises:
             ValueError: there are none, or one of them is no upload of this visitor's.
         """
+        from .uploads import Missing
+
         files = data if isinstance(data, list) else [] if data is None else [data]
         if not files:
-            raise ValueError(f"`{argument}` are missing; upload at least one.")
+            raise Missing(f"`{argument}` are missing; upload at least one.")
         return [self.upload_of(visitor, one, argument) for one in files]
 
 

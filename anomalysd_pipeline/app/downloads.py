@@ -1,13 +1,14 @@
-"""Files that visitors take home (maps, reports, tables, adaptations) or bring back (adaptations)."""
+"""Files that visitors take home (maps, reports, tables, parts) or bring back (parts)."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,14 +28,14 @@ __all__ = [
     "BATCH_COLUMNS",
     "BatchRow",
     "ReportFacts",
-    "adaptation_zip",
     "batch_csv",
     "batch_zip",
     "gauge",
     "inspection_files",
-    "load_adaptation_zip",
+    "load_part_file",
     "map_npy",
     "map_png16",
+    "part_file",
     "report",
     "report_pdf",
     "report_png",
@@ -56,6 +57,7 @@ class BatchRow:
         score, threshold, seconds: None where it was refused; `threshold` also where the part has none.
         heatmap: a picture, or the path of one; None where it was refused.
         error: a sentence where it was refused.
+        mask: path of a picture that is white where the part is called defective; None without a verdict.
     """
 
     file: str
@@ -64,6 +66,7 @@ class BatchRow:
     seconds: float | None = None
     heatmap: Image.Image | str | os.PathLike | None = None
     error: str | None = None
+    mask: str | os.PathLike | None = None
 
     def values(self) -> dict[str, str]:
         """Returns the texts of the table's row by `BATCH_COLUMNS`, "" where there is nothing.
@@ -137,36 +140,50 @@ def batch_csv(rows: Iterable[BatchRow]) -> bytes:
     return text.getvalue().encode("utf-8-sig", "replace")
 
 
-def batch_zip(rows: Sequence[BatchRow], path: str | os.PathLike) -> Path:
-    """Writes a zip of a batch's table and heatmaps.
+def batch_zip(
+    rows: Sequence[BatchRow], path: str | os.PathLike, values: Sequence[Mapping[str, object]] | None = None
+) -> Path:
+    """Writes a zip of a batch's table, heatmaps and masks.
 
-    They are `results.csv` and `heatmaps/001_name.png`, numbered like the rows.
+    They are `results.csv`, `results.json`, `heatmaps/001_name.png` and `masks/001_name.png`, numbered like the rows.
 
     Args:
         rows: of the batch.
         path: of the zip.
+        values: what the JSON tells of each row, beside the names of its pictures; None: the values of the table.
 
     Returns:
         The path.
     """
-    path = Path(path)
+    path, told = Path(path), []
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("results.csv", batch_csv(rows))
         for number, row in enumerate(rows, 1):
-            name = f"heatmaps/{number:03d}_{safe_name(Path(row.file).stem, 'picture')}.png"
-            if isinstance(row.heatmap, Image.Image):
-                data = io.BytesIO()
-                row.heatmap.save(data, "PNG")
-                archive.writestr(name, data.getvalue())
-            elif row.heatmap is not None:
-                archive.write(row.heatmap, name)
+            facts = dict(row.values() if values is None else values[number - 1])
+            name = f"{number:03d}_{safe_name(Path(row.file).stem, 'picture')}.png"
+            for kind, picture in (("heatmap", row.heatmap), ("mask", row.mask)):
+                facts[kind] = None if picture is None else f"{kind}s/{name}"
+                if isinstance(picture, Image.Image):
+                    data = io.BytesIO()
+                    picture.save(data, "PNG")
+                    archive.writestr(facts[kind], data.getvalue())
+                elif picture is not None:
+                    archive.write(picture, facts[kind])
+            told.append(facts)
+        text = json.dumps({"pictures": told}, indent=2, ensure_ascii=False).encode("utf-8", "replace")
+        archive.writestr("results.json", text)
     return path
 
 
-def adaptation_zip(pipe, adaptation: str, path: str | os.PathLike) -> Path:
-    """Writes an adaptation, see `AnomalySDPipeline.save_adaptation`, as a zip.
+def part_file(pipe, part: str, path: str | os.PathLike) -> Path:
+    """Writes all that was learned of a part, fine-tuned or not, see `AnomalySDPipeline.save_adaptation`.
 
     Call it within a turn: another session's inspection would change the weights that it reads.
+
+    Args:
+        pipe: the pipeline that learned it.
+        part: its name, or that of its adaptation.
+        path: of the file, which ends in ".safetensors".
 
     Returns:
         The path.
@@ -174,26 +191,22 @@ def adaptation_zip(pipe, adaptation: str, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: there is none of that name.
     """
-    path = Path(path)
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, "adaptation")
-        pipe.save_adaptation(folder, adaptation)
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for file in sorted(folder.iterdir()):
-                archive.write(file, file.name)
-    return path
+    adaptation = pipe.config.categories.get(part, {}).get("adaptation") or part
+    pipe.save_adaptation(path, adaptation)
+    return Path(path)
 
 
-def load_adaptation_zip(
+def load_part_file(
     session: Session, path: str | os.PathLike, shown_name: str | None = None, overwrite: bool = False
 ) -> list[str]:
-    """Takes an adaptation from a zip of `adaptation_zip` into a session, completely or not at all.
+    """Takes what was learned of parts from a file into a session, completely or not at all.
 
-    The session's pipeline and its `parts` change. Call it within a turn, as `adaptation_zip`.
+    The file is one of `part_file`, or a zip of a folder of `AnomalySDPipeline.save_adaptation`. The session's pipeline
+    and its `parts` change. Call it within a turn, as `part_file`.
 
     Args:
         session: whose `lock` is held meanwhile.
-        path: of the zip on the server; no error says so.
+        path: of the file on the server; no error says so.
         shown_name: the visitor's name for it; None: the file's own name.
         overwrite: whether parts of the same names may be replaced.
 
@@ -201,7 +214,7 @@ def load_adaptation_zip(
         Names of its parts.
 
     Raises:
-        ValueError: it is no such zip, holds other files, is too large, fits another base, or brings more parts than
+        ValueError: it is no such file, holds other files, is too large, fits another base, or brings more parts than
             there is room for.
     """
     name = visible_name(Path(path).name if shown_name is None else shown_name)
@@ -210,27 +223,29 @@ def load_adaptation_zip(
         raise ValueError(f"'{name}' is not there anymore; upload it again.")
     if os.path.getsize(path) > limits.upload_bytes:
         raise ValueError(f"'{name}' is larger than {limits.upload_bytes / 1e6:.3g} MB; it cannot be taken in here.")
-    if not is_zip(path, name):
-        raise ValueError(f"'{name}' is no zip; give an adaptation as it was downloaded here.")
-    contents = _adaptation_files(path, name, limits)
+    contents = _adaptation_files(path, name, limits) if is_zip(path, name) else None
     pipe = session.pipe
-    with session.in_use(), session.lock:
-        session.require_room(sum(map(len, contents.values())))
-        with tempfile.TemporaryDirectory(dir=session.folder) as folder:
+    with session.in_use(), session.lock, tempfile.TemporaryDirectory(dir=session.folder) as folder:
+        source = path
+        if contents is not None:
+            session.require_room(sum(map(len, contents.values())))
+            source = folder
             for file, content in contents.items():
                 Path(folder, file).write_bytes(content)
-            try:
-                _check_bounds(pipe.read_adaptation(folder), session, name)
-                brought = pipe.load_adaptation(folder, overwrite=overwrite)
-            except ValueError as error:
-                # The folder is a place of the server, and the argument one of the Python function.
-                argument = f"`pretrained_adaptation_name_or_path` '{folder}'"
-                message = str(error).replace(argument, f"'{name}'").replace(folder, name)
-                raise ValueError(message.replace("`pretrained_adaptation_name_or_path`", f"'{name}'")) from error
+        try:
+            stored = pipe.read_adaptation(source)
+            _check_bounds(stored, session, name)
+            brought = pipe.load_adaptation(source, overwrite=overwrite)
+        except ValueError as error:
+            # The path is a place of the server, and the argument one of the Python function.
+            argument = f"`pretrained_adaptation_name_or_path` '{source}'"
+            message = str(error).replace(argument, f"'{name}'").replace(str(source), name)
+            message = message.replace("as `save_adaptation` writes it", "as it was downloaded here")
+            raise ValueError(message.replace("`pretrained_adaptation_name_or_path`", f"'{name}'")) from error
         prompts = pipe.prompt_book.to_dict()["categories"]
         for part in brought:
             facts = {"shots": pipe.config.categories[part]["shots"], "file": name}
-            session.parts[part] = Part(part, prompts=prompts[part], taught=True, facts=facts)
+            session.parts[part] = Part(part, prompts=prompts[part], taught=bool(stored.state), facts=facts)
     return brought
 
 
@@ -253,10 +268,10 @@ def _adaptation_files(path: str | os.PathLike, name: str, limits) -> dict[str, b
                 raise ValueError(f"'{entry}' {fault}.")
             folders.add(folder)
             if file not in largest or file in contents or len(folders) > 1 or "/" in folder:
-                raise ValueError(f"'{entry}' is not part of an adaptation; give the zip as it was downloaded here.")
+                raise ValueError(f"'{entry}' is not part of an adaptation; give the file as it was downloaded here.")
             contents[file] = read_entry(archive, info, entry, largest[file], budget.spend)
     if contents.keys() != largest.keys():
-        raise ValueError(f"'{name}' must hold {FACTS} and {WEIGHTS}; give the zip as it was downloaded here.")
+        raise ValueError(f"'{name}' must hold {FACTS} and {WEIGHTS}; give the file as it was downloaded here.")
     return contents
 
 

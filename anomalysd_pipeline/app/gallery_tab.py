@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-
 import gradio as gr
-from gradio.processing_utils import save_pil_to_cache
 
 from ..app import views
-from .desk import Desk
-from .inspect_tab import lit
+from .stored import StoredExamples
 
 TEXT = (
     "Parts drawn by this project's own code, inspected with the embedded model after it had seen four good pictures "
@@ -17,28 +13,25 @@ TEXT = (
 )
 
 
-def build(desk: Desk, picture: gr.Image, tabs: gr.Tabs) -> None:
+def build(stored: StoredExamples | None, picture: gr.Image, tabs: gr.Tabs) -> None:
     """Builds the contents of the tab.
 
     Args:
-        desk: publishes the pictures.
+        stored: the examples; None: there are none.
         picture: component that takes an example to be inspected anew.
         tabs: switched to the tab of `picture` then.
     """
-    from .gallery import load_examples
-
-    try:
-        examples = load_examples()
-    except ValueError:  # the app is of use without them
+    if stored is None:
         gr.Markdown("There are no ready examples in this installation.")
         return
+    examples = stored.examples
     chosen = gr.State(0)
     gr.Markdown(TEXT, elem_classes="help")
     gallery = gr.Gallery(
         [(str(example.path), example.title) for example in examples],
         label="Examples",
         columns=4,
-        height=300,
+        height="auto",
         object_fit="contain",
         allow_preview=False,
         interactive=False,
@@ -68,31 +61,11 @@ def build(desk: Desk, picture: gr.Image, tabs: gr.Tabs) -> None:
                 elem_id="gallery-compare",
             )
 
-    def published(component: gr.ImageSlider | gr.Gallery, image) -> str:
-        """Saves a picture for everybody, for as long as the app runs; returns its path."""
-        path = save_pil_to_cache(image, cache_dir=component.GRADIO_CACHE, format=component.format)
-        component.keep_in_cache.add(path)
-        desk.handouts.publish([path])
-        return path
-
-    @functools.cache
-    def drawn(number: int) -> tuple:
-        example = examples[number]
-        regions = {
-            "By the prototypes": example.prototype_mask,
-            "Above the threshold": example.predicted,
-        }
-        return (
-            views.verdict(example.sentence, example.is_defective, example.title),
-            views.gauge(example.score, example.threshold),
-            views.heatmap(example.image, example.anomaly_map, example.threshold, region=example.predicted),
-            tuple(published(compare, image) for image in (example.image, example.inpainted)),
-            [(published(masks, lit(example.image, region)), title) for title, region in regions.items()],
-        )
-
     def select(event: gr.SelectData):
         number = event.index if isinstance(event.index, int) and 0 <= event.index < len(examples) else 0
-        return number, *drawn(number), gr.Button(interactive=True)
+        drawn, example = stored.drawn(number), examples[number]
+        heat = drawn.view.html(example.threshold, outlined=example.is_defective)
+        return number, drawn.verdict, drawn.gauge, heat, drawn.compare, drawn.masks, gr.Button(interactive=True)
 
     gallery.select(
         select,

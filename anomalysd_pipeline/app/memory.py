@@ -24,3 +24,11 @@ def share_arenas(count: int = 2) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl does not have it
     return mallopt is not None and mallopt(_M_ARENA_MAX, count) == 1
+
+
+def give_back() -> None:
+    """Returns memory that is free in the heaps to the system, where the allocator can; after work that needed much."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -98,18 +98,6 @@ class Models:
         """Makes a new session's own pipeline on a base; see `own_pipeline`."""
         return own_pipeline(self.base(name))
 
-    def warm_up(self) -> threading.Thread:
-        """Loads the first base in the background; returns the thread."""
-        thread = threading.Thread(target=self._try, name="load the model", daemon=True)
-        thread.start()
-        return thread
-
-    def _try(self) -> None:
-        try:
-            self.base()
-        except ValueError:
-            return  # told to the visitor who needs it
-
     def facts(self, name: str = EMBEDDED_BASE) -> ModelFacts:
         """Describes a base as it is now, without waiting for it."""
         title, base = self.titles[name], self._bases.get(name)

@@ -53,6 +53,7 @@ class Session:
         parts: name to part.
         lock: held while `parts` or `pipe` change.
         limits: the app's bounds.
+        shown: the result that the page shows, a `heat.Shown`, or None.
     """
 
     def __init__(self, folder: Path, limits: Limits, make_pipeline: Callable[[], object], clock=time.monotonic):
@@ -60,6 +61,7 @@ class Session:
         self.folder = folder
         self.limits = limits
         self.parts: dict[str, Part] = {}
+        self.shown = None
         self.lock = threading.RLock()
         self._make_pipeline = make_pipeline
         self._pipe = None
@@ -177,7 +179,7 @@ class Session:
     def _delete(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
         # Without a lock: work that still holds one must not hold up the visitor whose call ended this session.
-        self.parts = {}
+        self.parts, self.shown = {}, None
         self._pipe = None
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -23,6 +24,22 @@ LONGEST = 300
 def is_space() -> bool:
     """Tells whether this runs on a Hugging Face Space."""
     return bool(os.environ.get("SPACE_ID"))
+
+
+def links() -> dict[str, str]:
+    """Returns the addresses of the paper and, where they are known, of the repository and the docs.
+
+    On a Space these are its own files; elsewhere those that the installed package names.
+    """
+    known = {"Paper": "https://arxiv.org/abs/2408.01960"}
+    if is_space():
+        files = f"https://huggingface.co/spaces/{os.environ['SPACE_ID']}"
+        return {**known, "Repository": f"{files}/tree/main", "Docs": f"{files}/blob/main/docs/app.md"}
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        named = importlib.metadata.metadata("anomalysd-pipeline").get_all("Project-URL") or []
+        pairs = dict(entry.split(", ", 1) for entry in named)
+        known |= {name: pairs[name] for name in ("Repository", "Docs") if name in pairs}
+    return known
 
 
 def is_zero_gpu() -> bool:

@@ -33,17 +33,32 @@ def theme() -> gr.themes.Base:
 
 
 OPACITY_JS = "(value) => { document.documentElement.style.setProperty('--heat-opacity', value / 100); }"
+TO_VERDICT_JS = """() => { if (window.innerWidth <= 640)
+  document.getElementById("inspect-verdict").scrollIntoView({ block: "start" }); }"""
+"""Moves a phone's view to the verdict, which is below the inputs there."""
+
+TO_HEATMAPS_JS = TO_VERDICT_JS.replace("inspect-verdict", "batch-gallery")
+"""Moves a phone's view to the heatmap of the row that was selected."""
 
 HEAD = "<meta name='description' content='Finds defects on industrial parts from zero to a handful of good ones.'>"
 
 CSS = """
 :root { --heat-opacity: 0.6; --defect: #b42318; --good: #067647; --quiet: #475569; --line: #cbd5e1; --sheet: #ffffff; }
 .dark { --defect: #fda29b; --good: #75e0a7; --quiet: #a3b1c6; --line: #3b4a60; --sheet: #111827; }
-.gradio-container { max-width: min(1240px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important; }
+.gradio-container { max-width: min(1240px, 100vw) !important; min-width: 0 !important; margin: 0 auto !important;
+  width: 100% !important; }
+.gradio-container > .main { width: 100%; padding-inline: clamp(12px, 2.5vw, 32px) !important; }
 .gradio-container footer { padding-block: 0.5rem; }
 #title h1 { font-size: 1.6rem; margin: 0.25rem 0 0; }
-#title p { color: var(--quiet); margin: 0.15rem 0 0.25rem; max-width: 70ch; }
+#title p { color: var(--quiet); margin: 0.15rem 0 0; max-width: 110ch; }
 button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].selected { color: #5eead4 !important; }
+.steps { display: flex; flex-wrap: wrap; justify-content: space-between; align-items: center;
+  gap: 0.2rem 2rem; }
+.steps ol { display: flex; flex-wrap: wrap; gap: 0.2rem 1.5rem; list-style: none; counter-reset: step; margin: 0;
+  padding: 0; } .steps li { counter-increment: step; margin: 0; }
+.steps li::before { content: counter(step); display: inline-grid; place-items: center; width: 1.35rem; height: 1.35rem;
+  margin-right: 0.45rem; border-radius: 50%; background: #0f766e; color: #fff; font-size: 0.8rem; font-weight: 650; }
+.links { display: flex; flex-wrap: wrap; gap: 0.2rem 1.1rem; margin: 0; font-size: 0.92rem; }
 .html-container { padding: 0 !important; }
 .tabitem, .tab-content { padding-inline: 0 !important; }
 .help, .help p { color: var(--quiet); font-size: 0.92rem; max-width: 80ch; }
@@ -55,6 +70,18 @@ button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].
 .verdict.defective { border-left-color: var(--defect); } .verdict.defective .words { color: var(--defect); }
 .verdict.normal { border-left-color: var(--good); } .verdict.normal .words { color: var(--good); }
 .verdict.empty .words { color: var(--quiet); font-weight: 450; font-size: 1.05rem; }
+
+.fault-place:not(:has(.fault)) { display: none; }
+.fault { margin: 0; color: var(--defect); font-size: 0.92rem; font-weight: 550; overflow-wrap: anywhere; }
+
+.thumbnail-place:not(:has(figure)) { display: none; }
+.thumbnails { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
+.thumbnails figure { margin: 0; width: 76px; } .thumbnails p { margin: 0; color: var(--quiet); }
+.thumbnails :is(img, .none) { width: 76px; height: 64px; object-fit: cover; border-radius: 6px; display: grid;
+  place-items: center; background: rgb(128 128 128 / 0.12); margin: 0; }
+.thumbnails figcaption { font-size: 0.7rem; color: var(--quiet); overflow: hidden; text-overflow: ellipsis;
+  white-space: nowrap; }
+.thumbnails .bad :is(.none, figcaption) { color: var(--defect); }
 
 .gauge { padding: 0.5rem 0.25rem 0; min-height: 4.6rem; box-sizing: border-box; }
 .gauge .scale, .heat-view .colors { height: 14px; border-radius: 7px; background: linear-gradient(90deg, #0d1442,
@@ -90,23 +117,45 @@ dl.facts { display: grid; grid-template-columns: max-content 1fr; gap: 0.35rem 1
 dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: anywhere; }
 
 #inspect-verdict, #teach-result { min-height: 5.4rem; }
-#inspect-downloads { min-height: 250px; } #batch-downloads { min-height: 140px; }
+#inspect-downloads { min-height: 300px; } #batch-downloads { min-height: 140px; }
 /* These are results: there is nothing to be removed from them. */
 :is(#inspect-downloads, #batch-downloads) .label-clear-button { display: none; }
 #batch-table { min-height: 12rem; }
+#gallery-verdict .verdict { min-height: 7.7rem; }
+#gallery-examples .grid-wrap { height: auto !important; max-height: none !important; }
+/* Under the pictures, which it would otherwise cover. */
+.thumbnail-lg { display: flex !important; flex-direction: column; }
+.thumbnail-lg img { flex: 1; min-height: 0; }
+.thumbnail-lg .caption-label { position: static; width: 100%; border: 0; text-align: left; }
+#teach-length .wrap { flex-direction: column; }
 .caption-label { max-width: 100% !important; white-space: normal !important; overflow-wrap: anywhere;
   line-height: 1.25 !important; }
 :is(button, input, textarea, [role=tab]):focus-visible { outline: 3px solid #0d9488 !important; outline-offset: 2px; }
+/* There is no server of the Model Context Protocol. */
+.snippet:has(img[src*="/mcp-"]) { display: none; }
+/* gradio hides its address for programs on a phone. */
+footer :is(.show-api, .show-api-divider) { display: flex !important; }
 @media (max-width: 640px) {
+  #inspect-threshold { min-height: 116px; } #inspect-verdict .verdict { min-height: 11.75rem; }
   .stack { height: 300px; } .validation .stack { height: 150px; }
   .verdict { min-height: 9.5rem; } .progress p { min-height: 3rem; } .gauge { min-height: 4.2rem; }
   .verdict .words { font-size: 1.1rem; } button[role=tab] { padding-inline: 0.4rem !important; font-size: 0.92rem; }
   #title h1 { font-size: 1.35rem; }
   .caption-label { padding: 0.2rem 0.3rem !important; }
-  :is(#inspect-masks, #batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
+  :is(#batch-gallery, #gallery-examples, #gallery-masks) .grid-container {
     grid-template-columns: repeat(2, 1fr) !important; }
-  #batch-table { max-width: calc(100vw - 2rem); overflow: hidden; }
+  #batch-table { max-width: calc(100vw - 24px); overflow: hidden; }
   #batch-table :is(.table-container, .table-wrap) { max-width: 100%; overflow-x: auto; }
+  /* File, verdict and multiple of the threshold have room; the rest is behind them. */
+  #batch-table table { width: 560px !important; }
+  #batch-table :is(.header-cell, .body-cell) { width: 75px !important; min-width: 75px !important;
+    max-width: 75px !important; overflow-wrap: anywhere; font-size: 0.85rem; }
+  #batch-table :is(.header-cell, .body-cell):first-child { width: 150px !important; min-width: 150px !important;
+    max-width: 150px !important; }
+  #batch-table :is(.header-cell, .body-cell):nth-child(2) { width: 95px !important; min-width: 95px !important;
+    max-width: 95px !important; }
+  #batch-table :is(.header-cell, .body-cell):nth-child(6) { width: 260px !important; min-width: 260px !important;
+    max-width: 260px !important; }
 }
 @media (prefers-reduced-motion: reduce) { .progress .done { transition: none; } }
 """

@@ -32,6 +32,12 @@ class Turns:
         with self._condition:
             return len(self._tickets)
 
+    @property
+    def taken(self) -> bool:
+        """Whether one who comes now has to wait."""
+        with self._condition:
+            return self._taken or bool(self._tickets)
+
     @contextmanager
     def turn(self) -> Iterator[None]:
         """Waits for all who came before, then holds the model to the end of the block, errors included."""

@@ -26,6 +26,10 @@ _ONE_LARGE = threading.Lock()
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)", re.IGNORECASE)
 
 
+class Missing(ValueError):
+    """Tells that a value was not given at all, from one that cannot be used."""
+
+
 @dataclass(frozen=True)
 class Upload:
     """Describes one row of a batch: a picture, or the reason why it cannot be read.
@@ -117,13 +121,17 @@ def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> 
     )
     rows: list[Upload] = []
     taken: set[str] = set()
+    sources: dict[str, Path] = {}
     more = 0
     for path in map(Path, paths):
         for name, opener, error in _rows_of(path, limits, budget):
             if len(rows) == limits.pictures:
                 more += 1
                 continue
-            shown = _unique(visible_name(name), taken)
+            shown = visible_name(name)
+            if sources.setdefault(shown, path) != path and name != visible_name(path.name):
+                shown = visible_name(f"{path.name}/{name}")  # as in another zip
+            shown = _unique(shown, taken)
             rows.append(Upload(shown, partial(opener, shown) if opener else None, error))
     if more:
         sentence = f"At most {limits.pictures} pictures are inspected at once; give the others in a second batch."
@@ -165,7 +173,7 @@ def clean_text(text: str | None, field: str, limit: int, required: bool = False)
         required: whether it must not be empty.
 
     Raises:
-        ValueError: it is no text, too long, or empty though it is required.
+        ValueError: it is no text, too long, or, as `Missing`, empty though it is required.
     """
     if text is not None and not isinstance(text, str):
         raise ValueError(f"`{field}` must be a text, but {type(text).__name__} was given.")
@@ -174,7 +182,7 @@ def clean_text(text: str | None, field: str, limit: int, required: bool = False)
         raise ValueError(f"`{field}` has {len(text)} characters; give at most {limit}.")
     cleaned = _visible(text)
     if required and not cleaned:
-        raise ValueError(f"`{field}` is empty; fill it in.")
+        raise Missing(f"`{field}` is empty; fill it in.")
     return cleaned
 
 

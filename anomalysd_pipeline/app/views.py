@@ -11,7 +11,6 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 from PIL import Image
 
 if TYPE_CHECKING:
@@ -45,6 +44,18 @@ def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
     )
 
 
+def verdict_at(score: float, threshold: float, note: str = "") -> str:
+    """Shows the verdict that a score has at a threshold."""
+    from .report import verdict_words
+
+    return verdict(verdict_words(score, threshold), score > threshold, note)
+
+
+def fault(text: str) -> str:
+    """Shows what is wrong with a field."""
+    return f"<p class='fault' role='alert'><span aria-hidden='true'>▲</span> {html.escape(text)}</p>"
+
+
 def waiting(text: str) -> str:
     """Shows a text in the place of a later verdict."""
     return (
@@ -69,50 +80,6 @@ def gauge(score: float | None = None, threshold: float | None = None) -> str:
     return (
         f"<div class='gauge' role='img' aria-label='{html.escape(words)}'><div class='{scale}'>{mark}{needle}</div>"
         f"<div class='labels' aria-hidden='true'>{labels}</div><div class='values'>{html.escape(values)}</div></div>"
-    )
-
-
-def heatmap(
-    image: Image.Image,
-    anomaly_map: np.ndarray,
-    threshold: float | None,
-    maximum: float | None = None,
-    region: np.ndarray | None = None,
-) -> str:
-    """Shows the picture under its heatmap, and the outline of the predicted region.
-
-    The page sets the opacity of the heatmap.
-
-    Args:
-        image: RGB, W x H.
-        anomaly_map: float [H, W], 0 or more.
-        threshold, maximum: ends of the color scale, see `drawing.heatmap`.
-        region: bool [H, W], to be outlined; None: nothing.
-    """
-    from ..common.drawing import contour
-    from ..common.drawing import heatmap as colored
-
-    small = shrunk(image)
-    values = np.asarray(Image.fromarray(np.asarray(anomaly_map, dtype=np.float32)).resize(small.size))
-    top = 2 * threshold if threshold is not None else maximum
-    # As in `drawing.overlay`: invisible up to a quarter of the scale, opaque from its middle on.
-    alpha = np.clip(values / top * 4 - 1, 0, 1)
-    heat = colored(values.clip(0), threshold, maximum)
-    heat.putalpha(Image.fromarray(np.rint(alpha * 255).astype(np.uint8)))
-    layers = f"<img src='{data_uri(small)}' alt='The inspected picture'>"
-    layers += f"<img class='heat' src='{data_uri(heat)}' alt='Heatmap over the picture'>"
-    if region is not None and region.any():
-        blank = Image.new("RGB", small.size)
-        # Shrunk in gray, so that a region narrower than a pixel of the page leaves a line.
-        shrunken = np.asarray(Image.fromarray(region.astype(np.float32)).resize(small.size, Image.Resampling.BOX))
-        line = np.asarray(contour(blank, shrunken > 0))
-        edge = Image.fromarray(np.dstack([line, np.where(line.any(axis=2), 255, 0).astype(np.uint8)]))
-        layers += f"<img src='{data_uri(edge)}' alt='Outline of the region above the threshold'>"
-    ends = ("0", "threshold", "2 × or more") if threshold is not None else ("0", f"{top / 2:g}", f"{top:g} or more")
-    legend = "".join(f"<span>{end}</span>" for end in ends)
-    return (
-        f"<figure class='heat-view'><div class='stack'>{layers}</div><figcaption><div class='colors' "
-        f"aria-hidden='true'></div><div class='labels'>{legend}</div></figcaption></figure>"
     )
 
 
@@ -148,10 +115,33 @@ def bar(share: float, words: str) -> str:
 
 
 def time_left(seconds: float) -> str:
+    """Puts an estimated time in words."""
+    return f"{about(seconds)} left"
+
+
+def about(seconds: float) -> str:
     """Puts an estimated time in words, rounded as far as an estimate deserves."""
-    if seconds < 60:
-        return f"about {max(5, 5 * round(seconds / 5))} s left"
-    return f"about {seconds / 60:.0f} min left" if seconds >= 180 else f"about {seconds / 60:.1f} min left"
+    if seconds < 58:
+        return f"about {max(5, 5 * round(seconds / 5))} s"
+    if seconds < 3600:
+        return f"about {seconds / 60:.0f} min" if seconds >= 180 else f"about {seconds / 60:.1f} min"
+    return f"about {seconds / 3600:.1f} h"
+
+
+def thumbnails(shown: Sequence[tuple[str, Image.Image | None, str]], more: int = 0) -> str:
+    """Shows small pictures in a row, each with its name.
+
+    Args:
+        shown: name, picture and fault of each; the picture is None where there is a fault.
+        more: number of further ones that are not shown.
+    """
+    cells = []
+    for name, picture, fault in shown:
+        text, hint = html.escape(name), html.escape(fault or name, quote=True)
+        drawn = f"<img src='{data_uri(picture)}' alt=''>" if picture is not None else "<span class='none'>▲</span>"
+        cells.append(f"<figure title='{hint}'{' class=bad' if fault else ''}>{drawn}<figcaption>{text}</figcaption>")
+    tail = f"<p>and {more} more</p>" if more else ""
+    return f"<div class='thumbnails'>{'</figure>'.join([*cells, ''])}{tail}</div>" if cells else ""
 
 
 def loss_curve(losses: Sequence[float]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -13,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from .lessons import Canceled, Lesson, LessonState, learn_on_gpu
+from .lessons import Canceled, Lesson, LessonState
 from .model import Carried, Knowledge, own_pipeline
+from .pace import PROPORTIONS, Pace
 from .sessions import Part, Session
 from .space import is_zero_gpu, on_gpu
+from .teaching import learn_on_gpu
 from .turns import Turns
 from .uploads import Upload, clean_text, kept_size
 
@@ -188,11 +191,38 @@ def accept(session: Session, turns: Turns, part: str | None, picture: Image.Imag
         return pipe.config.categories[part]["calibration"]
 
 
+def keep_threshold(session: Session, part: str | None, threshold: object) -> None:
+    """Sets the threshold of a part that was taught to one that its visitor has chosen, for the same settings.
+
+    The next picture that is accepted sets it anew.
+
+    Args:
+        session: the visitor's, with the pipeline that learns.
+        part: a part that this session knows.
+        threshold: above 0.
+
+    Raises:
+        ValueError: for a part without a threshold, a threshold that is no number above 0, a session that has ended,
+            or while a part is being taught.
+    """
+    part = check_part(part, session)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
+        raise ValueError(f"`threshold` must be a number above 0, got {str(threshold)[:40]!r}.")
+    with session.in_use(), _only_lesson(session, threading.Event()), session.lock:
+        knowledge = session.pipe.knowledge
+        calibration = knowledge.record(part).get("calibration")
+        if calibration is None:
+            raise ValueError(f"`part` must be one that you have taught, got {part or ANY_PART!r}; teach it first.")
+        knowledge.store(part, calibration={**calibration, "threshold": float(threshold)})
+        session.pipe.knowledge = knowledge
+
+
 @on_gpu(lambda carried, part, picture: _gpu_seconds_of_inspection(carried, picture, part, None))
 def accept_on_gpu(carried: Carried, part: str, picture: Image.Image) -> Knowledge:
     """Calibrates a copy of the pipeline with one more picture; returns its knowledge for the caller to keep."""
     pipe = own_pipeline(carried.pipe)
-    pipe.calibrate(part, [picture])
+    record = pipe.config.categories[part]["calibration"]
+    pipe.calibrate(part, [picture], record["false_alarm_rate"])
     return Knowledge.of(pipe)
 
 
@@ -216,7 +246,7 @@ def inspect_on_gpu(
 def batch(
     session: Session, turns: Turns, part: str | None, uploads: Sequence[Upload], preset: str = "fast"
 ) -> Iterator[BatchItem]:
-    """Inspects pictures one after another, each in a turn of its own.
+    """Inspects pictures one after another, each in a turn of its own, until `cancel_batch` is called.
 
     A picture that cannot be read becomes an item with a sentence.
 
@@ -225,8 +255,13 @@ def batch(
     """
     check_preset(preset)
     check_part(part, session)
+    cancel = threading.Event()
+    with _guard:
+        _batches[session] = cancel
     with session.in_use():
         for number, upload in enumerate(uploads, 1):
+            if cancel.is_set():
+                return
             place = (number, len(uploads), upload.shown_name)
             if upload.error is not None:
                 yield BatchItem(*place, error=upload.error)
@@ -239,7 +274,9 @@ def batch(
             yield BatchItem(*place, inspected=inspect_one(session, turns, part, picture, upload.shown_name, preset))
 
 
-def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Event) -> Iterator[LessonState]:
+def teach(
+    session: Session, turns: Turns, lesson: Lesson, cancel: threading.Event, pace: Pace = PROPORTIONS
+) -> Iterator[LessonState]:
     """Teaches a part (prototypes, threshold and, by the length, a fine-tuning); yields its progress.
 
     The last state has the stage "done". Until then the session is as it was, and it stays so after a cancellation, an
@@ -250,6 +287,7 @@ def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Even
         turns: turns of all visitors; the teaching gives way between its steps.
         lesson: the part and its pictures.
         cancel: ends the teaching at its next step, from any thread.
+        pace: of this machine, for the time left.
 
     Raises:
         Canceled: as asked.
@@ -261,7 +299,7 @@ def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Even
         knowledge = last = None
         # Neither can go to the other process of a lent GPU; there nobody waits, and closing the generator cancels.
         shared = (None, None) if is_zero_gpu() else (cancel, turns)
-        states = learn_on_gpu(Carried(pipe), lesson, *shared)
+        states = learn_on_gpu(Carried(pipe), lesson, *shared, pace)
         with contextlib.closing(states):
             for state in states:
                 if cancel.is_set() or session.dropped:
@@ -281,6 +319,16 @@ def teach(session: Session, turns: Turns, lesson: Lesson, cancel: threading.Even
         yield dataclasses.replace(last, stage="done", share=1.0, seconds_left=0.0)
 
 
+def cancel_batch(session: Session) -> bool:
+    """Asks the session's latest batch to end after its present picture; returns False where there was none."""
+    with _guard:
+        cancel = _batches.get(session)
+    if cancel is None:
+        return False
+    cancel.set()
+    return True
+
+
 def cancel_lesson(session: Session) -> bool:
     """Asks the session's teaching to end; returns False where there is none."""
     with _guard:
@@ -293,6 +341,7 @@ def cancel_lesson(session: Session) -> bool:
 
 _guard = threading.Lock()
 _lessons: weakref.WeakKeyDictionary[Session, threading.Event] = weakref.WeakKeyDictionary()
+_batches: weakref.WeakKeyDictionary[Session, threading.Event] = weakref.WeakKeyDictionary()
 _waiting: weakref.WeakKeyDictionary[Session, threading.Lock] = weakref.WeakKeyDictionary()
 
 

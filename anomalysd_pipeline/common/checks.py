@@ -54,12 +54,17 @@ def read_json(path: Path, finite: bool = True) -> dict:
     """
     if path.stat().st_size > MOST_JSON:
         raise ValueError(f"{path.name} has more than {MOST_JSON >> 20} MiB")
+    return parse_json(path.read_text(encoding="utf-8"), path.name, finite)
+
+
+def parse_json(text: str, name: str, finite: bool = True) -> dict:
+    """Parses a JSON object; errors are those of `read_json`, and name the file it is from."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse if finite else None)
+        found = json.loads(text, parse_constant=_refuse if finite else None)
     except RecursionError as error:
-        raise ValueError(f"{path.name} is nested too deeply") from error
+        raise ValueError(f"{name} is nested too deeply") from error
     if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
+        raise ValueError(f"{name} holds no JSON object")
     return found
 
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
-    parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
+    parser.add_argument("--adaptation", metavar="ID|DIR", help="what was learned: folder, file or Hub id")
     parser.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
     add_model_options(parser)
 

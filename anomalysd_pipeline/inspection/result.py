@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..adaptation.folder import write_part
 from ..common.console import base_errors
 from ..common.devices import choose_device
 from ..common.drawing import contour, overlay, verdict_text
@@ -140,12 +141,12 @@ def inspect(
 
 
 def save_part(pipe, category: str, path: Path) -> None:
-    """Writes what `register` has learned, for other processes and later runs: prototypes, threshold and settings.
+    """Writes what `register` has learned, for other processes, later runs and the app; see `write_part`.
 
     Raises:
         OSError: the file cannot be written.
     """
-    pipe.knowledge.pack(category).save(path)
+    write_part(pipe.knowledge.pack_adaptation(category), pipe.base, path)
 
 
 def load_part(pipe, category: str, path: Path) -> None:
@@ -155,10 +156,12 @@ def load_part(pipe, category: str, path: Path) -> None:
         ValueError: the file is missing or damaged.
     """
     try:
-        part = PackedPart.load(path)
-    except ValueError as error:
+        stored = pipe.read_adaptation(path)
+        part = PackedPart(stored.categories[category], stored.banks[category])
+    except (LookupError, ValueError) as error:
+        said = str(error).replace("`pretrained_adaptation_name_or_path` ", "")
         raise ValueError(
-            f"'{path}', written by an earlier run, cannot be read ({error}); delete it, and the part is learned anew."
+            f"'{path}', written by an earlier run, cannot be read ({said}); delete it, and the part is learned anew."
         ) from error
     known = pipe.knowledge
     known.unpack(category, part)
