@@ -175,7 +175,7 @@ class TestPartFiles:
             "cut": path.read_bytes()[:-9],
             "picture": b"\x89PNG\r\n" + bytes(99),
             "old": save(tensors, {"record": "{}"}),
-            "mixed": save(tensors, {"adaptation": json.dumps({**facts, "format": 3})}),
+            "mixed": save(tensors, {"adaptation": json.dumps({**facts, "record": {"settings": {"steps": 3}}})}),
         }[change]
         path.write_bytes(content)
         assert "must hold what was learned of a part, as it was downloaded here" in refused(session, path, "mine")

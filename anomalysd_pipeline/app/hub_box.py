@@ -30,17 +30,23 @@ def hub_box(desk: Desk, key: gr.State) -> None:
             repo = gr.Textbox(label="Repository", placeholder="user/nut-adaptation", max_lines=1, elem_id="teach-repo")
             part = gr.Textbox(label="Part", info="Empty: the one taught last.", max_lines=1, elem_id="teach-push-part")
         private = gr.Checkbox(True, label="Private", elem_id="teach-private")
+        exemplars = gr.Checkbox(
+            True,
+            label="With your good pictures",
+            info="Repainting starts from them; without them the threshold has to be set anew.",
+            elem_id="teach-push-pictures",
+        )
         push = gr.Button("Publish the adaptation", elem_id="teach-push")
         said = gr.HTML(views.waiting("The address will appear here."), elem_id="teach-pushed")
 
     @sentences
-    def on_space(key, repo, part, private, request: gr.Request, token: gr.OAuthToken | None = None):
+    def on_space(key, repo, part, private, exemplars, request: gr.Request, token: gr.OAuthToken | None = None):
         if token is None:
             raise ValueError("You are not signed in; sign in with the button above, then publish.")
-        return _publish(desk, desk.visit(key, request), repo, part, private, token.token)
+        return _publish(desk, desk.visit(key, request), repo, part, private, token.token, exemplars)
 
     @sentences
-    def locally(key, repo, part, private, request: gr.Request):
+    def locally(key, repo, part, private, exemplars, request: gr.Request):
         forwarded = any(request.headers.get(name) for name in ("x-forwarded-for", "forwarded", "x-real-ip"))
         token = local_token(getattr(request.client, "host", None), forwarded)
         if token is None:
@@ -48,11 +54,11 @@ def hub_box(desk: Desk, key: gr.State) -> None:
                 "There is no sign-in to publish with; start the app on this machine with `HF_TOKEN` set to a token "
                 "with write access, or download the adaptation and use `anomalysd publish`."
             )
-        return _publish(desk, desk.visit(key, request), repo, part, private, token)
+        return _publish(desk, desk.visit(key, request), repo, part, private, token, exemplars)
 
     push.click(
         on_space if is_space() else locally,
-        [key, repo, part, private],
+        [key, repo, part, private, exemplars],
         [key, said],
         api_visibility="private",
         preprocess=False,
@@ -61,7 +67,7 @@ def hub_box(desk: Desk, key: gr.State) -> None:
     )
 
 
-def _publish(desk: Desk, visit: Visit, repo: str, part: str, private: bool, token: str):
+def _publish(desk: Desk, visit: Visit, repo: str, part: str, private: bool, token: str, exemplars: bool = True):
     from ..hub.publishing import push
     from .uploads import clean_text
 
@@ -74,7 +80,7 @@ def _publish(desk: Desk, visit: Visit, repo: str, part: str, private: bool, toke
     with session.in_use():
         folder = session.new_folder() / "adaptation"
         with desk.turns.turn():
-            session.pipe.save_adaptation(folder, session.pipe.config.categories[part]["adaptation"])
+            session.pipe.save_adaptation(folder, session.pipe.config.categories[part]["adaptation"], bool(exemplars))
         try:
             url = push(folder, repo, private=bool(private), token=token)
         except ValueError as error:

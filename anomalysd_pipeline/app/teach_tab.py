@@ -21,8 +21,8 @@ FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp 
 RATE_HELP = "Good parts that may be called defective. Fewer of them, and fainter defects are missed."
 KEEP = (
     "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
-    "without use: download the part to keep it. The file can be loaded here, and `anomalysd detect --adaptation` and "
-    "`load_adaptation` take it too."
+    "without use: download the part to keep it. The file holds your good pictures too. It can be loaded here, and "
+    "`anomalysd detect --adaptation` and `load_adaptation` take it."
 )
 LOSS_HEIGHT = 200  # pixels, also without a curve, so that nothing below moves when the first loss arrives
 USUAL = 4  # pictures that the times are told for while none are given
