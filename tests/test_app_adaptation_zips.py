@@ -221,13 +221,13 @@ class TestHostileAdaptations:
         zeros = changed(taken_home, tmp_path / "y.zip", adaptation__safetensors=bytes(101_000_000))
         assert "larger than 100 MB" in refused(session, zeros)
 
-    @pytest.mark.parametrize("prompts", [{"coarse": ["a"] * 9}, [["fine", ["a"] * 5000]]])
+    @pytest.mark.parametrize("prompts", [{"coarse": ["a"] * 9}, [["fine", ["a"] * 500]]])
     def test_more_prompts_than_a_visitor_may_write(self, taken_home, session, tmp_path, prompts):
         path = with_facts(taken_home, tmp_path / "x.zip", lambda facts: facts["prompts"].update(nut=prompts))
         assert "more than 8 prompts" in refused(session, path)
 
     @pytest.mark.parametrize(
-        "change", [{"num_inference_steps": 10**6}, {"mask_scales": [500]}, {"mask_scales": [1] * 9}]
+        "change", [{"num_inference_steps": 1000}, {"mask_scales": [64]}, {"mask_scales": list(range(1, 10))}]
     )
     def test_settings_that_would_take_hours(self, taken_home, session, tmp_path, change):
         settings = {**quick_pipeline().settings().to_dict(), **change}

@@ -227,7 +227,6 @@ class Teaching:
                 share = (rounds[0] + HELD_OUT + (1 - HELD_OUT) * done[0] / total) / pictures_to_score
                 self.step("calibrating", round(100 * share), 100, share)
 
-            update(0)
             yield SimpleNamespace(update=update)
             rounds[0] += 1
 
