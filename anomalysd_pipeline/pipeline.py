@@ -52,6 +52,7 @@ from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
+from .models.missing import MissingWeights
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
 
@@ -1054,8 +1055,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 `local_files_only`, and components to use in place of the stored ones.
 
         Raises:
-            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or a `timm_model` other
-                than that of the prototypes which the checkpoint holds.
+            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or is neither here nor
+                to be downloaded, or a `timm_model` other than that of the prototypes which the checkpoint holds.
         """
         if kwargs.get("torch_dtype") is None:
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
@@ -1085,13 +1086,22 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         with readable(path, folder):
             pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
-        made = {}
+        makers = {}
         if kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
         ):
-            made["extractor"] = make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
+            makers["extractor"] = lambda: make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
         if pipe.perceptual is None:
-            made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+            makers["perceptual"] = lambda: PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+        made, missing = {}, []
+        for name, make in makers.items():
+            try:
+                with renaming({"alexnet_path": "alexnet_checkpoint", "lin_path": "lpips_checkpoint"}):
+                    made[name] = make()
+            except MissingWeights as error:
+                missing.append(str(error))
+        if missing:  # all of them in one sentence, so that nobody has to try again for each
+            raise ValueError(f"{'; '.join(missing)}; these are arguments of `AnomalySDPipeline.from_pretrained`.")
         # Assignment would leave those unregistered that were registered as missing.
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)
