@@ -31,11 +31,13 @@ from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
 from .common.checks import require_kind, require_number, require_whole, shown
+from .common.console import renaming
 from .common.files import disk_errors, recover, write_whole, written_into
 from .common.threads import alone, give_way, takes_turns
 from .data.depth import KEY
 from .data.images import load_pictures
 from .data.inputs import Inputs
+from .data.region import inside, pack_region, unpack_region
 from .data.tensors import fit, resize, stack, to_pil
 from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
@@ -51,6 +53,7 @@ from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
+from .models.missing import MissingWeights
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
 
@@ -98,7 +101,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
             the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `bit_depth` (of its 16-bit gray),
-            `adaptation`, `prompt_design`, `calibration`.
+            `adaptation`, `prompt_design`, `calibration`, `region` (see `set_region`).
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -320,7 +323,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         # 2. Pictures to the sizes of the networks
         loaded = load_pictures(image, "image", self.config.categories.get(category, {}).get("bit_depth"))
         sizes = [(picture.height, picture.width) for picture in loaded]
-        inputs = self._inputs(loaded)
+        region = self._region(category)
+        inputs = self._inputs(loaded, region)
 
         # 3. to 7. From pictures to score maps
         try:
@@ -330,12 +334,14 @@ class AnomalySDPipeline(DiffusionPipeline):
         maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
 
         # 8. Image score, before resizing: it must not depend on the size of the file; threshold of the category
-        scores = image_score(maps, settings.top_share)  # [N]
+        scores = image_score(maps, settings.top_share, found.regions)  # [N]
         threshold = self._threshold(category, settings)
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
 
         # 9. Back to the pictures' own sizes
         maps = [resize(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]  # [H, W] each
+        if region is not None:
+            maps = [m * inside(region, size).to(m.device) for m, size in zip(maps, sizes, strict=True)]
         regions = found.prototype_masks
         if regions is not None:
             regions = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(regions, sizes, strict=True)]
@@ -400,7 +406,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        distances, built, prototype_masks, exemplars = [], [], None, None
+        distances, cells, built, prototype_masks, exemplars = [], [], [], None, None
         if category in self.bank:
             bank, parts = self.bank.to(device), self.extractor.parts
             shots = bank.shots(category) if settings.start == "exemplar" else None
@@ -408,17 +414,24 @@ class AnomalySDPipeline(DiffusionPipeline):
                 psi = self.extractor(picture[None])  # [1, C, h, w]
                 far, nearest = bank.nearest(category, psi, parts, left_out)  # [1, h, w], [parts, 1, h, w]
                 distances.append(far)
+                own = None if inputs.regions is None else inputs.regions[len(cells), 0]  # [R, R]
+                cells.append(None if own is None else inside(own, far.shape[1:]))  # [h, w]
                 if shots is not None:
                     compared = bank.compared(category, left_out)
                     exemplar = build_exemplar(picture, psi[0], nearest[:, 0], bank[category], shots, compared)
+                    if own is not None:
+                        exemplar = torch.where(inside(own, picture.shape[1:]), exemplar, picture)
                     built.append(fit(exemplar, (side, side)))
             check_finite("comparison with the normal pictures", distances)
-            prototype_masks = torch.cat([prototype_mask(far, (side, side)) for far in distances])  # [N, 1, R, R]
+            each = zip(distances, cells, strict=True)
+            prototype_masks = torch.cat([prototype_mask(far, (side, side), own) for far, own in each])  # [N, 1, R, R]
+            if inputs.regions is not None:
+                prototype_masks &= inputs.regions
             exemplars = torch.stack(built) if built else None  # [N, 3, R, R]
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
-        work = Workload(len(pictures), masks, prototype_masks)
+        work = Workload(len(pictures), masks, prototype_masks, inputs.regions)
         latents = torch.cat([encode(self.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
         noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
         starts = None
@@ -462,10 +475,17 @@ class AnomalySDPipeline(DiffusionPipeline):
         check_finite("repainting", painted.differences)
         if distances:
             resized = torch.cat([resize(far, (side, side)) for far in distances])  # [N, R, R]
+            if inputs.regions is not None:  # means of the cells inside
+                each = zip(distances, cells, strict=True)
+                resized = torch.cat([resize(far * own, (side, side)) for far, own in each]) * inputs.regions[:, 0]
+                shares = torch.cat([resize(own[None].float(), (side, side)) for own in cells])
+                resized = resized / shares.clamp(min=torch.finfo(shares.dtype).tiny)
             if settings.feature_weight > 0:
                 deviations = bank.relative(category, resized, parts)
             if exemplars is not None:
                 shown = keep_outside(pictures, shown, resized)
+        if inputs.regions is not None:
+            shown = torch.where(inputs.regions, shown, pictures)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
             guided=None if prototype_masks is None else painted.differences[:, -1],
@@ -473,11 +493,16 @@ class AnomalySDPipeline(DiffusionPipeline):
             repainted=shown,
             prototype_masks=prototype_masks,
             exemplars=exemplars,
+            regions=inputs.regions,
         )
 
-    def _inputs(self, pictures) -> Inputs:
+    def _inputs(self, pictures, region: Tensor | None = None) -> Inputs:
         size_of = getattr(self.extractor, "picture_size", lambda height, width: None)
-        return Inputs.of(pictures, self.config.resolution, size_of)
+        return Inputs.of(pictures, self.config.resolution, size_of, region)
+
+    def _region(self, category: str | None) -> Tensor | None:
+        packed = self.config.categories.get(category, {}).get("region")
+        return None if packed is None else unpack_region(packed)
 
     @torch.no_grad()
     @_computes
@@ -609,6 +634,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         noise_strength: float | None = None,
         rotations: int | None = None,
         bit_depth: int | None = None,
+        region=None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -624,12 +650,17 @@ class AnomalySDPipeline(DiffusionPipeline):
             rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
             bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
                 their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
+            region: the region of interest, see `set_region`; None keeps the part's own.
 
         Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1] or a depth
-                out of its range.
+            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1], a depth
+                out of its range or a bad region.
         """
         check_category(category)
+        packed = self.config.categories.get(category, {}).get("region")
+        if region is not None:
+            with renaming({"mask": "region"}):
+                packed = pack_region(region)
         known = self.knowledge
         known.prompts.add(category, prompts)
         if noise_strength is not None:
@@ -649,7 +680,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
                 "others, and count once with these."
             )
-        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations)
+        counts = None if packed is None else unpack_region(packed)
+        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, counts)
         known.store(
             category,
             shots=len(kept),
@@ -662,7 +694,42 @@ class AnomalySDPipeline(DiffusionPipeline):
             prompt_design="hierarchical",
             calibration=None,
         )
+        known.set_region(category, packed)
         known.drop_unused_adaptations()
+        self.knowledge = known
+
+    @torch.no_grad()
+    @_learns
+    @_computes
+    def set_region(self, category: str, mask) -> None:
+        """Sets a part's region of interest: outside of it nothing counts, in learning and in inspection.
+
+        Its prototypes are taken anew from the kept normal pictures, without cells that lie outside, and its threshold
+        is forgotten: call `calibrate` next. Maps are 0 outside; score, verdict and mask are of what lies inside. What
+        lies outside stays visible to the networks, as surroundings. Fine-tuning looks at whole pictures.
+
+        Args:
+            category: a part registered by `add_category`.
+            mask: a picture that is bright inside and dark outside, or a bool array `[H, W]`, for pictures of the same
+                view whatever their size; or a polygon, 3 or more points (x, y) as shares of width and height in
+                [0, 1]. None: the whole picture.
+
+        Raises:
+            ValueError: for a part that is not registered or whose normal pictures are not kept, or a bad mask.
+        """
+        shots = self.bank.shots(category)
+        if category not in self.config.categories or shots is None:
+            raise ValueError(
+                f"`category` must be a part whose normal pictures are kept, got {category!r}; register it by "
+                "`add_category`, which takes a `region` too."
+            )
+        packed = None if mask is None else pack_region(mask)
+        known, device = self.knowledge, self._execution_device
+        pictures = [shots.copy(number).to(device) for number in range(len(shots.sizes))]  # not turned
+        region = None if packed is None else unpack_region(packed)
+        fill_bank(self.bank.to(device), category, self.extractor, pictures, int(shots.rotations), region)
+        known.store(category, calibration=None)
+        known.set_region(category, packed)
         self.knowledge = known
 
     @_learns
@@ -724,15 +791,18 @@ class AnomalySDPipeline(DiffusionPipeline):
                 f"`category` {category!r} was registered by an earlier version, which did not note its pictures; "
                 "register it again by `add_category`."
             )
-        inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")))
+        region = self._region(category)
+        inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")), region)
         defective = None
         if defective_images is not None:
-            defective = self._inputs(load_pictures(defective_images, "defective_images", record.get("bit_depth")))
+            loaded = load_pictures(defective_images, "defective_images", record.get("bit_depth"))
+            defective = self._inputs(loaded, region)
 
         def score(picture: Inputs, left_out: int | None) -> float:
             noise = torch.Generator().manual_seed(seed)
             found = self._score_maps(picture, category, chosen, left_out, generator=noise)
-            return image_score(found.fused(chosen.prototype_weight, chosen.feature_weight), chosen.top_share).item()
+            maps = found.fused(chosen.prototype_weight, chosen.feature_weight)
+            return image_score(maps, chosen.top_share, found.regions).item()
 
         try:
             calibration = calibrate_threshold(
@@ -986,8 +1056,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 `local_files_only`, and components to use in place of the stored ones.
 
         Raises:
-            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or a `timm_model` other
-                than that of the prototypes which the checkpoint holds.
+            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or is neither here nor
+                to be downloaded, or a `timm_model` other than that of the prototypes which the checkpoint holds.
         """
         if kwargs.get("torch_dtype") is None:
             # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
@@ -1017,13 +1087,22 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         with readable(path, folder):
             pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
-        made = {}
+        makers = {}
         if kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
         ):
-            made["extractor"] = make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
+            makers["extractor"] = lambda: make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
         if pipe.perceptual is None:
-            made["perceptual"] = PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+            makers["perceptual"] = lambda: PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
+        made, missing = {}, []
+        for name, make in makers.items():
+            try:
+                with renaming({"alexnet_path": "alexnet_checkpoint", "lin_path": "lpips_checkpoint"}):
+                    made[name] = make()
+            except MissingWeights as error:
+                missing.append(str(error))
+        if missing:  # all of them in one sentence, so that nobody has to try again for each
+            raise ValueError(f"{'; '.join(missing)}; these are arguments of `AnomalySDPipeline.from_pretrained`.")
         # Assignment would leave those unregistered that were registered as missing.
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)

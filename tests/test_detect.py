@@ -92,6 +92,25 @@ def rows_of(out):
     return [json.loads(line) for path in out.glob("rows/*.jsonl") for line in path.read_bytes().splitlines(True)]
 
 
+def test_region_of_interest(parts, base, tmp_path, capsys):
+    left = np.arange(64)[None, :].repeat(64, axis=0) < 32
+    Image.fromarray(left).save(tmp_path / "mask.png")
+    given = arguments(parts, base, tmp_path / "out", "--maps", "--roi", tmp_path / "mask.png")
+    assert detect.main(given) == 0
+    found = [np.load(path) for path in (tmp_path / "out" / "maps").rglob("*.npy")]
+    assert len(found) == 4 and all(own[left].any() and not own[~left].any() for own in found)
+    Image.fromarray(~left).save(tmp_path / "mask.png")
+    assert detect.main([*given, "--resume"]) == 2
+    assert "`--roi` gives" in capsys.readouterr().err
+    Image.fromarray(left & False).save(tmp_path / "mask.png")
+    assert detect.main([*given, "--overwrite"]) == 2
+    assert "`--roi` must mark some of the picture" in capsys.readouterr().err
+    assert len(table(tmp_path / "out")) == 5
+    given[given.index("--normal") : given.index("--test")] = []
+    assert detect.main([*given, "--overwrite"]) == 2
+    assert "`--roi` needs `--normal`" in capsys.readouterr().err
+
+
 class TestResume:
     def test_only_what_is_missing_is_done(self, half, whole, parts, base, capsys):
         earlier = rows_of(whole)

@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 from diffusers import StableDiffusionInpaintPipeline
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.inspection.result import load_pipeline
 from anomalysd_pipeline.models.extractor import PrototypeExtractor
 
 from .conftest import make_tiny_pipeline
@@ -38,16 +40,59 @@ def learned(tmp_path_factory, nuts):
     return folder
 
 
+def save_bare(folder):
+    """Saves an inpainting checkpoint as others publish it, and returns the components it was made of."""
+    components = tiny_components()
+    bare = StableDiffusionInpaintPipeline(
+        **{key: components[key] for key in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    bare.save_pretrained(folder)
+    return components
+
+
+class TestOffline:
+    """The tests' own environment sets HF_HUB_OFFLINE."""
+
+    @pytest.fixture(autouse=True)
+    def empty_caches(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+
+    def test_every_missing_file_is_named_in_one_sentence(self, tmp_path, capfd):
+        save_bare(tmp_path / "bare")
+        with pytest.raises(ValueError, match="^`timm_checkpoint` must give model.safetensors of tf_eff") as caught:
+            AnomalySDPipeline.from_pretrained(tmp_path / "bare", resolution=64)
+        said = str(caught.value)
+        for part in (
+            "'timm/tf_efficientnet_b6.ns_jft_in1k' on the Hub",
+            f"not in '{tmp_path / 'hub'}'",
+            "`alexnet_checkpoint` must give alexnet-owt-7be5be79.pth",
+            f"not in '{tmp_path / 'torch' / 'checkpoints'}'",
+            "HF_HUB_OFFLINE",
+        ):
+            assert part in said
+        assert "\n" not in said and "Downloading" not in capfd.readouterr().err
+
+    def test_what_is_given_is_not_named(self, tmp_path, weights):
+        save_bare(tmp_path / "bare")
+        with pytest.raises(ValueError, match="^`alexnet_checkpoint` must give") as caught:
+            AnomalySDPipeline.from_pretrained(
+                tmp_path / "bare", timm_model=NAME, timm_checkpoint=weights, resolution=64
+            )
+        assert "timm_checkpoint" not in str(caught.value)
+
+    def test_in_the_shell(self, tmp_path):
+        save_bare(tmp_path / "bare")
+        with pytest.raises(ValueError, match="^`timm_checkpoint` must give .*`alexnet_checkpoint` must give"):
+            load_pipeline(str(tmp_path / "bare"), "cpu", resolution=64)
+
+
 class TestTimmModel:
     def test_a_bare_checkpoint(self, tmp_path, weights, nuts):
-        components = tiny_components()
-        bare = StableDiffusionInpaintPipeline(
-            **{key: components[key] for key in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        bare.save_pretrained(tmp_path / "bare")
+        components = save_bare(tmp_path / "bare")
         pipe = AnomalySDPipeline.from_pretrained(
             tmp_path / "bare",
             timm_model=NAME,
@@ -139,6 +184,9 @@ BAD_SETTINGS = [
     ("model_index.json", ("categories",), {"../x": {}}),
     ("model_index.json", (*PART, "shots"), 10**12),
     ("model_index.json", (*PART, "adaptation"), "nobody"),
+    ("model_index.json", (*PART, "region"), 5),
+    ("model_index.json", (*PART, "region"), "iVBORw0KGgo="),
+    ("model_index.json", (*PART, "region"), "A" * 10**6),
     ("model_index.json", (*CALIBRATION, "threshold"), 1e-320),
     ("model_index.json", (*CALIBRATION, "threshold"), NAN),
     ("model_index.json", (*CALIBRATION, "settings"), {}),

@@ -11,6 +11,7 @@ import numpy as np
 from ..common.checks import require_kind, require_number, require_whole, shown
 from ..data.depth import check_bit_depth
 from ..data.inputs import check_fingerprints
+from ..data.region import unpack_region
 from ..method.calibration import Calibration, check_rate
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
@@ -20,7 +21,7 @@ MOST = 10_000
 """Normal pictures of a part; parts, and adaptations, of a pipeline."""
 MOST_ROTATIONS = 360
 _PART = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
-_OPTIONAL = {"digests", "fingerprints", "bit_depth"}  # earlier versions lack them
+_OPTIONAL = {"digests", "fingerprints", "bit_depth", "region"}  # earlier versions lack them
 _UNUSED = "adapted"  # of earlier versions; nothing looks at it now
 # A map that is zero everywhere counts as the smallest normal number, see `calibrate_threshold`.
 _SCORES = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -80,6 +81,8 @@ def check_part(record: object) -> dict:
     _check_digests(record.get("digests", []))
     check_fingerprints(record.get("fingerprints", []))
     check_bit_depth(record.get("bit_depth"))
+    if record.get("region") is not None:
+        unpack_region(record["region"])
     if record["calibration"] is not None:
         _check_calibration(record["calibration"])
     return record

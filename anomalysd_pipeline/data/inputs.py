@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from .region import inside
 from .tensors import augment, to_tensor
 
 COPY_DIFFERENCE = 1.5
@@ -31,10 +32,12 @@ class Inputs:
     Attributes:
         squares: what is repainted, float32 `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
         shaped: what the extractor describes, N of float32 `[3, h, w]` in [-1, 1]; sizes may differ.
+        regions: what of `squares` counts, bool `[N, 1, R, R]`; None: all.
     """
 
     squares: Tensor
     shaped: list[Tensor]
+    regions: Tensor | None = None
 
     @classmethod
     def of(
@@ -42,30 +45,36 @@ class Inputs:
         pictures: Sequence[Image.Image],
         resolution: int,
         size_of: Callable[[int, int], tuple[int, int] | None],
+        region: Tensor | None = None,
     ) -> Inputs:
         """Converts RGB pictures.
 
         Args:
             resolution: R.
             size_of: gives the size at which the extractor describes a picture of a height and width; None: R x R.
+            region: what of each picture counts, bool `[h, w]`; None: all.
         """
         squares = [to_tensor(picture, resolution) for picture in pictures]
         shaped = []
         for picture, square in zip(pictures, squares, strict=True):
             size = size_of(picture.height, picture.width)
             shaped.append(square if size in (None, (resolution, resolution)) else to_tensor(picture, size))
-        return cls(torch.stack(squares), shaped)
+        if region is not None:
+            region = inside(region, (resolution, resolution)).expand(len(squares), 1, -1, -1)
+        return cls(torch.stack(squares), shaped, region)
 
     def __len__(self) -> int:
         return len(self.shaped)
 
     def __getitem__(self, index: int) -> Inputs:
         """Gives one picture as inputs of length 1."""
-        return Inputs(self.squares[index, None], [self.shaped[index]])
+        region = None if self.regions is None else self.regions[index, None]
+        return Inputs(self.squares[index, None], [self.shaped[index]], region)
 
     def to(self, device: torch.device) -> Inputs:
         """Moves all to a device."""
-        return Inputs(self.squares.to(device), [picture.to(device) for picture in self.shaped])
+        regions = None if self.regions is None else self.regions.to(device)
+        return Inputs(self.squares.to(device), [picture.to(device) for picture in self.shaped], regions)
 
     def varied(self, seed: int, **limits: float) -> Inputs:
         """Varies every picture by `augment`, alike for both networks; draws differ from picture to picture."""
@@ -74,7 +83,7 @@ class Inputs:
             generator = torch.Generator().manual_seed(seed)
             return [augment(picture, generator, **limits) for picture in pictures]
 
-        return Inputs(torch.stack(vary(self.squares)), vary(self.shaped))
+        return Inputs(torch.stack(vary(self.squares)), vary(self.shaped), self.regions)
 
     def digests(self) -> list[str]:
         """Tells pictures apart: 16 hexadecimal digits of each, equal for pictures of equal pixels."""

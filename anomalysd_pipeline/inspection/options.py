@@ -45,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help=f"with --normal: a few pictures of defective parts, for a better threshold, {dataset}",
     )
+    parser.add_argument(
+        "--roi", metavar="PATH", help="with --normal: picture that is bright where the part counts, dark elsewhere"
+    )
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
     parser.add_argument("--adaptation", metavar="ID|DIR", help="what was learned: folder, file or Hub id")

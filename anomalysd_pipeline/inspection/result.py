@@ -79,6 +79,7 @@ def register(
     seed: int = 0,
     false_alarm_rate: float = 0.05,
     defective: Sequence[Image.Image] = (),
+    region=None,
     **options,
 ) -> None:
     """Adds a category to a pipeline and calibrates it, both from the same normal pictures.
@@ -89,12 +90,13 @@ def register(
         images: normal pictures, RGB.
         seed: of the calibration's draws.
         false_alarm_rate, defective: see `AnomalySDPipeline.calibrate`.
+        region: see `AnomalySDPipeline.set_region`.
         options: those `inspect` will be called with, since a threshold holds for these settings alone.
 
     Raises:
         ValueError: as `AnomalySDPipeline.add_category` and `AnomalySDPipeline.calibrate`.
     """
-    pipe.add_category(category, images)
+    pipe.add_category(category, images, region=region)
     pipe.calibrate(category, images, false_alarm_rate, seed, list(defective) or None, **options)
 
 

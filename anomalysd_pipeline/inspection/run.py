@@ -21,6 +21,7 @@ from ..common.devices import choose_device
 from ..common.files import SoleWriter
 from ..data.depth import KEY
 from ..data.picture import Picture
+from ..data.region import pack_region
 from ..data.sources import Listing, gather, read_normals
 from ..method.calibration import check_rate, prediction_threshold
 from ..method.prompts import check_category
@@ -60,6 +61,10 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     folder = ResultFolder(args.out, args.overwrite, args.resume, args.maps, state.process_index)
     check_category(args.category)
     check_verdicts(args)
+    if args.roi is not None:
+        if not args.normal:
+            raise ValueError("`--roi` needs `--normal`: a part that was learned before has a region of its own.")
+        region_of(args.roi)
     normals, defective = [], []
 
     def say(sentence: str, option: str) -> None:
@@ -103,9 +108,9 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
             folder.begin(describe(args, pipe, normals, defective), given(args))
             if args.normal and not folder.part.exists():
                 bar.set_description(f"learning {args.category}")
-                with renaming({"defective_images": "--defective"}):
+                with renaming({"defective_images": "--defective", "region": "--roi"}):
                     rate = args.false_alarm_rate or _RATE
-                    register(pipe, args.category, normals, args.seed, rate, defective, **options)
+                    register(pipe, args.category, normals, args.seed, rate, defective, args.roi, **options)
                 folder.keep_part(lambda path: save_part(pipe, args.category, path))
         state.wait_for_everyone()
         if args.normal:
@@ -217,6 +222,12 @@ def check_verdicts(args: argparse.Namespace) -> None:
         raise ValueError("`--defective` needs `--normal` and no `--threshold`: together they set the threshold.")
 
 
+def region_of(path: str) -> str:
+    """Reads the mask picture of `--roi`. Raises ValueError if it cannot be used."""
+    with renaming({"mask": "--roi"}):
+        return pack_region(path)
+
+
 def threshold_at(pipe, category: str, false_alarm_rate: float) -> float:
     """Computes the threshold of a calibrated part at another rate from its stored scores.
 
@@ -246,6 +257,7 @@ def describe(
         "--adaptation": _digest(*_knowledge(pipe, args.category)),
         "--normal": _digest(*normals) if normals else None,
         "--defective": _digest(*defective) if defective else None,
+        "--roi": None if args.roi is None else _digest(region_of(args.roi)),
         "--threshold": args.threshold,
         "--false-alarm-rate": None if args.false_alarm_rate == _RATE else args.false_alarm_rate,
         "--preset": preset,

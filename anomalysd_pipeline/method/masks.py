@@ -108,12 +108,13 @@ def _running_variance(values: np.ndarray) -> np.ndarray:
     return np.cumsum((centered - previous) * (centered - mean)) / count
 
 
-def prototype_mask(distances: Tensor, size: int | tuple[int, int]) -> Tensor:
+def prototype_mask(distances: Tensor, size: int | tuple[int, int], inside: Tensor | None = None) -> Tensor:
     """Makes the prototype-guided mask M^(p) = upsample(1[E > r]), Eq. (15), r found for each picture.
 
     Args:
         distances: E, float `[N, h, w]`, squared distances to the nearest prototype (Eq. 14).
         size: of the result, a square's side or `(H, W)`, in pixels; nearest-neighbor upsampling.
+        inside: which positions count, bool `[h, w]`; None: all.
 
     Returns:
         bool `[N, 1, H, W]`, True where the picture is to be repainted; empty where all distances are equal.
@@ -123,7 +124,9 @@ def prototype_mask(distances: Tensor, size: int | tuple[int, int]) -> Tensor:
     """
     if distances.ndim != 3:
         raise ValueError(f"`distances` has shape {list(distances.shape)}; give [N, h, w].")
-    above = torch.stack([image > variance_threshold(image) for image in distances])
+    if inside is None:
+        inside = torch.ones_like(distances[0], dtype=torch.bool)
+    above = torch.stack([(image > variance_threshold(image[inside])) & inside for image in distances])
     return torch.nn.functional.interpolate(above[:, None].float(), size=size) > 0
 
 

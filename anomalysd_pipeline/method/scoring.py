@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_FAINT = 1e-6
+"""Weight below which a blurred region counts as outside."""
+
 
 @dataclass(frozen=True)
 class ScoreMaps:
@@ -21,6 +24,7 @@ class ScoreMaps:
         repainted: pictures to show to people, `[N, 3, R, R]` in [-1, 1].
         prototype_masks: M^(p), Eq. (15), bool `[N, 1, R, R]`; None without normal pictures.
         exemplars: the parts as they should look, `[N, 3, R, R]` in [-1, 1]; None where they are not the start.
+        regions: what counts of the maps, which are 0 outside, bool `[N, 1, R, R]`; None: all.
     """
 
     multi_scale: Tensor
@@ -29,11 +33,17 @@ class ScoreMaps:
     repainted: Tensor
     prototype_masks: Tensor | None
     exemplars: Tensor | None = None
+    regions: Tensor | None = None
 
     def fused(self, prototype_weight: float, feature_weight: float) -> Tensor:
-        """Weighs and smooths: S_map, Eq. (21), float32 `[N, R, R]`."""
+        """Weighs and smooths: S_map, Eq. (21), float32 `[N, R, R]`. With regions, pixels outside do not darken those
+        inside, and have values that fade from the border on, for `image_score` and for masks to cut off."""
         fused = fuse(self.multi_scale, self.guided, self.deviations, prototype_weight, feature_weight)
-        return smooth(fused, smoothing_sigma(fused.shape[-1]))
+        sigma = smoothing_sigma(fused.shape[-1])
+        if self.regions is None:
+            return smooth(fused, sigma)
+        weights = self.regions[:, 0].to(fused)
+        return smooth(fused * weights, sigma) / smooth(weights, sigma).clamp(min=_FAINT)
 
 
 class NotFiniteError(ValueError):
@@ -183,8 +193,11 @@ def smoothing_sigma(resolution: int, sigma_at_512: float = 4.0) -> float:
     return sigma_at_512 * resolution / 512
 
 
-def image_score(maps: Tensor, top_share: float = 0.0) -> Tensor:
+def image_score(maps: Tensor, top_share: float = 0.0, regions: Tensor | None = None) -> Tensor:
     """Takes image scores [N] of maps [N, H, W]: the mean of the highest `top_share` of each, at least one pixel; with
-    0 its maximum, as the paper does."""
+    0 its maximum, as the paper does. `regions`, bool [N, 1, H, W], tell which pixels count; None: all."""
+    if regions is not None:
+        each = zip(maps, regions[:, 0], strict=True)
+        return torch.cat([image_score(own[None, counts], top_share) for own, counts in each])
     flat = maps.flatten(start_dim=1)
     return flat.topk(max(1, int(top_share * flat.shape[1])), dim=1).values.mean(dim=1)

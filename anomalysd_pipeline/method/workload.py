@@ -24,19 +24,30 @@ class Workload:
         pictures: their number N.
         scales: the masks shared by all pictures.
         prototype_masks: bool `[N, 1, H, W]`, one of its own for each picture, or None.
+        regions: bool `[N, 1, H, W]`, what of each picture counts: masks are cut to it, and passes whose mask lies
+            outside are left out. None: all.
 
     Attributes:
         scales: their number K.
     """
 
-    def __init__(self, pictures: int, scales: Sequence[ScalePasses], prototype_masks: Tensor | None):
+    def __init__(
+        self,
+        pictures: int,
+        scales: Sequence[ScalePasses],
+        prototype_masks: Tensor | None,
+        regions: Tensor | None = None,
+    ):
         self._masks = torch.cat([scale.masks for scale in scales])  # [P, 1, H, W]
         rows = [row for row, scale in enumerate(scales) for _ in range(len(scale.masks))]
         self.scales = len(scales)
-        self._prototype_masks = prototype_masks
+        self._prototype_masks, self._regions = prototype_masks, regions
         self._jobs = []  # (picture, row, index of a shared mask or None)
         for picture in range(pictures):
-            self._jobs += [(picture, row, index) for index, row in enumerate(rows)]
+            needed = range(len(rows))
+            if regions is not None:
+                needed = (self._masks * regions[picture].to(self._masks)).amax(dim=(1, 2, 3)).nonzero()[:, 0].tolist()
+            self._jobs += [(picture, rows[index], index) for index in needed]
             if prototype_masks is not None and prototype_masks[picture].any():
                 self._jobs.append((picture, self.scales, None))
 
@@ -52,6 +63,8 @@ class Workload:
             else self._masks[index].to(device)
             for picture, _, index in chosen
         ]
+        if self._regions is not None:
+            masks = [mask * self._regions[job[0]].to(mask) for mask, job in zip(masks, chosen, strict=True)]
         pictures, rows = (torch.tensor([job[part] for job in chosen], device=device) for part in (0, 1))
         return pictures, torch.stack(masks), rows
 

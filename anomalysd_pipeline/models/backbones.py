@@ -79,6 +79,13 @@ def backbone_kind(model_name: str, model_kwargs: dict) -> BackboneKind:
     )
 
 
+def hub_id(model_name: str) -> str | None:
+    """Gives the repository on the Hub from which timm downloads a model's weights; None: from elsewhere."""
+    from timm.models import get_pretrained_cfg
+
+    return getattr(get_pretrained_cfg(model_name), "hf_hub_id", None)
+
+
 def _takes(model: nn.Module, argument: str) -> bool:
     return any(argument in inspect.signature(kind.__init__).parameters for kind in type(model).__mro__)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..data.region import inside
 from ..data.shots import Shots
 from ..data.tensors import rotate
 
@@ -13,7 +14,10 @@ _CHECKED = 2**12
 
 @torch.no_grad()
 def collect_prototypes(
-    extractor: Callable[[Tensor], Tensor], images: Sequence[Tensor], rotations: int = 4
+    extractor: Callable[[Tensor], Tensor],
+    images: Sequence[Tensor],
+    rotations: int = 4,
+    region: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13), and where they are from.
 
@@ -22,6 +26,7 @@ def collect_prototypes(
         images: K pictures [3, H, W] in [-1, 1], on the extractor's device; sizes may differ.
         rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
             exact, others are bilinear with the border mirrored.
+        region: What of each picture counts, bool [h, w]: positions whose cell lies outside are left out. None: all.
 
     Returns:
         - [M, C]: all positions of the pictures as they are, one picture after another, then of the turned ones.
@@ -40,9 +45,15 @@ def collect_prototypes(
     for step in range(rotations):
         for image in images:  # one by one, which takes least memory
             psi = extractor(rotate(image[None], 360 * step / rotations))
-            features.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
+            found = psi.permute(0, 2, 3, 1).flatten(end_dim=2)
             rows, columns = map(torch.arange, psi.shape[2:])
-            places.append(torch.cartesian_prod(torch.tensor([len(places)]), rows, columns))
+            place = torch.cartesian_prod(torch.tensor([len(places)]), rows, columns)
+            if region is not None:
+                own = inside(region, image.shape[1:]).float()[None, None]
+                kept = inside(rotate(own, 360 * step / rotations)[0, 0] > 0.5, psi.shape[2:]).flatten()
+                found, place = found[kept.to(found.device)], place[kept]
+            features.append(found)
+            places.append(place)
     found = torch.cat(features)
     if not is_finite(found):
         raise ValueError(
@@ -51,14 +62,17 @@ def collect_prototypes(
     return found, torch.cat(places)
 
 
-def fill_bank(bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4) -> None:
+def fill_bank(
+    bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4, region: Tensor | None = None
+) -> None:
     """Stores the prototypes of normal pictures, and the pictures, in a [`PrototypeBank`].
 
     Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
-    features, places = collect_prototypes(extractor, images, rotations)
+    features, places = collect_prototypes(extractor, images, rotations, region)
     shots = Shots.of(images, places, rotations)
-    bank.add(category, features, places[:, 0] % len(images), unturned=len(features) // rotations, shots=shots)
+    unturned = int((places[:, 0] < len(images)).sum())
+    bank.add(category, features, places[:, 0] % len(images), unturned=unturned, shots=shots)
 
 
 def is_finite(features: Tensor) -> bool:

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from huggingface_hub import constants
 from torch import Tensor, nn
 
 from ..common.console import renaming
-from .backbones import backbone_kind, create_backbone, load_weights
+from .backbones import backbone_kind, create_backbone, hub_id, load_weights
+from .missing import fetched
 from .packages import PACKAGES, PIXEL_MEAN, PIXEL_STD, packaged_weights
 
 NORMALIZATIONS = ("none", "layer", "position")
@@ -328,9 +330,11 @@ def make_extractor(
     timm_model: str | None, timm_checkpoint: str | os.PathLike | None, resolution: int
 ) -> PrototypeExtractor:
     """Makes an extractor for pictures of `resolution`; arguments and errors are those of
-    `AnomalySDPipeline.from_pretrained`."""
+    `AnomalySDPipeline.from_pretrained`, and `MissingWeights` where timm cannot download."""
     timm_model = timm_model or "tf_efficientnet_b6"
     with renaming({"model_name": "timm_model", "checkpoint_path": "timm_checkpoint"}):
         # A network that takes pictures of one size only is made for those that it will get.
         image_size = None if backbone_kind(timm_model, {}).any_size else resolution
-        return PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint, image_size=image_size)
+        file = f"model.safetensors of {timm_model} ('{hub_id(timm_model)}' on the Hub)"
+        with fetched("timm_checkpoint", file, constants.HF_HUB_CACHE):
+            return PrototypeExtractor.from_timm(timm_model, checkpoint_path=timm_checkpoint, image_size=image_size)

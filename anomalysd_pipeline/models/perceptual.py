@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils.accelerate_utils import apply_forward_hook
+from huggingface_hub import constants
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from .missing import fetched
 
 # (kernel, stride, padding) of the five convolutions, and where their `features.<i>` sit in torchvision's AlexNet.
 _CONVOLUTIONS = ((11, 4, 2), (5, 1, 2), (3, 1, 1), (3, 1, 1), (3, 1, 1))
@@ -78,6 +81,7 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
         Raises:
             ValueError: If a file does not exist, does not hold the expected weights, or `lin_path` is left out and
                 `lpips` is not installed.
+            MissingWeights: If AlexNet's cannot be downloaded.
         """
         if lin_path is None:
             spec = importlib.util.find_spec("lpips")
@@ -87,7 +91,12 @@ class PerceptualDistance(ModelMixin, ConfigMixin):
         if alexnet_path is None:
             from torchvision.models import AlexNet_Weights
 
-            alexnet = AlexNet_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True, weights_only=True)
+            weights = AlexNet_Weights.IMAGENET1K_V1
+            name, folder = Path(weights.url).name, Path(torch.hub.get_dir(), "checkpoints")
+            with fetched("alexnet_checkpoint", name, folder):
+                if constants.HF_HUB_OFFLINE and not (folder / name).is_file():
+                    raise OSError("HF_HUB_OFFLINE is set")
+                alexnet = weights.get_state_dict(check_hash=True, weights_only=True)
         else:
             alexnet = _load_state(alexnet_path, "alexnet_path")
         lins = _load_state(lin_path, "lin_path")
