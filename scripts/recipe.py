@@ -183,7 +183,7 @@ DEFAULTS = {
     # The prototypes lead, because so small a denoiser repaints edges a little wrong on good parts too. One scale of
     # masks is as good as four then, in a third of the time. Figures: docs/experiments.md.
     "preset_overrides": {
-        "fast": {"num_inference_steps": 4, "mask_scales": [4], "feature_weight": 10.0, "top_share": 0.01},
+        "fast": {"num_inference_steps": 4, "mask_scales": [4], "feature_weight": 30.0, "top_share": 0.01},
         # An exemplar needs no invention: with more noise the denoiser smears it. One step, from little noise.
         "exemplar": {"noise_strength": 0.02, "num_inference_steps": 50},
     },
