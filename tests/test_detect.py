@@ -541,4 +541,16 @@ def test_columns_are_as_ever(whole):
     assert header == ["file", "score", "threshold", "verdict", "seconds", "error"]
     assert float(first[4]) >= 0
     names = {path.name for path in whole.iterdir()}
-    assert names == {"results.csv", "montage.png", "heatmaps", "maps", "part.safetensors", "run.json", "rows"}
+    tables, folders = {"results.csv", "results.json", "coco.json"}, {"heatmaps", "masks", "maps", "rows"}
+    assert names == {*tables, *folders, "montage.png", "part.safetensors", "run.json"}
+
+
+def test_the_summary_names_the_defective_files_worst_first(whole, parts, base, tmp_path, capsys):
+    scores = {row["file"]: float(row["score"]) for row in table(whole) if row["score"]}
+    low = min(scores.values())
+    assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.000001)) == 0
+    first, title, *worst = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {low:.6g}; 1 could not be read")
+    assert title == "Defective, worst first:"
+    expected = sorted(scores, key=lambda file: -scores[file])[:3]
+    assert [line.split()[1] for line in worst] == expected
