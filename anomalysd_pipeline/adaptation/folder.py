@@ -133,7 +133,7 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     """Reads an adaptation from a folder or from the Hub, trusting nothing in it, and checks that it fits a base.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, or that of a fine-tuning which holds it as "adaptation", or a Hub id.
         base: the networks that the adaptation must fit.
         settings: called with the `noise_strength` of a part; raises ValueError if inspections cannot use it.
         **hub: as of `huggingface_hub.snapshot_download`.
@@ -143,6 +143,9 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     """
     recover(source)
     folder = Path(source) if os.path.isdir(source) else _download(str(source), hub)
+    recover(folder / "adaptation")
+    if not (folder / FACTS).is_file() and (folder / "adaptation" / FACTS).is_file():
+        folder = folder / "adaptation"
     try:
         facts = read_json(folder / FACTS)
         require_whole("format", facts["format"], 1, 10**6)

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
-    parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: folder or Hub id")
+    parser.add_argument("--adaptation", metavar="ID|DIR", help="what `adapt` has learned: its folder or a Hub id")
     parser.add_argument("--resolution", type=positive, metavar="R", help="side in pixels (default: the checkpoint's)")
     add_model_options(parser)
 
@@ -60,7 +60,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed-precision",
         choices=("auto", "no", "bf16", "fp16"),
-        default="no",
+        default="auto",
         help="auto: bf16, which is faster, where the processor computes in it; scores differ by about a hundredth "
         "(default: %(default)s)",
     )

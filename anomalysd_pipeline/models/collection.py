@@ -13,7 +13,10 @@ _CHECKED = 2**12
 
 @torch.no_grad()
 def collect_prototypes(
-    extractor: Callable[[Tensor], Tensor], images: Sequence[Tensor], rotations: int = 4
+    extractor: Callable[[Tensor], Tensor],
+    images: Sequence[Tensor],
+    rotations: int = 4,
+    callback: Callable[[int, int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13), and where they are from.
 
@@ -22,6 +25,8 @@ def collect_prototypes(
         images: K pictures [3, H, W] in [-1, 1], on the extractor's device; sizes may differ.
         rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
             exact, others are bilinear with the border mirrored.
+        callback: Called as `callback(done, total)` after every copy of a picture; an exception that it raises ends the
+            call.
 
     Returns:
         - [M, C]: all positions of the pictures as they are, one picture after another, then of the turned ones.
@@ -43,6 +48,8 @@ def collect_prototypes(
             features.append(psi.permute(0, 2, 3, 1).flatten(end_dim=2))
             rows, columns = map(torch.arange, psi.shape[2:])
             places.append(torch.cartesian_prod(torch.tensor([len(places)]), rows, columns))
+            if callback is not None:
+                callback(len(places), rotations * len(images))
     found = torch.cat(features)
     if not is_finite(found):
         raise ValueError(
@@ -51,12 +58,12 @@ def collect_prototypes(
     return found, torch.cat(places)
 
 
-def fill_bank(bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4) -> None:
+def fill_bank(bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4, callback=None) -> None:
     """Stores the prototypes of normal pictures, and the pictures, in a [`PrototypeBank`].
 
     Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
-    features, places = collect_prototypes(extractor, images, rotations)
+    features, places = collect_prototypes(extractor, images, rotations, callback)
     shots = Shots.of(images, places, rotations)
     bank.add(category, features, places[:, 0] % len(images), unturned=len(features) // rotations, shots=shots)
 
