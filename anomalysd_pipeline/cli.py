@@ -9,12 +9,15 @@ import argparse
 import functools
 from pathlib import Path
 
+from . import __version__
 from .common.console import OptionParser, positive, run_command
 from .common.files import disk_errors, write_whole
+from .common.progress import Progress
 from .evaluation import options as evaluation_options
 from .inspection import options as detect_options
 from .training import options as train_options
 
+STARTING = "starting"  # importing PyTorch takes seconds
 DEMO_FAMILIES = "hex_nut,wood,washer"
 DEMO_SHOTS = 4
 DEMO_PICTURES = 4  # of good parts, and as many of defective ones
@@ -34,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         SystemExit: by argparse, with 0 for `--help` and 2 for arguments it cannot parse.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.run is None:
+        parser.print_help()
+        return 0
     return run_command(args.run, args)
 
 
@@ -42,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = OptionParser(
         prog="anomalysd", description="Find defects on industrial parts from zero to a handful of normal pictures."
     )
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"anomalysd {__version__}")
+    parser.set_defaults(run=None)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="learn and inspect drawn parts, with pictures and a table of the outcome")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
@@ -122,18 +131,11 @@ def _names(text: str) -> list[str]:
     return names
 
 
-def _progress(total: int):
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="picture", disable=None, dynamic_ncols=True)
-
-
 def _synth(args: argparse.Namespace) -> int:
     from .synthetic import FAMILIES, write_dataset
 
     families = args.families or FAMILIES
-    with _progress(len(families)) as bar, disk_errors("OUT", args.out):
-        bar.unit = "family"
+    with Progress("drawing", len(families), "family") as bar, disk_errors("OUT", args.out):
         write_dataset(
             args.out, families, args.train, args.good, args.defective, args.seed, args.size, lambda _: bar.update()
         )
@@ -142,26 +144,28 @@ def _synth(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from PIL import Image
+    with Progress(STARTING):
+        from PIL import Image
 
-    from . import synthetic
-    from .common.drawing import montage
-    from .inspection.result import caption, inspect, load_pipeline, register, table_values, write_table
+        from . import synthetic
+        from .common.drawing import montage
+        from .inspection.result import caption, inspect, load_pipeline, register, table_values, write_table
 
     normals = {family: synthetic.normal_images(family, DEMO_SHOTS, args.seed) for family in args.families}
     counts = {"good": DEMO_PICTURES, "defective": DEMO_PICTURES}
     tests = {family: synthetic.test_samples(family, **counts, seed=args.seed) for family in args.families}
     with disk_errors("--out", args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-    pipe = load_pipeline(args.base, args.device, args.mixed_precision)
+    with Progress("loading the model"):
+        pipe = load_pipeline(args.base, args.device, args.mixed_precision)
 
     results, rows, pictures, labels = {}, [], [], []
-    with _progress(len(normals) + sum(map(len, tests.values()))) as bar:
+    with Progress("learning", len(normals) + sum(map(len, tests.values())), "picture") as bar:
         for family in args.families:
-            bar.set_description(f"learning {family}")
+            bar.say(f"learning {family}")
             register(pipe, family, normals[family], args.seed, preset=args.preset)
             bar.update()
-            bar.set_description(f"inspecting {family}")
+            bar.say(f"inspecting {family}")
             results[family] = []
             for index, sample in enumerate(tests[family]):
                 (result,) = inspect(pipe, [Image.fromarray(sample.image)], family, args.seed, preset=args.preset)
@@ -219,18 +223,22 @@ def _app(args: argparse.Namespace) -> int:
 
 
 def _detect(args: argparse.Namespace) -> int:
-    from .inspection.run import run
+    with Progress(STARTING):
+        from .inspection.run import run
 
     return run(args)
 
 
 def _adapt(args: argparse.Namespace) -> int:
-    from .training.run import run
+    with Progress(STARTING):
+        from .training.run import run
 
     return run(args)
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    with Progress(STARTING):
+        from .evaluation import run as _  # noqa: F401
     from .evaluate import run
 
     return run(args)

@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging
@@ -71,6 +72,9 @@ AT_ONCE = 4
 MOST_PIXELS = 4096
 """Side of a picture at which Stable Diffusion can be asked to repaint."""
 
+MOST_NAMED = 20
+"""Parts in a `repr`."""
+
 _computes = takes_turns(lambda pipe: pipe.components.values())  # which other pipelines may hold too
 _learns = takes_turns(lambda pipe: [pipe])  # inspections go on meanwhile
 
@@ -125,6 +129,7 @@ class AnomalySDPipeline(DiffusionPipeline):
     _callback_tensor_inputs = ["latents"]
 
     _chosen_adaptation: str | None = None
+    _warned_of_half = False
 
     mixed_precision: str = "no"
     """What repainting and the perceptual distance are computed in: "no" (the weights' own type), "bf16" or "fp16".
@@ -219,6 +224,24 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.settings(preset=preset)
         self.adaptation_settings()
         self.knowledge.check(unet, vae)
+
+    def __repr__(self) -> str:
+        own = self.config
+        parts = [f"{name}={type(module).__name__}" for name, module in self.components.items() if module is not None]
+        lines = [
+            f"{type(self).__name__} at {own.resolution} px, preset {own.default_preset!r}, {self.unet.dtype} on "
+            f"{self.device}",
+            f"  {', '.join(parts)}",
+        ]
+        for category in self.categories[:MOST_NAMED]:
+            record = own.categories[category]
+            calibration = record.get("calibration")
+            threshold = "no threshold" if calibration is None else f"threshold {calibration['threshold']:.4g}"
+            adaptation = f", adaptation {record['adaptation']!r}" if record.get("adaptation") else ""
+            lines.append(f"  part {category!r}: {record.get('shots')} pictures, {threshold}{adaptation}")
+        if len(self.categories) > MOST_NAMED:
+            lines.append(f"  and {len(self.categories) - MOST_NAMED} more parts")
+        return "\n".join(lines)
 
     # Settings
 
@@ -356,6 +379,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             prototype_masks=None if regions is None else stack(regions, output_type),
             thresholds=[threshold] * len(labels),
         )
+        output.images = loaded
         return output if return_dict else output.to_tuple()
 
     def check_inputs(self, category, batch_size, output_type, callback_on_step_end_tensor_inputs) -> None:
@@ -635,6 +659,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: int | None = None,
         bit_depth: int | None = None,
         region=None,
+        callback: Callable[[int, int], object] | None = None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
         (13).
@@ -651,6 +676,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
                 their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
             region: the region of interest, see `set_region`; None keeps the part's own.
+            callback: called as `callback(done, total)` after each copy of a picture; an exception that it raises
+                cancels.
 
         Raises:
             ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1], a depth
@@ -681,7 +708,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "others, and count once with these."
             )
         counts = None if packed is None else unpack_region(packed)
-        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, counts)
+        between = None if callback is None else functools.partial(give_way, callback)
+        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, counts, between)
         known.store(
             category,
             shots=len(kept),
@@ -753,6 +781,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         false_alarm_rate: float = 0.05,
         seed: int = 0,
         defective_images=None,
+        callback: Callable[[int, int], object] | None = None,
         **settings,
     ) -> Calibration:
         """Sets a part's threshold from normal pictures, alone or with a few known defective ones; see
@@ -770,6 +799,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             defective_images: pictures of defective parts, none of them normal; None: none are known. The threshold is
                 then where as large a share of good parts is expected above it as of defective ones below it, with a
                 warning where that is more than `false_alarm_rate`.
+            callback: called as `callback(done, total)` after each picture; an exception that it raises cancels.
             **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
                 inspected. The threshold applies to inspections with the same settings.
 
@@ -815,6 +845,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 record["calibration"],
                 record.get("fingerprints", ()),
                 defective,
+                callback,
             )
         finally:
             self.maybe_free_model_hooks()
@@ -1001,6 +1032,12 @@ class AnomalySDPipeline(DiffusionPipeline):
     def use_adaptation(self, name: str | None) -> None:
         """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
         pipeline may share them and have switched them since."""
+        if self.unet.dtype == torch.float16 and self._execution_device.type == "cpu" and not self._warned_of_half:
+            self._warned_of_half = True
+            logger.warning(
+                "float16 is slow and inaccurate on a CPU; call `pipe.to(torch.float32)`, and for speed set "
+                "`pipe.mixed_precision = 'bf16'` where the CPU computes in it, or move the pipeline to a GPU."
+            )
         for module, part in ((self.unet, "denoiser"), (self.vae, "decoder")):
             switch_adapter(module, None if name is None else self.adapters.adapter(name, part), self)
 
@@ -1112,6 +1149,8 @@ class AnomalySDPipeline(DiffusionPipeline):
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
         """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included.
 
+        By its `pipeline.py` diffusers loads the folder where this package is not installed.
+
         The files appear when all of them are on disk; other files of the folder stay.
 
         Raises:
@@ -1123,7 +1162,10 @@ class AnomalySDPipeline(DiffusionPipeline):
         folder = Path(os.path.abspath(save_directory))
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
+        from .hub.bundle import bundle_source
+
         with disk_errors("save_directory", folder), written_into(folder) as partial:
+            (partial / "pipeline.py").write_text(bundle_source(), encoding="utf-8", newline="\n")
             super().save_pretrained(partial, *args, **kwargs)
 
     def save_adaptation(self, save_directory, adaptation: str | None = None, exemplars: bool = True) -> None:
@@ -1166,7 +1208,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         """Takes in an adaptation that `save_adaptation` wrote, from a folder, a file or the Hub; all or nothing.
 
         Args:
-            pretrained_adaptation_name_or_path: folder, file or Hub id.
+            pretrained_adaptation_name_or_path: folder, also that of a fine-tuning which holds it, file or Hub id.
             overwrite: whether categories of the same names may be replaced.
             **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as of `huggingface_hub.snapshot_download`.
 
@@ -1217,12 +1259,21 @@ class AnomalySDPipeline(DiffusionPipeline):
 
     # Parts of the above
 
+    def to(self, *args, **kwargs) -> AnomalySDPipeline:
+        """As of `DiffusionPipeline`, without its warning for each network in float16 on a CPU: ours comes once."""
+        return super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
+
     @_computes
     def maybe_free_model_hooks(self) -> None:
         """As of `DiffusionPipeline`, between the computations of other threads."""
         super().maybe_free_model_hooks()
 
     def _threshold(self, category: str | None, settings: InspectionSettings) -> float | None:
+        if category is not None and self.categories and category not in self.categories:
+            logger.warning(
+                f"`category` {category!r} is not registered, so there is no verdict and nothing to compare with; "
+                f"registered are {', '.join(map(repr, self.categories))}."
+            )
         record = self.config.categories.get(category, {}).get("calibration")
         if record is None:
             return None
@@ -1268,3 +1319,7 @@ class AnomalySDPipeline(DiffusionPipeline):
     def _check_adaptation(self, name: str) -> None:
         if name not in self.config.adaptations:
             raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")
+
+
+# Here `DiffusionPipeline.from_pretrained` looks for the class that a saved folder names.
+diffusers.AnomalySDPipeline = AnomalySDPipeline

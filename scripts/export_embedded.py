@@ -53,6 +53,7 @@ def main() -> None:
         config.write_text(json.dumps(facts, indent=2) + "\n")
     for weights in (new / "extractor").glob("*.safetensors"):
         weights.unlink()  # an installed package has them
+    (new / "pipeline.py").unlink()  # the package is around it
     AnomalySDPipeline.from_pretrained(new)
     if (arguments.out / "README.md").exists():
         shutil.copy(arguments.out / "README.md", new)

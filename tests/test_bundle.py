@@ -111,7 +111,7 @@ class TestText:
         assert "might require" not in capfd.readouterr().err
 
     def test_same_every_time(self):
-        assert bundle_source() == bundle_source()
+        assert bundle_source.__wrapped__() == bundle_source()
 
 
 class TestProvided:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from anomalysd_pipeline import synthetic
+from anomalysd_pipeline import __version__, synthetic
 from anomalysd_pipeline.cli import main
 from anomalysd_pipeline.inspection.result import Inspection, write_table
 
@@ -84,7 +84,6 @@ class TestArguments:
     @pytest.mark.parametrize(
         ("arguments", "part"),
         [
-            ([], "COMMAND"),
             (["paint"], "paint"),
             (["synth", "x", "--seed", "-1"], "--seed"),
             (["adapt", "--output_dir", "x"], "--normal"),
@@ -103,6 +102,15 @@ class TestArguments:
             main(arguments)
         assert stop.value.code == 2
         assert part in capsys.readouterr().err
+
+    def test_without_arguments_it_prints_its_help(self, capsys):
+        assert main([]) == 0
+        assert "usage: anomalysd" in capsys.readouterr().out
+
+    def test_version(self, capsys):
+        with pytest.raises(SystemExit) as stop:
+            main(["--version"])
+        assert stop.value.code == 0 and capsys.readouterr().out == f"anomalysd {__version__}\n"
 
     @pytest.mark.parametrize(
         ("command", "option"),
@@ -240,7 +248,7 @@ class TestDetect:
         target = parts / "test" / "b" / "0.png"
         options = ["--test", target, "--noise-strength", "1.5"]
         assert detect(parts, tiny_pipeline_folder, tmp_path / "out", *options) == 2
-        assert "`noise_strength`" in capsys.readouterr().err
+        assert "`--noise-strength`" in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize(

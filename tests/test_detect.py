@@ -23,7 +23,7 @@ from anomalysd_pipeline.inspection.folder import ResultFolder
 from anomalysd_pipeline.inspection.result import load_part, load_pipeline
 from anomalysd_pipeline.method.scoring import check_finite
 
-from .conftest import make_tiny_pipeline
+from .conftest import make_tiny_pipeline, warnings_of
 from .detect_driver import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +64,7 @@ def parts(tmp_path_factory):
 
 def arguments(parts, base, out, *more):
     fixed = ["--normal", parts / "normal", "--test", parts / "test", "--category", "ring", "--device", "cpu"]
+    fixed += ["--mixed-precision", "no"]
     return [str(argument) for argument in (*fixed, "--base", base, "--out", out, *more)]
 
 
@@ -188,6 +189,13 @@ class TestResume:
         done = [Path(json.loads(line)["file"]).name for line in again.read_bytes().splitlines()]
         assert done == [Path(json.loads(first)["file"]).name, "2.png"]  # and that which is no picture
 
+    def test_an_option_is_named_as_it_was_typed(self, half, parts, base, capsys):
+        for option in ("--noise_strength", "--noise-strength"):
+            assert detect.main(arguments(parts, base, half, "--maps", "--resume", option, "0.7")) == 2
+            assert f"`{option}` gives '0.7'" in capsys.readouterr().err
+            assert detect.main(arguments(parts, base, half, "--maps", "--resume", option, "1.5")) == 2
+            assert f"`{option}` must" in capsys.readouterr().err
+
     def test_without_maps_is_refused(self, half, parts, base, capsys):
         assert detect.main(arguments(parts, base, half, "--resume")) == 2
         assert "`--maps` gives 'off'" in capsys.readouterr().err
@@ -273,6 +281,61 @@ class TestTogether:
         expected = {row["file"]: row["score"] for row in rows_of(whole) if "score" in row}
         found = {row["file"]: row["score"] for row in rows_of(tmp_path / "out") if "score" in row}
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    """The folder of a fine-tuning of another part, and the resolution of its base."""
+    pipe = AnomalySDPipeline.from_pretrained(base)
+    nuts = synthetic.normal_images("hex_nut", 2, seed=3, size=64)
+    pipe.adapt({"hex nut": nuts}, steps=1, decoder_steps=1, train_batch_size=1, rank=2, mixed_precision="no")
+    folder = tmp_path_factory.mktemp("adapted") / "nut"
+    pipe.save_adaptation(folder / "adaptation")
+    return folder
+
+
+class TestAdaptation:
+    def given(self, parts, base, out, adapted, category):
+        given = arguments(parts, base, out, "--adaptation", adapted)[2:]
+        given[given.index("ring")] = category
+        return given
+
+    def test_a_category_that_it_does_not_know_is_refused_with_those_it_knows(
+        self, parts, base, adapted, tmp_path, capsys
+    ):
+        out = tmp_path / "out"
+        assert detect.main(self.given(parts, base, out, adapted / "adaptation", "nut")) == 2
+        assert "`--category` 'nut' is not among the parts that were learned: 'hex nut'" in capsys.readouterr().err
+        assert not out.exists()
+
+    def test_the_folder_of_a_fine_tuning_will_do(self, parts, base, adapted, tmp_path):
+        assert detect.main(self.given(parts, base, tmp_path / "out", adapted, "hex nut")) == 0
+        assert {row["verdict"] for row in table(tmp_path / "out")} <= {"normal", "defective", ""}
+        assert all(row["threshold"] for row in table(tmp_path / "out") if row["score"])
+
+    def test_as_a_base_it_is_named(self, parts, adapted, tmp_path, capsys):
+        assert detect.main(arguments(parts, adapted, tmp_path / "out")) == 2
+        assert f"holds no model_index.json; give '{adapted / 'adaptation'}'" in capsys.readouterr().err
+
+    def test_in_python_a_warning(self, parts, base, adapted):
+        pipe = AnomalySDPipeline.from_pretrained(base)
+        pipe.load_adaptation(adapted)
+        with warnings_of() as said:
+            pipe(parts / "test" / "0.png", category="nut")
+            pipe(parts / "test" / "0.png")
+        (told,) = said
+        assert told.startswith("`category` 'nut' is not registered") and told.endswith("registered are 'hex nut'.")
+
+
+class TestProgress:
+    def test_without_a_terminal_there_is_a_line_for_each_stage_and_no_bars(self, parts, base, tmp_path, capsys):
+        assert detect.main(arguments(parts, base, tmp_path / "out")) == 0
+        lines = capsys.readouterr().err.splitlines()
+        stages = [line for line in lines if "[00:0" in line]
+        assert [line.split("[")[0].split(":")[1].strip() for line in stages][:1] == ["loading the model"]
+        assert any(line.startswith("anomalysd: learning ring: ") and "/2 [" in line for line in stages)
+        assert any(line.startswith("anomalysd: inspecting: ") and "/5 [" in line for line in stages)
+        assert not any("Loading" in line for line in lines)
 
 
 class TestBase:
@@ -560,4 +623,16 @@ def test_columns_are_as_ever(whole):
     assert header == ["file", "score", "threshold", "verdict", "seconds", "error"]
     assert float(first[4]) >= 0
     names = {path.name for path in whole.iterdir()}
-    assert names == {"results.csv", "montage.png", "heatmaps", "maps", "part.safetensors", "run.json", "rows"}
+    tables, folders = {"results.csv", "results.json", "coco.json"}, {"heatmaps", "masks", "maps", "rows"}
+    assert names == {*tables, *folders, "montage.png", "part.safetensors", "run.json"}
+
+
+def test_the_summary_names_the_defective_files_worst_first(whole, parts, base, tmp_path, capsys):
+    scores = {row["file"]: float(row["score"]) for row in table(whole) if row["score"]}
+    low = min(scores.values())
+    assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.000001)) == 0
+    first, title, *worst = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {low:.6g}; 1 could not be read")
+    assert title == "Defective, worst first:"
+    expected = sorted(scores, key=lambda file: -scores[file])[:3]
+    assert [line.split()[1] for line in worst] == expected

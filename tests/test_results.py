@@ -112,6 +112,44 @@ class TestFolder:
         assert folder.finish(listing(["c", "a"])).inspected == 2
         assert [row["file"] for row in table(tmp_path / "out")] == ["c.png", "a.png"]
 
+    def test_masks_and_boxes_and_anomalibs_words(self, tmp_path):
+        values = np.zeros((16, 20), np.float32)
+        values[2:5, 3:10], values[5, 10], values[12:14, 0:2] = 1.5, 1.25, 2.0  # one touches by a corner
+        folder, out = ResultFolder(tmp_path / "out"), tmp_path / "out"
+        folder.begin({}, {})
+        folder.fail(picture("a"), "torn")
+        folder.add(picture("b"), dataclasses.replace(result(1.5), anomaly_map=values))
+        folder.add(picture("c"), dataclasses.replace(result(0.5), anomaly_map=values))
+        counts = folder.finish(listing("abc"))
+        assert (counts.threshold, counts.worst) == (1.0, (("b.png", 1.5),))
+        with Image.open(out / "masks" / "b.png") as mask:
+            assert np.array_equal(np.asarray(mask), 255 * (values > 1))
+        with Image.open(out / "masks" / "c.png") as mask:
+            assert mask.size == (20, 16) and not np.asarray(mask).any()
+        coco = json.loads((out / "coco.json").read_text())
+        assert [(image["file_name"], image["width"], image["height"]) for image in coco["images"]] == [
+            ("b.png", 20, 16),
+            ("c.png", 20, 16),
+        ]
+        assert [(own["image_id"], own["bbox"], own["area"], own["score"]) for own in coco["annotations"]] == [
+            (1, [3, 2, 8, 4], 22, 1.5),
+            (1, [0, 12, 2, 2], 4, 2.0),
+        ]
+        torn, bad, good = json.loads((out / "results.json").read_text())
+        assert torn == {"image_path": "a.png", "error": "torn"}
+        assert (bad["pred_score"], bad["pred_label"], bad["pred_mask"]) == (1.5, True, "masks/b.png")
+        assert (good["image_path"], good["pred_label"], good["threshold"]) == ("c.png", False, 1.0)
+
+    def test_without_a_threshold_there_are_no_masks_and_no_boxes(self, tmp_path):
+        folder, out = ResultFolder(tmp_path / "out"), tmp_path / "out"
+        folder.begin({}, {})
+        folder.add(picture("a"), result(threshold=None))
+        (out / "coco.json").write_text("of an earlier run")
+        folder.finish(listing("a"))
+        (row,) = json.loads((out / "results.json").read_text())
+        assert row["pred_label"] is row["pred_mask"] is None and row["heatmap"] == "heatmaps/a.png"
+        assert not (out / "masks").exists() and not (out / "coco.json").exists()
+
     def test_without_a_row_nothing_is_written(self, tmp_path):
         folder = ResultFolder(tmp_path / "out")
         assert folder.finish(listing(["a"])) is None

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from anomalysd_pipeline.common.devices import resolve_precision
 from anomalysd_pipeline.evaluation.options import add_arguments
 from anomalysd_pipeline.evaluation.store import Draw
 from anomalysd_pipeline.evaluation.systems import IMAGENET_LEVELS, make_system, needs_new_system
@@ -31,7 +32,8 @@ def test_settings_of_an_inspection_reach_the_pipeline():
 
 def test_mixed_precision_reaches_the_pipeline():
     assert system("--mixed_precision", "bf16").pipe.mixed_precision == "bf16"
-    assert system().pipe.mixed_precision == "no"
+    assert system().pipe.mixed_precision == resolve_precision("auto", torch.device("cpu"))
+    assert system("--mixed_precision", "no").pipe.mixed_precision == "no"
 
 
 def test_options_of_draem_reach_it():

@@ -160,7 +160,7 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     """Reads an adaptation from a folder, a file or the Hub, trusting nothing in it, and checks that it fits a base.
 
     Args:
-        source: a folder, a file of `write_part` or a Hub id.
+        source: a folder, or that of a fine-tuning which holds it as "adaptation", a file of `write_part` or a Hub id.
         base: the networks that the adaptation must fit.
         settings: called with the `noise_strength` of a part; raises ValueError if inspections cannot use it.
         **hub: as of `huggingface_hub.snapshot_download`.
@@ -172,6 +172,9 @@ def read_adaptation(source, base: Base, settings: Callable[..., object], **hub) 
     is_file = os.path.isfile(source)
     holding = "hold what was learned of a part" if is_file else f"hold a complete {FACTS} and {WEIGHTS}"
     folder = Path(source) if is_file or os.path.isdir(source) else _download(str(source), hub)
+    recover(folder / "adaptation")
+    if not is_file and not (folder / FACTS).is_file() and (folder / "adaptation" / FACTS).is_file():
+        folder = folder / "adaptation"
     try:
         facts, tensors = _read_files(folder)
         require_whole("format", facts["format"], 1, 10**6)

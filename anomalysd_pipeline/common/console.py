@@ -11,15 +11,30 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from .files import recover
+from .progress import quiet_loading
 
 
 class OptionParser(argparse.ArgumentParser):
-    """An argument parser that takes every long option with dashes and with underscores; so do its subparsers."""
+    """An argument parser that takes every long option with dashes and with underscores; so do its subparsers.
+
+    The namespace it returns tells in `typed` how each argument was typed, or else is spelled, by its name.
+    """
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         args = list(sys.argv[1:] if args is None else args)
         end = args.index("--") if "--" in args else len(args)
-        return super().parse_known_args([*map(self._spelled, args[:end]), *args[end:]], namespace)
+        namespace, rest = super().parse_known_args([*map(self._spelled, args[:end]), *args[end:]], namespace)
+        namespace.typed = {**self._typed(args[:end]), **getattr(namespace, "typed", {})}  # a subparser's own first
+        return namespace, rest
+
+    def _typed(self, args: Sequence[str]) -> dict[str, str]:
+        typed = {}
+        given = {text.partition("=")[0].replace("_", "-"): text.partition("=")[0] for text in args}
+        for action in self._actions:
+            name = action.option_strings[0] if action.option_strings else str(action.metavar or action.dest)
+            names = [action.dest, *action.option_strings]
+            typed |= dict.fromkeys(names, given.get(name.replace("_", "-"), name))
+        return typed
 
     def _spelled(self, text: str) -> str:
         """An option as it was added; other texts, and values, as they are."""
@@ -84,7 +99,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     try:
         return run(args)
     except (ValueError, OSError) as error:
-        text = str(error)
+        text = renamed(error, getattr(args, "typed", {}))
         if isinstance(error, OSError) and error.strerror and error.filename:
             text = f"'{os.fsdecode(error.filename)}' cannot be read or written ({error.strerror})"
         print(f"anomalysd: error: {' '.join(text.split())}", file=sys.stderr)
@@ -111,7 +126,7 @@ def renamed(sentence: object, names: Mapping[str, str]) -> str:
         sentence: such as "`steps` must be ...".
         names: argument to option, both as they are written, such as {"steps": "--max_train_steps"}.
     """
-    return re.sub(r"`(\w+)`", lambda m: f"`{names[m[1]]}`" if m[1] in names else m[0], str(sentence))
+    return re.sub(r"`([\w-]+)`", lambda m: f"`{names[m[1]]}`" if m[1] in names else m[0], str(sentence))
 
 
 @contextlib.contextmanager
@@ -125,21 +140,22 @@ def renaming(names: Mapping[str, str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def base_errors(base: str | Path | None) -> Iterator[None]:
-    """Words in one sentence that the checkpoint of `--base` cannot be loaded in a block.
+    """Words in one sentence that the checkpoint of `--base` cannot be loaded in a block, which draws no bars.
 
     Args:
         base: folder or Hub id; None: the embedded checkpoint, of which nothing is checked.
     """
     if base is None:
-        yield
+        with quiet_loading():
+            yield
         return
     folder, base = Path(base), str(base)
     recover(folder)
     if folder.is_dir():
         if not any((folder / name).is_file() for name in ("model_index.json", "adaptation.json")):
-            raise ValueError(
-                f"`--base` '{base}' holds no model_index.json; give the folder of a saved pipeline or adaptation."
-            )
+            results = [own for own in ("pipeline", "adaptation") if (folder / own).is_dir()]  # of a fine-tuning
+            remedy = f"'{folder / results[0]}'" if results else "the folder of a saved pipeline or adaptation"
+            raise ValueError(f"`--base` '{base}' holds no model_index.json; give {remedy}.")
         remedy = "a bare inpainting checkpoint needs a connection once, for the networks that it lacks"
     elif folder.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", base):
         kind = "is a file" if folder.exists() else "is no folder here, and no Hub id of the form 'user/name'"
@@ -147,7 +163,8 @@ def base_errors(base: str | Path | None) -> Iterator[None]:
     else:
         remedy = "check its spelling and the connection, or give a checkpoint's folder"
     try:
-        yield
+        with quiet_loading(), renaming({"pretrained_model_name_or_path": "--base"}):
+            yield
     except OSError as error:  # raised by the libraries below for what is missing or incomplete
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"`--base` '{base}' cannot be loaded ({cause}); {remedy}.") from error

@@ -27,6 +27,9 @@ _ANCHORS = np.array(
     ],
     dtype=np.float64,
 )
+UNCALIBRATED_MAXIMUM = 1.0
+"""The map value drawn in the hottest color where there is no threshold; fixed, so that such heatmaps compare."""
+
 _INK = (33, 37, 41)
 _PAPER = (255, 255, 255)
 _GAP = 8
@@ -110,6 +113,18 @@ def contour(
     pixels[_dilated(mask, width) & ~mask] = (15, 15, 20)
     pixels[inner] = color
     return Image.fromarray(pixels)
+
+
+def marked(
+    image: Image.Image | np.ndarray,
+    anomaly_map: np.ndarray,
+    threshold: float | None,
+    pred_mask: np.ndarray | None,
+) -> Image.Image:
+    """Lays the heatmap over a picture, and outlines the defect; arguments as of `overlay` and `contour`."""
+    if threshold is None:
+        return overlay(image, anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
+    return contour(overlay(image, anomaly_map, threshold), pred_mask)
 
 
 def montage(

@@ -116,7 +116,7 @@ def _add_model(group) -> None:
     group.add_argument(
         "--mixed_precision",
         choices=("auto", "no", "bf16", "fp16"),
-        default="no",
+        default="auto",
         help="of repainting, and of DRAEM; auto: bf16 where the processor computes in it (default: %(default)s)",
     )
     add_device(group)

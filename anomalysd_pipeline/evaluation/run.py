@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from ..common.devices import choose_device, on_cpu, own_accelerate_state
 from ..common.files import disk_errors, written_whole
+from ..common.progress import Progress
 from ..data.datasets import write_shots
 from ..data.images import common_depth
 from ..method.calibration import check_rate
@@ -188,7 +188,7 @@ class _Evaluation:
     def _load(self, draw: Draw) -> None:
         if self.detector is None or needs_new_system(self.args, self.loaded_for, draw):
             self.detector = None  # frees its memory for the next
-            with self.state.local_main_process_first():
+            with self.state.local_main_process_first(), self._stage("loading the model"):
                 self.detector = make_system(self.args, draw, self.state.device)
             self.loaded_for = draw
 
@@ -213,7 +213,7 @@ class _Evaluation:
         began, detector, drawn = time.perf_counter(), self.detector, self.shots[draw.shots][draw.seed]
         if hasattr(detector, "begin"):
             detector.begin(draw.seed)
-        with named():
+        with named(), self._stage(f"learning from {draw.shots} shots, seed {draw.seed}"):
             if getattr(detector, "adaptation", None) is not None and draw.shots:
                 self._adapt(draw)
             elif detector.shareable:
@@ -253,29 +253,33 @@ class _Evaluation:
 
     def _inspect(self, draw: Draw, jobs: Sequence[tuple[str, int]]) -> None:
         title = f"{draw.shots} shots, seed {draw.seed}"
-        bar = tqdm(jobs, desc=title, unit="picture", disable=None if self.state.is_main_process else True)
-        for name, index in bar:
-            test = self.categories[name].test[index]
-            (image,) = self._pictures(name, [test.path])
-            began = time.perf_counter()
-            found = self.detector.predict(name, image)
-            seconds = time.perf_counter() - began
-            row = {
-                "shots": draw.shots,
-                "seed": draw.seed,
-                "category": name,
-                "number": self.numbers[name],
-                "index": index,
-                "image": test.path.relative_to(self.root).as_posix(),
-                "defect": test.defect,
-                "label": test.label,
-                "score": found.score,
-                "threshold": found.threshold,
-                "seconds": seconds,
-            }
-            side = self.args.map_resolution
-            size = (image.height, image.width) if side == "original" else (side, side)
-            self.store.add(row, resize_map(found.anomaly_map, size))
+        with Progress(title, len(jobs), "picture", shown=self.state.is_main_process) as bar:
+            for job in jobs:
+                self._inspect_one(draw, *job)
+                bar.update()
+
+    def _inspect_one(self, draw: Draw, name: str, index: int) -> None:
+        test = self.categories[name].test[index]
+        (image,) = self._pictures(name, [test.path])
+        began = time.perf_counter()
+        found = self.detector.predict(name, image)
+        seconds = time.perf_counter() - began
+        row = {
+            "shots": draw.shots,
+            "seed": draw.seed,
+            "category": name,
+            "number": self.numbers[name],
+            "index": index,
+            "image": test.path.relative_to(self.root).as_posix(),
+            "defect": test.defect,
+            "label": test.label,
+            "score": found.score,
+            "threshold": found.threshold,
+            "seconds": seconds,
+        }
+        side = self.args.map_resolution
+        size = (image.height, image.width) if side == "original" else (side, side)
+        self.store.add(row, resize_map(found.anomaly_map, size))
 
     def _keep_cases(self, draw: Draw, name: str, rows: Sequence[Mapping]) -> None:
         """Keeps the maps of the pictures in the report; all others are removed."""
@@ -363,6 +367,9 @@ class _Evaluation:
                 }
             )
         return cases
+
+    def _stage(self, title: str) -> Progress:
+        return Progress(title, shown=self.state.is_main_process)
 
     def _writing(self) -> disk_errors:
         return disk_errors("--out", self.args.out, "give the same command to go on")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import inspect
 from collections.abc import Iterable, Mapping
@@ -49,6 +50,7 @@ import importlib
 """
 
 
+@functools.cache
 def bundle_source() -> str:
     """Writes one file from which `AnomalySDPipeline` can be imported, with this package or without it.
 

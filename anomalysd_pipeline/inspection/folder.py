@@ -2,8 +2,9 @@
 
 | in the folder | |
 |---|---|
-| `results.csv`, `montage.png` | the table, and the highest scores in pictures; written at the end |
-| `heatmaps/`, `maps/` | of each picture |
+| `results.csv`, `results.json` | the table, and the same in anomalib's words; written at the end |
+| `coco.json`, `montage.png` | boxes of the defects, and the highest scores in pictures; written at the end |
+| `heatmaps/`, `masks/`, `maps/` | of each picture; masks and boxes only where there is a threshold |
 | `run.json` | what all results in the folder rest on |
 | `part.safetensors` | what was learned from the normal pictures, see `inspection.save_part` |
 | `rows/` | a line for each picture, in a file of each process: what an interrupted run goes on from |
@@ -32,12 +33,14 @@ from ..common.files import disk_errors, read_rows, remove, write_names, write_wh
 from ..data.listing import RESULTS
 from ..data.picture import Picture
 from ..data.sources import Listing
+from .annotations import find_boxes, prediction, write_coco, write_list
 from .result import Inspection, caption, table_values, write_table
 
 MONTAGE_ROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
 _TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", RESULTS, "rows", "montage.png"
+_LIST, _COCO = "results.json", "coco.json"
 _PLACE = {"source": str, "shard": int}
 _END = {**_PLACE, "pictures": int}
 _FAILURE = {**_PLACE, "row": int, "file": str, "error": str}
@@ -50,6 +53,9 @@ _RESULT = {
     "score": _NUMBER,
     "threshold": (*_NUMBER, type(None)),
     "seconds": _NUMBER,
+    "width": int,
+    "height": int,
+    "boxes": list,
 }
 _CELL = 176  # pixels, the side of a picture in the montage
 
@@ -61,6 +67,8 @@ class Counts:
     Attributes:
         failed: those that could not be read.
         unscored: those that could be read, and have no score all the same.
+        threshold: of the highest score; None where there is none.
+        worst: file and score of at most `MONTAGE_ROWS` defective ones, the highest score first.
     """
 
     inspected: int
@@ -68,6 +76,8 @@ class Counts:
     failed: int
     unscored: int
     verdicts: bool
+    threshold: float | None = None
+    worst: tuple[tuple[str, float], ...] = ()
 
 
 class ResultFolder:
@@ -186,6 +196,11 @@ class ResultFolder:
         if self._maps:
             self._write(self.folder / "maps" / f"{picture.name}.npy", lambda path: _save_map(path, result.anomaly_map))
         row = {"score": result.score, "threshold": result.threshold, "seconds": round(result.seconds, 2)}
+        row |= {"width": result.image.width, "height": result.image.height, "boxes": []}
+        if (mask := result.predicted) is not None:
+            white = Image.fromarray(np.uint8(255) * mask)
+            self._write(self.folder / "masks" / f"{picture.name}.png", lambda path: white.save(path, "PNG"))
+            row["boxes"] = find_boxes(mask, result.anomaly_map)
         self._added += 1
         shown = f"{self._id}-{self._added}.png"
         dropped = None
@@ -214,7 +229,7 @@ class ResultFolder:
         self._append({"source": source, "shard": shard, "pictures": pictures})
 
     def finish(self, listing: Listing, sentences: Mapping[int, str] | None = None) -> Counts | None:
-        """Writes the table in the order of the listing, and the montage of the `MONTAGE_ROWS` highest scores, highest
+        """Writes the tables in the order of the listing, and the montage of the `MONTAGE_ROWS` highest scores, highest
         first; from the rows of all processes and runs. Nothing, and None, if there is no row.
 
         Args:
@@ -228,26 +243,36 @@ class ResultFolder:
         missing = [
             ((number, -1, -1), {"file": listing.errors[number][0], "error": s}) for number, s in sentences.items()
         ]
-        rows = (_cells(row) for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0]))
+        verdicts = any(entry.defective is not None for entry in index)
+
+        def rows() -> Iterator[dict]:
+            return (row for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0]))
+
         with self._disk_errors():
-            write_table(self.folder / _TABLE, rows, RESULT_COLUMNS)
+            write_table(self.folder / _TABLE, map(_cells, rows()), RESULT_COLUMNS)
+            if not verdicts:
+                (self.folder / _COCO).unlink(missing_ok=True)  # of an earlier run with a threshold
+        self._write(self.folder / _LIST, lambda path: write_list(path, map(prediction, rows())))
+        if verdicts:
+            self._write(self.folder / _COCO, lambda path: write_coco(path, rows))
         # Of equal scores those listed first, because the sort is stable.
         best = heapq.nlargest(MONTAGE_ROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
+        highest = [row for _, row in self._read(best)]
         if best:
-            rows = [row for _, row in self._read(best)]
             figure = montage(
-                [self._thumbnails(row) for row in rows],
+                [self._thumbnails(row) for row in highest],
                 ["input", "repainted", "heatmap"],
-                [caption(row["name"], row["score"], row["threshold"]) for row in rows],
+                [caption(row["name"], row["score"], row["threshold"]) for row in highest],
                 cell=_CELL,
             )
             self._write(self.folder / _MONTAGE, lambda path: figure.save(path, "PNG"))
         defective = sum(entry.defective is True for entry in index)
         inspected = sum(entry.score is not None for entry in index)
-        verdicts = any(entry.defective is not None for entry in index)
         unscored = sum(entry.read for entry in index if entry.score is None)
         failed = len(index) - inspected - unscored + len(missing)
-        return Counts(inspected, defective, failed, unscored, verdicts)
+        threshold = highest[0]["threshold"] if highest else None
+        worst = tuple((row["file"], row["score"]) for row in highest[:defective])
+        return Counts(inspected, defective, failed, unscored, verdicts, threshold, worst)
 
     def close(self) -> None:
         """Closes this process's file of rows."""
@@ -349,7 +374,10 @@ def _place(picture: Picture) -> dict[str, object]:
 
 def _is_usable(row: Mapping) -> bool:
     """Tells whether a row has finite numbers, and names of files that lie where results do."""
-    numbers = (row["score"], row["threshold"] or 0.0, row["seconds"])
+    boxes = row["boxes"]
+    if not all(isinstance(box, list) and len(box) == 6 and all(isinstance(n, _NUMBER) for n in box) for box in boxes):
+        return False
+    numbers = (row["score"], row["threshold"] or 0.0, row["seconds"], *(number for box in boxes for number in box))
     names = (row["name"], row.get("shown", "x"))
     return all(map(math.isfinite, numbers)) and all(
         isinstance(name, str) and name and "\0" not in name and not {"", ".."} & set(name.split("/")) for name in names

@@ -63,7 +63,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mixed-precision",
         choices=("auto", "no", "bf16", "fp16"),
-        default="no",
+        default="auto",
         help="auto: bf16, which is faster, where the processor computes in it; scores differ by about a hundredth "
         "(default: %(default)s)",
     )

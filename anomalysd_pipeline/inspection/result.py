@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,10 @@ from PIL import Image
 from ..adaptation.folder import write_part
 from ..common.console import base_errors
 from ..common.devices import choose_device
-from ..common.drawing import contour, overlay, verdict_text
+from ..common.drawing import UNCALIBRATED_MAXIMUM as UNCALIBRATED_MAXIMUM
+from ..common.drawing import marked, verdict_text
 from ..common.files import write_whole
 from ..knowledge import PackedPart
-
-UNCALIBRATED_MAXIMUM = 1.0
-"""The map value drawn in the hottest color where there is no threshold; fixed, so that such heatmaps compare."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,7 @@ class Inspection:
 
     def overlay(self) -> Image.Image:
         """Lays the heatmap over the picture, and outlines the defect."""
-        if self.threshold is None:
-            return overlay(self.image, self.anomaly_map, maximum=UNCALIBRATED_MAXIMUM)
-        heat = overlay(self.image, self.anomaly_map, self.threshold)
-        return contour(heat, self.predicted)
+        return marked(self.image, self.anomaly_map, self.threshold, self.predicted)
 
 
 def register(
@@ -80,6 +75,7 @@ def register(
     false_alarm_rate: float = 0.05,
     defective: Sequence[Image.Image] = (),
     region=None,
+    callback: Callable[[int, int], object] | None = None,
     **options,
 ) -> None:
     """Adds a category to a pipeline and calibrates it, both from the same normal pictures.
@@ -89,7 +85,7 @@ def register(
         category: its name.
         images: normal pictures, RGB.
         seed: of the calibration's draws.
-        false_alarm_rate, defective: see `AnomalySDPipeline.calibrate`.
+        false_alarm_rate, defective, callback: see `AnomalySDPipeline.calibrate`, which takes nearly all of the time.
         region: see `AnomalySDPipeline.set_region`.
         options: those `inspect` will be called with, since a threshold holds for these settings alone.
 
@@ -97,7 +93,7 @@ def register(
         ValueError: as `AnomalySDPipeline.add_category` and `AnomalySDPipeline.calibrate`.
     """
     pipe.add_category(category, images, region=region)
-    pipe.calibrate(category, images, false_alarm_rate, seed, list(defective) or None, **options)
+    pipe.calibrate(category, images, false_alarm_rate, seed, list(defective) or None, callback, **options)
 
 
 def inspect(

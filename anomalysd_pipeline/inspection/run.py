@@ -13,12 +13,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from PIL import Image
-from tqdm import tqdm
 
 from .. import __version__
 from ..common.console import renamed, renaming
 from ..common.devices import choose_device
 from ..common.files import SoleWriter
+from ..common.progress import Progress
 from ..data.depth import KEY
 from ..data.picture import Picture
 from ..data.region import pack_region
@@ -90,10 +90,17 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     # 2. The model, on the processor that accelerate gives this process
     with state.local_main_process_first():
         device = state.device if state.num_processes > 1 else device
-        pipe = load_pipeline(args.base, device, args.mixed_precision, resolution=args.resolution)
+        with Progress("loading the model", shown=state.is_main_process):
+            pipe = load_pipeline(args.base, device, args.mixed_precision, resolution=args.resolution)
         if args.adaptation:
             with renaming(_names("--adaptation")):
                 pipe.load_adaptation(args.adaptation, overwrite=True)
+    if pipe.categories and args.category not in pipe.categories and not args.normal:
+        known = ", ".join(map(repr, pipe.categories))
+        raise ValueError(
+            f"`--category` {args.category!r} is not among the parts that were learned: {known}; give one of these, or "
+            "`--normal` pictures of the part."
+        )
     options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
     pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
     threshold = args.threshold
@@ -101,40 +108,37 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
         threshold = threshold_at(pipe, args.category, args.false_alarm_rate)
     state.wait_for_everyone()  # nobody writes before everybody has looked at the folder
 
-    with _progress(state, listing, len(earlier.names), bool(args.normal)) as bar:
-        # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
-        if state.is_main_process:
-            writer.keep()
-            folder.begin(describe(args, pipe, normals, defective), given(args))
-            if args.normal and not folder.part.exists():
-                bar.set_description(f"learning {args.category}")
-                with renaming({"defective_images": "--defective", "region": "--roi"}):
-                    rate = args.false_alarm_rate or _RATE
-                    register(pipe, args.category, normals, args.seed, rate, defective, args.roi, **options)
-                folder.keep_part(lambda path: save_part(pipe, args.category, path))
-        state.wait_for_everyone()
-        if args.normal:
-            load_part(pipe, args.category, folder.part)
-            bar.update()
+    # 3. The part, learned by one process, so that all compare with the same prototypes and threshold
+    if state.is_main_process:
+        writer.keep()
+        folder.begin(describe(args, pipe, normals, defective), given(args))
+        if args.normal and not folder.part.exists():
+            named = {"normal_images": "--normal", "defective_images": "--defective", "region": "--roi"}
+            with renaming(named), Progress(f"learning {args.category}", len(normals), "picture") as bar:
+                rate = args.false_alarm_rate or _RATE
+                register(pipe, args.category, normals, args.seed, rate, defective, args.roi, bar.at, **options)
+            folder.keep_part(lambda path: save_part(pipe, args.category, path))
+    state.wait_for_everyone()
+    if args.normal:
+        load_part(pipe, args.category, folder.part)
 
-        # 4. This process's pictures
-        if threshold is not None:
-            options["threshold"] = threshold
-        pictures = listing.deal(
-            state.process_index,
-            state.num_processes,
-            done=lambda picture: picture.file in earlier.names,
-            read=lambda source, shard: (source, shard) in earlier.shards,
-            at_end=folder.end,
-        )
-        bar.set_description("inspecting")
-        try:
-            with renaming(_names("--test")):
-                inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
-            state.wait_for_everyone()
-        finally:  # an interrupted run keeps what it has found
-            folder.close()
-            counts = folder.finish(listing, sentences) if state.is_main_process else None
+    # 4. This process's pictures
+    if threshold is not None:
+        options["threshold"] = threshold
+    pictures = listing.deal(
+        state.process_index,
+        state.num_processes,
+        done=lambda picture: picture.file in earlier.names,
+        read=lambda source, shard: (source, shard) in earlier.shards,
+        at_end=folder.end,
+    )
+    try:
+        with renaming(_names("--test")), _progress(state, listing, len(earlier.names)) as bar:
+            inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
+        state.wait_for_everyone()
+    finally:  # an interrupted run keeps what it has found
+        folder.close()
+        counts = folder.finish(listing, sentences) if state.is_main_process else None
 
     # 5. What the table of all processes says
     if state.is_main_process:
@@ -158,7 +162,7 @@ def inspect_pictures(
     category: str,
     seed: int = 0,
     options: Mapping[str, object] | None = None,
-    bar: tqdm | None = None,
+    bar: Progress | None = None,
     bit_depth: int | None = None,
     at_once: int | None = None,
 ) -> None:
@@ -175,7 +179,7 @@ def inspect_pictures(
         at_once: pictures inspected together; None: 16 on a GPU, whose batches of passes then span pictures, and 1 on a
             CPU, which gains nothing by it.
     """
-    bar = tqdm(disable=True) if bar is None else bar
+    bar = Progress("inspecting", shown=False) if bar is None else bar
     bit_depth = bit_depth or pipe.config.categories.get(category, {}).get("bit_depth")
     at_once = at_once or (16 if pipe.device.type == "cuda" else 1)
     waiting: list[tuple[Picture, Image.Image]] = []
@@ -299,11 +303,10 @@ def _digest(*values: object) -> str:
     return mark.hexdigest()[:16]
 
 
-def _progress(state: PartialState, listing: Listing, done: int, learning: bool) -> tqdm:
+def _progress(state: PartialState, listing: Listing, done: int) -> Progress:
     """Makes a bar over the pictures of this process, shown by the first."""
-    share = None if listing.total is None else -(-max(0, listing.total - done) // state.num_processes) + learning
-    disable = None if state.is_main_process else True
-    return tqdm(total=share, unit="picture", disable=disable, dynamic_ncols=True)
+    share = None if listing.total is None else -(-max(0, listing.total - done) // state.num_processes)
+    return Progress("inspecting", share, "picture", shown=state.is_main_process)
 
 
 def _names(option: str) -> dict[str, str]:
@@ -316,14 +319,20 @@ def _report(sentence: str) -> None:
 
 
 def summary(folder: ResultFolder, counts: Counts) -> str:
-    """Sums up the findings in a line."""
+    """Sums up the findings in a line, and names the defective files, worst first."""
     parts = [f"{counts.inspected} inspected"]
     if counts.verdicts:
-        parts.append(f"{counts.defective} defective, {counts.inspected - counts.defective} normal")
+        normal = counts.inspected - counts.defective
+        parts.append(f"{counts.defective} defective, {normal} normal at the threshold {counts.threshold:.6g}")
     else:
         parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
     if counts.failed:
         parts.append(f"{counts.failed} could not be read")
     if counts.unscored:
         parts.append(f"{counts.unscored} without a score, see the column `error`")
-    return f"{'; '.join(parts)}. Results in {folder.folder}"
+    lines = [f"{'; '.join(parts)}. Results in {folder.folder}"]
+    if counts.worst:
+        lines += ["Defective, worst first:", *(f"{score:10.6g}  {file}" for file, score in counts.worst)]
+    if counts.defective > len(counts.worst):
+        lines.append(f"and {counts.defective - len(counts.worst)} more, see results.csv")
+    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -160,6 +161,7 @@ def calibrate_threshold(
     before: Mapping | None = None,
     fingerprints: Sequence[str] = (),
     defective: Inputs | None = None,
+    callback: Callable[[int, int], object] | None = None,
 ) -> Calibration:
     """Scores normal pictures as if they were new, and sets the threshold by that.
 
@@ -182,6 +184,7 @@ def calibrate_threshold(
             same settings.
         fingerprints: of the pictures in the bank, see `Inputs.fingerprints`; none in earlier versions.
         defective: known defective pictures, or None; those of an earlier calibration count on.
+        callback: called as `callback(done, total)` after every score; an exception that it raises ends the call.
 
     Raises:
         ValueError: see `prediction_threshold`; or a picture has no finite score, or is normal and defective.
@@ -203,24 +206,35 @@ def calibrate_threshold(
     given = dict(zip(digests, pictures.fingerprints(), strict=True))
     # Pictures of the bank first, so that they stand for their copies.
     marks = {digest: given[digest] for digest in shots if digest in given} | marks | given
-    for head, group in _groups(marks, given).items():
-        if head in scores and head not in given:
-            continue  # a copy of an earlier picture
+    # Not copies of earlier pictures, nor one that nothing is left to compare with.
+    groups = {
+        head: group
+        for head, group in _groups(marks, given).items()
+        if not ((head in scores and head not in given) or (head in shots and len(shots) == 1))
+    }
+    total = len(groups) + len(defective or ()) + (0 if groups or scores else COPIES)
+    count = itertools.count(1)
+
+    def scored(picture: Inputs, left_out: int | None) -> float:
+        value = score(picture, left_out)
+        if callback is not None:
+            callback(next(count), total)
+        return value
+
+    for head, group in groups.items():
         index = digests.index(head if head in given else group[0])
-        if head in shots and len(shots) == 1:
-            continue  # nothing is left to compare it with
         try:
             if head in shots:
-                scores[head] = max(growth * score(pictures[index], shots.index(head)), floor)
+                scores[head] = max(growth * scored(pictures[index], shots.index(head)), floor)
             else:
-                scores[head] = max(score(pictures[index], None), floor)
+                scores[head] = max(scored(pictures[index], None), floor)
         except NotFiniteError as error:
             raise NotFiniteError(f"Normal picture {index + 1} of {len(pictures)}", error.stage) from error
     for index, digest in enumerate([] if defective is None else defective.digests()):
         if digest in marks:
             raise ValueError(f"`defective_images` has a picture, number {index + 1}, that is a normal one too.")
         try:
-            faults[digest] = max(score(defective[index], None), floor)
+            faults[digest] = max(scored(defective[index], None), floor)
         except NotFiniteError as error:
             raise NotFiniteError(f"Defective picture {index + 1} of {len(defective)}", error.stage) from error
     below = list(faults.values())
@@ -238,7 +252,7 @@ def calibrate_threshold(
             facts["expected_false_alarms"] = expected_above(values, threshold)
             facts["expected_misses"] = 1 - expected_above(below, threshold)
         return Calibration(threshold, values, pictures=len(values), held_out=True, **known(scores), **facts)
-    values = [max(score(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
+    values = [max(scored(pictures[0].varied(seed + copy, **VARIATION), None), floor) for copy in range(COPIES)]
     threshold = COPIES_MARGIN * math.exp(float(np.median(np.log(values))))
     if below:
         # The lower bound of a further one: the upper bound of the inverse.

@@ -18,6 +18,7 @@ def collect_prototypes(
     images: Sequence[Tensor],
     rotations: int = 4,
     region: Tensor | None = None,
+    callback: Callable[[int, int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13), and where they are from.
 
@@ -27,6 +28,8 @@ def collect_prototypes(
         rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
             exact, others are bilinear with the border mirrored.
         region: What of each picture counts, bool [h, w]: positions whose cell lies outside are left out. None: all.
+        callback: Called as `callback(done, total)` after every copy of a picture; an exception that it raises ends the
+            call.
 
     Returns:
         - [M, C]: all positions of the pictures as they are, one picture after another, then of the turned ones.
@@ -54,6 +57,8 @@ def collect_prototypes(
                 found, place = found[kept.to(found.device)], place[kept]
             features.append(found)
             places.append(place)
+            if callback is not None:
+                callback(len(places), rotations * len(images))
     found = torch.cat(features)
     if not is_finite(found):
         raise ValueError(
@@ -63,13 +68,19 @@ def collect_prototypes(
 
 
 def fill_bank(
-    bank, category: str, extractor, images: Sequence[Tensor], rotations: int = 4, region: Tensor | None = None
+    bank,
+    category: str,
+    extractor,
+    images: Sequence[Tensor],
+    rotations: int = 4,
+    region: Tensor | None = None,
+    callback: Callable[[int, int], object] | None = None,
 ) -> None:
     """Stores the prototypes of normal pictures, and the pictures, in a [`PrototypeBank`].
 
     Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
     """
-    features, places = collect_prototypes(extractor, images, rotations, region)
+    features, places = collect_prototypes(extractor, images, rotations, region, callback)
     shots = Shots.of(images, places, rotations)
     unturned = int((places[:, 0] < len(images)).sum())
     bank.add(category, features, places[:, 0] % len(images), unturned=unturned, shots=shots)

@@ -18,6 +18,7 @@ from ..adaptation.settings import AdaptationSettings
 from ..adaptation.stages import Stage
 from ..common.drawing import montage
 from ..common.files import disk_errors, read_rows, write_names, write_whole
+from ..common.progress import Progress
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
 _PROJECT = "anomalysd"
@@ -165,18 +166,9 @@ class Reports:
         return self._lr[progress.stage](progress.step)
 
     def _show(self, progress: AdaptationProgress) -> None:
-        from tqdm import tqdm
-
         if self._bar is None:
-            self._bar = tqdm(
-                total=progress.steps,
-                initial=progress.step - 1,
-                desc=progress.stage,
-                unit="step",
-                disable=None,
-                dynamic_ncols=True,
-            )
-        self._bar.set_postfix_str(f"loss {progress.loss:.4f}", refresh=False)
+            self._bar = Progress(f"learning, {progress.stage}", progress.steps, "step", done=progress.step - 1)
+        self._bar.say(note=f"loss {progress.loss:.4f}")
         self._bar.update()
         if progress.step == progress.steps:
             self._bar.close()

@@ -27,6 +27,7 @@ from ..adaptation.settings import AdaptationSettings
 from ..common.console import base_errors, renaming
 from ..common.devices import choose_device, on_cpu, own_accelerate_state, resolve_precision
 from ..common.files import SoleWriter, disk_errors, remove, written_whole
+from ..common.progress import Progress
 from ..method.calibration import check_rate
 from ..method.prompts import check_category
 from ..pipeline import AnomalySDPipeline
@@ -117,7 +118,8 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     # 4. Register and calibrate the parts and write the result, by one process
     if accelerator.is_main_process:
         rate = args.false_alarm_rate
-        pipe.learn(shots, weights, name, prompts, calibrate=not args.no_calibration, false_alarm_rate=rate)
+        with Progress("registering and calibrating"):
+            pipe.learn(shots, weights, name, prompts, calibrate=not args.no_calibration, false_alarm_rate=rate)
         print(summary(args, save(args, pipe, name, weights), list(shots)))
     accelerator.wait_for_everyone()
     return 0
@@ -177,7 +179,8 @@ def _check_output_dir(folder: Path, resume: str | None, overwrite: bool) -> None
 def load_pipeline(args: argparse.Namespace) -> AnomalySDPipeline:
     """Loads the base at the resolution of the options."""
     given = {"revision": args.revision, "variant": args.variant, "resolution": args.resolution}
-    with base_errors(args.base):
+    shown = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    with base_errors(args.base), Progress("loading the model", shown=shown):
         pipe = AnomalySDPipeline.from_pretrained(args.base, **{k: v for k, v in given.items() if v is not None})
     pipe.set_progress_bar_config(disable=True)
     return pipe
