@@ -147,7 +147,8 @@ def base_errors(base: str | Path | None) -> Iterator[None]:
     else:
         remedy = "check its spelling and the connection, or give a checkpoint's folder"
     try:
-        yield
+        with renaming({"pretrained_model_name_or_path": "--base"}):
+            yield
     except OSError as error:  # raised by the libraries below for what is missing or incomplete
         cause = " ".join(str(error).split())[:200]
         raise ValueError(f"`--base` '{base}' cannot be loaded ({cause}); {remedy}.") from error
