@@ -66,7 +66,8 @@ class Knowledge:
     """What a pipeline has learned; everything but the weights that it shares with others of the same base.
 
     categories: part to its record: `shots`, `digests`, `fingerprints`, `rotations`, `noise_strength`, `bit_depth`,
-        `adaptation`, `prompt_design`, `calibration` and `region`.
+        `adaptation`, `prompt_design`, `calibration`, `region`, `tile_size`
+        and `tile_overlap`.
     prompts: the prompts of every part, and the generic ones.
     adaptations: adaptation to the settings it was made with.
     bank: the prototypes of every part.
@@ -128,11 +129,10 @@ class Knowledge:
         """Sets entries of a part's record, and registers it if it is new."""
         self.categories[category] = {**self.record(category), **facts}
 
-    def set_region(self, category: str, packed: str | None) -> None:
-        """Notes the region of a registered part, see `data.region`; parts without one have no such entry."""
-        self.categories[category].pop("region", None)
-        if packed is not None:
-            self.store(category, region=packed)
+    def set_facts(self, category: str, **facts) -> None:
+        """Sets entries of a registered part's record that most parts have not; None or 0 takes them out."""
+        kept = {key: value for key, value in self.record(category).items() if key not in facts}
+        self.categories[category] = kept | {key: value for key, value in facts.items() if value}
 
     def remove(self, category: str) -> None:
         """Forgets a part, and its adaptation if no other part rests on it.

@@ -37,9 +37,10 @@ from .common.files import disk_errors, recover, write_whole, written_into
 from .common.threads import alone, give_way, takes_turns
 from .data.depth import KEY
 from .data.images import load_pictures
-from .data.inputs import Inputs
+from .data.inputs import Inputs, Tiles
 from .data.region import inside, pack_region, unpack_region
-from .data.tensors import fit, resize, stack, to_pil
+from .data.tensors import fit, resize, stack, to_pil, to_tensor
+from .data.tiles import blend
 from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
 from .method.exemplars import build_exemplar, keep_outside
@@ -68,6 +69,9 @@ UNNAMED_CATEGORY = "part"
 
 AT_ONCE = 4
 """Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
+
+TILES_AT_ONCE = 16
+"""Tiles of a picture whose maps are in memory together."""
 
 MOST_PIXELS = 4096
 """Side of a picture at which Stable Diffusion can be asked to repaint."""
@@ -105,7 +109,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         prompts: `PromptBook.to_dict()`; None: the book of `prompts.json`.
         categories: settings of each registered category: `shots`, `digests` (of its normal pictures, in the order of
             the bank), `fingerprints` (of the same), `rotations`, `noise_strength`, `bit_depth` (of its 16-bit gray),
-            `adaptation`, `prompt_design`, `calibration`, `region` (see `set_region`).
+            `adaptation`, `prompt_design`, `calibration`, `region` (see `set_region`), `tile_size`,
+            `tile_overlap`.
         adaptation: this checkpoint's defaults of a fine-tuning, see `AdaptationSettings`.
         adaptations: settings with which each adaptation in `adapters` was made.
         safety_checker, feature_extractor, image_encoder, requires_safety_checker: accepted because Stable Diffusion
@@ -256,7 +261,10 @@ class AnomalySDPipeline(DiffusionPipeline):
         if unknown:
             raise TypeError(f"`{sorted(unknown)[0]}` is not a setting of an inspection.")
         preset = self.config.default_preset if preset is None else preset
-        of_category = {"noise_strength": self.config.categories.get(category, {}).get("noise_strength")}
+        record = self.config.categories.get(category, {})
+        of_category = {name: record.get(name) for name in ("noise_strength", "tile_size", "tile_overlap")}
+        if given.get("tile_size") == 0:
+            of_category["tile_overlap"] = None
         layers = [
             {"guidance_scale": 1.0},
             checkpoint_settings(self.config),
@@ -294,6 +302,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         guidance_scale: float | None = None,
         top_share: float | None = None,
         start: str | None = None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
         batch_size: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "np",
@@ -310,8 +320,8 @@ class AnomalySDPipeline(DiffusionPipeline):
                 ones, multi-scale masks only. None: an unnamed part.
             preset: "paper", "fast" or "sota"; None: the checkpoint's default.
             noise_strength, num_inference_steps, mask_scales, mask_grouping, prototype_weight, feature_weight,
-                guidance_scale, top_share, start: see `InspectionSettings`; None: the category's, the checkpoint's or
-                the preset's value.
+                guidance_scale, top_share, start, tile_size, tile_overlap: see `InspectionSettings`; None: the
+                category's, the checkpoint's or the preset's value.
             batch_size: passes (picture and mask) at once; halved by itself when memory runs out. It does not change
                 the result. None: 16 on a GPU, 4 on a CPU.
             generator: source of the noise, one for all or one per picture. None: every picture gets the same noise, so
@@ -340,6 +350,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
             top_share=top_share,
             start=start,
+            tile_size=tile_size,
+            tile_overlap=tile_overlap,
         )
         self.check_inputs(category, batch_size, output_type, callback_on_step_end_tensor_inputs)
 
@@ -347,27 +359,48 @@ class AnomalySDPipeline(DiffusionPipeline):
         loaded = load_pictures(image, "image", self.config.categories.get(category, {}).get("bit_depth"))
         sizes = [(picture.height, picture.width) for picture in loaded]
         region = self._region(category)
-        inputs = self._inputs(loaded, region)
+        inputs = self._inputs(loaded, region, settings)
 
-        # 3. to 7. From pictures to score maps
+        def examine(own: Inputs, own_sizes, noise) -> tuple[Tensor, list, list | None, list]:
+            # 3. to 7. From pictures, or tiles of one, to score maps
+            found = self._score_maps(own, category, settings, None, batch_size, noise, callback_on_step_end)
+            maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
+
+            # 8. Image score, before resizing: it must not depend on the size of the file
+            scores = image_score(maps, settings.top_share, found.regions)  # [N]
+
+            # 9. Back to the pictures' own sizes
+            maps = [resize(m[None], size)[0] for m, size in zip(maps, own_sizes, strict=True)]  # [H, W] each
+            proposed = found.prototype_masks
+            if proposed is not None:
+                each = zip(proposed, own_sizes, strict=True)
+                proposed = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in each]
+            return (
+                scores,
+                maps,
+                proposed,
+                [to_pil(x, size) for x, size in zip(found.repainted, own_sizes, strict=True)],
+            )
+
         try:
-            found = self._score_maps(inputs, category, settings, None, batch_size, generator, callback_on_step_end)
+            if inputs.tiles is None:
+                scores, maps, regions, inpainted = examine(inputs, sizes, generator)
+            else:
+                noise = generator if isinstance(generator, list) else [generator] * len(sizes)
+                if len(noise) != len(sizes):
+                    raise ValueError(f"`generator` must be one generator or a list of {len(sizes)}, got {len(noise)}.")
+                parts = [
+                    self._join_tiles(*picture, settings.tile_overlap, examine, own)
+                    for *picture, own in zip(inputs.tiles, sizes, noise, strict=True)
+                ]
+                scores, maps, regions, inpainted = map(list, zip(*parts, strict=True))
+                scores, regions = torch.stack(scores), None if regions[0] is None else regions
         finally:
             self.maybe_free_model_hooks()
-        maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
-
-        # 8. Image score, before resizing: it must not depend on the size of the file; threshold of the category
-        scores = image_score(maps, settings.top_share, found.regions)  # [N]
         threshold = self._threshold(category, settings)
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
-
-        # 9. Back to the pictures' own sizes
-        maps = [resize(m[None], size)[0] for m, size in zip(maps, sizes, strict=True)]  # [H, W] each
         if region is not None:
             maps = [m * inside(region, size).to(m.device) for m, size in zip(maps, sizes, strict=True)]
-        regions = found.prototype_masks
-        if regions is not None:
-            regions = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in zip(regions, sizes, strict=True)]
         # Nothing is marked in a picture that is normal as a whole, though single pixels may lie above the threshold
         masks = [(m > threshold) & label for m, label in zip(maps, labels, strict=True)] if threshold else []
         output = AnomalySDPipelineOutput(
@@ -375,7 +408,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
             pred_masks=None if threshold is None else stack(masks, output_type),
-            inpainted=[to_pil(x, size) for x, size in zip(found.repainted, sizes, strict=True)],
+            inpainted=inpainted,
             prototype_masks=None if regions is None else stack(regions, output_type),
             thresholds=[threshold] * len(labels),
         )
@@ -520,9 +553,10 @@ class AnomalySDPipeline(DiffusionPipeline):
             regions=inputs.regions,
         )
 
-    def _inputs(self, pictures, region: Tensor | None = None) -> Inputs:
+    def _inputs(self, pictures, region: Tensor | None = None, settings: InspectionSettings | None = None) -> Inputs:
         size_of = getattr(self.extractor, "picture_size", lambda height, width: None)
-        return Inputs.of(pictures, self.config.resolution, size_of, region)
+        tiles = () if settings is None else (settings.tile_size, settings.tile_overlap)
+        return Inputs.of(pictures, self.config.resolution, size_of, region, *tiles)
 
     def _region(self, category: str | None) -> Tensor | None:
         packed = self.config.categories.get(category, {}).get("region")
@@ -659,6 +693,8 @@ class AnomalySDPipeline(DiffusionPipeline):
         rotations: int | None = None,
         bit_depth: int | None = None,
         region=None,
+        tile_size: int | None = None,
+        tile_overlap: int | None = None,
         callback: Callable[[int, int], object] | None = None,
     ) -> None:
         """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
@@ -676,12 +712,14 @@ class AnomalySDPipeline(DiffusionPipeline):
             bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
                 their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
             region: the region of interest, see `set_region`; None keeps the part's own.
+            tile_size, tile_overlap: cut these pictures into tiles, as inspections of the part then are; see
+                `InspectionSettings`. None: pictures are looked at whole.
             callback: called as `callback(done, total)` after each copy of a picture; an exception that it raises
                 cancels.
 
         Raises:
             ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1], a depth
-                out of its range or a bad region.
+                or a tile out of its range or a bad region.
         """
         check_category(category)
         packed = self.config.categories.get(category, {}).get("region")
@@ -692,24 +730,33 @@ class AnomalySDPipeline(DiffusionPipeline):
         known.prompts.add(category, prompts)
         if noise_strength is not None:
             self.settings(noise_strength=noise_strength)
+        tiling = self.settings(tile_size=tile_size or 0, tile_overlap=tile_overlap)
         loaded = load_pictures(normal_images, "normal_images", bit_depth)
         if bit_depth is None:  # pictures that were read before keep theirs
             bit_depth = max((picture.info[KEY] for picture in loaded if KEY in picture.info), default=None)
-        inputs = self._inputs(loaded)
+        counts = None if packed is None else unpack_region(packed)
+        inputs = self._inputs(loaded, counts, tiling)
         device = self._execution_device
         rotations = self.config.rotations if rotations is None else rotations
         # Copies say nothing twice, and could not be left out of each other's comparison.
         kept = sorted(set(inputs.alike()))
         digests, marks = inputs.digests(), inputs.fingerprints()
-        shaped = [inputs.shaped[index].to(device) for index in kept]
+        if inputs.tiles is None:
+            shaped, regions, sources = [inputs.shaped[index] for index in kept], [counts] * len(kept), None
+        else:
+            tiles = [inputs.tiles[index].inputs for index in kept]
+            shaped = [tile for own in tiles for tile in own.shaped]
+            sources = [number for number, own in enumerate(tiles) for _ in own.shaped]
+            regions = [] if counts is None else [one[0] for own in tiles for one in own.regions]
+        shaped = [picture.to(device) for picture in shaped]
+        regions = None if counts is None else regions
         if len(kept) < len(inputs):
             logger.warning(
                 f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
                 "others, and count once with these."
             )
-        counts = None if packed is None else unpack_region(packed)
         between = None if callback is None else functools.partial(give_way, callback)
-        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, counts, between)
+        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, regions, sources, between)
         known.store(
             category,
             shots=len(kept),
@@ -722,7 +769,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             prompt_design="hierarchical",
             calibration=None,
         )
-        known.set_region(category, packed)
+        known.set_facts(category, region=packed, tile_size=tiling.tile_size, tile_overlap=tiling.tile_overlap)
         known.drop_unused_adaptations()
         self.knowledge = known
 
@@ -746,18 +793,18 @@ class AnomalySDPipeline(DiffusionPipeline):
             ValueError: for a part that is not registered or whose normal pictures are not kept, or a bad mask.
         """
         shots = self.bank.shots(category)
-        if category not in self.config.categories or shots is None:
+        if category not in self.config.categories or shots is None or self.settings(category=category).tile_size:
             raise ValueError(
-                f"`category` must be a part whose normal pictures are kept, got {category!r}; register it by "
-                "`add_category`, which takes a `region` too."
+                f"`category` must be a part whose normal pictures are kept, and whole, got {category!r}; register it "
+                "by `add_category`, which takes a `region` too."
             )
         packed = None if mask is None else pack_region(mask)
         known, device = self.knowledge, self._execution_device
         pictures = [shots.copy(number).to(device) for number in range(len(shots.sizes))]  # not turned
-        region = None if packed is None else unpack_region(packed)
-        fill_bank(self.bank.to(device), category, self.extractor, pictures, int(shots.rotations), region)
+        regions = None if packed is None else [unpack_region(packed)] * len(pictures)
+        fill_bank(self.bank.to(device), category, self.extractor, pictures, int(shots.rotations), regions)
         known.store(category, calibration=None)
-        known.set_region(category, packed)
+        known.set_facts(category, region=packed)
         self.knowledge = known
 
     @_learns
@@ -822,17 +869,22 @@ class AnomalySDPipeline(DiffusionPipeline):
                 "register it again by `add_category`."
             )
         region = self._region(category)
-        inputs = self._inputs(load_pictures(normal_images, "normal_images", record.get("bit_depth")), region)
+        loaded = load_pictures(normal_images, "normal_images", record.get("bit_depth"))
+        inputs = self._inputs(loaded, region, chosen)
         defective = None
         if defective_images is not None:
             loaded = load_pictures(defective_images, "defective_images", record.get("bit_depth"))
-            defective = self._inputs(loaded, region)
+            defective = self._inputs(loaded, region, chosen)
 
         def score(picture: Inputs, left_out: int | None) -> float:
             noise = torch.Generator().manual_seed(seed)
-            found = self._score_maps(picture, category, chosen, left_out, generator=noise)
-            maps = found.fused(chosen.prototype_weight, chosen.feature_weight)
-            return image_score(maps, chosen.top_share, found.regions).item()
+            parts = [picture] if picture.tiles is None else picture.tiles[0].inputs.chunks(TILES_AT_ONCE)
+            scores = []
+            for part in parts:
+                found = self._score_maps(part, category, chosen, left_out, generator=noise)
+                maps = found.fused(chosen.prototype_weight, chosen.feature_weight)
+                scores += image_score(maps, chosen.top_share, found.regions).tolist()
+            return max(scores)
 
         try:
             calibration = calibrate_threshold(
@@ -1139,7 +1191,10 @@ class AnomalySDPipeline(DiffusionPipeline):
             except MissingWeights as error:
                 missing.append(str(error))
         if missing:  # all of them in one sentence, so that nobody has to try again for each
-            raise ValueError(f"{'; '.join(missing)}; these are arguments of `AnomalySDPipeline.from_pretrained`.")
+            raise ValueError(
+                f"`pretrained_model_name_or_path` '{path}' lacks networks: {'; '.join(missing)}; these are arguments "
+                "of `AnomalySDPipeline.from_pretrained`."
+            )
         # Assignment would leave those unregistered that were registered as missing.
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)
@@ -1262,6 +1317,22 @@ class AnomalySDPipeline(DiffusionPipeline):
     def to(self, *args, **kwargs) -> AnomalySDPipeline:
         """As of `DiffusionPipeline`, without its warning for each network in float16 on a CPU: ours comes once."""
         return super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
+
+    @staticmethod
+    def _join_tiles(tiles: Tiles, size: tuple[int, int], overlap: int, examine: Callable, noise) -> tuple:
+        """Examines the tiles of a picture some at a time, and joins: the highest score, blended maps and pictures."""
+        scores, maps, proposed, shown = [], [], [], []
+        sides = [(bottom - top, right - left) for left, top, right, bottom in tiles.boxes]
+        for part in tiles.inputs.chunks(TILES_AT_ONCE):
+            start = len(maps)
+            found = examine(part, sides[start : start + len(part)], noise)
+            scores.append(found[0])
+            maps += found[1]
+            proposed += found[2] or []
+            shown += [to_tensor(picture, side) for picture, side in zip(found[3], sides[start:], strict=False)]
+        joined = functools.partial(blend, boxes=tiles.boxes, size=size, overlap=overlap)
+        regions = joined([own.float() for own in proposed]) > 0.5 if proposed else None
+        return torch.cat(scores).max(), joined(maps), regions, to_pil(joined(shown), size)
 
     @_computes
     def maybe_free_model_hooks(self) -> None:

@@ -112,6 +112,19 @@ def test_region_of_interest(parts, base, tmp_path, capsys):
     assert "`--roi` needs `--normal`" in capsys.readouterr().err
 
 
+def test_tiles(parts, base, whole, tmp_path, capsys):
+    given = arguments(parts, base, tmp_path / "out", "--tile-size", "48", "--tile-overlap", "16")
+    assert detect.main(given) == 0
+    rows = table(tmp_path / "out")
+    assert len(rows) == 5 and all(row["threshold"] for row in rows if row["score"])
+    assert all(a["score"] != b["score"] for a, b in zip(rows, table(whole), strict=True) if a["score"])
+    assert detect.main([*given[:-4], "--resume"]) == 2
+    assert "`--tile-size` gives" in capsys.readouterr().err
+    assert detect.main([*given[:-1], "30", "--overwrite"]) == 2
+    assert "`--tile-overlap` must be at most half of `--tile-size`" in capsys.readouterr().err
+    assert table(tmp_path / "out") == rows
+
+
 class TestResume:
     def test_only_what_is_missing_is_done(self, half, whole, parts, base, capsys):
         earlier = rows_of(whole)
@@ -346,7 +359,7 @@ class TestBase:
             ("{tmp}", "holds no model_index.json; give the folder of a saved pipeline"),
             ("{tmp}/1.safetensors", "is a file; give a checkpoint's folder"),
             ("somebody/nothing", "cannot be loaded ("),
-            ("{tmp}/bare", "); a bare inpainting checkpoint needs a connection once, for the networks that it lacks."),
+            ("{tmp}/bare", "lacks networks: `timm_checkpoint` must give model.safetensors of tf_efficientnet_b6"),
         ],
     )
     def test_a_base_that_cannot_be_loaded_is_one_sentence(self, given, sentence, parts, base, tmp_path, capsys):

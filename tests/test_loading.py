@@ -63,7 +63,10 @@ class TestOffline:
 
     def test_every_missing_file_is_named_in_one_sentence(self, tmp_path, capfd):
         save_bare(tmp_path / "bare")
-        with pytest.raises(ValueError, match="^`timm_checkpoint` must give model.safetensors of tf_eff") as caught:
+        with pytest.raises(
+            ValueError,
+            match="^`pretrained_model.*` .* lacks networks: `timm_checkpoint` must give model.safetensors of tf_eff",
+        ) as caught:
             AnomalySDPipeline.from_pretrained(tmp_path / "bare", resolution=64)
         said = str(caught.value)
         for part in (
@@ -78,7 +81,7 @@ class TestOffline:
 
     def test_what_is_given_is_not_named(self, tmp_path, weights):
         save_bare(tmp_path / "bare")
-        with pytest.raises(ValueError, match="^`alexnet_checkpoint` must give") as caught:
+        with pytest.raises(ValueError, match="lacks networks: `alexnet_checkpoint` must give") as caught:
             AnomalySDPipeline.from_pretrained(
                 tmp_path / "bare", timm_model=NAME, timm_checkpoint=weights, resolution=64
             )
@@ -86,7 +89,9 @@ class TestOffline:
 
     def test_in_the_shell(self, tmp_path):
         save_bare(tmp_path / "bare")
-        with pytest.raises(ValueError, match="^`timm_checkpoint` must give .*`alexnet_checkpoint` must give"):
+        with pytest.raises(
+            ValueError, match="^`--base` .*`timm_checkpoint` must give .*`alexnet_checkpoint` must give"
+        ):
             load_pipeline(str(tmp_path / "bare"), "cpu", resolution=64)
 
 

@@ -91,7 +91,9 @@ class TestLearning:
         assert unpack_region(pipe.config.categories["nut"]["region"]).equal(torch.from_numpy(LEFT))
 
     def test_refused_without_a_trace(self, registered_pipeline, nuts):
-        with pytest.raises(ValueError, match="`category` must be a part whose normal pictures are kept, got 'bolt'"):
+        with pytest.raises(
+            ValueError, match="`category` must be a part whose normal pictures are kept, and whole, got 'bolt'"
+        ):
             registered_pipeline.set_region("bolt", LEFT)
         with pytest.raises(ValueError, match="`mask` must mark"):
             registered_pipeline.set_region("hex_nut", ~np.ones((64, 64), bool))

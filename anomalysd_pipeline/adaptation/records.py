@@ -12,6 +12,7 @@ from ..common.checks import require_kind, require_number, require_whole, shown
 from ..data.depth import check_bit_depth
 from ..data.inputs import check_fingerprints
 from ..data.region import unpack_region
+from ..data.tiles import check_tiles
 from ..method.calibration import Calibration, check_rate
 from ..method.prompts import PROMPT_DESIGNS, check_category
 from ..method.settings import InspectionSettings
@@ -21,7 +22,14 @@ MOST = 10_000
 """Normal pictures of a part; parts, and adaptations, of a pipeline."""
 MOST_ROTATIONS = 360
 _PART = {"shots", "rotations", "noise_strength", "adaptation", "prompt_design", "calibration"}
-_OPTIONAL = {"digests", "fingerprints", "bit_depth", "region"}  # earlier versions lack them
+_OPTIONAL = {
+    "digests",
+    "fingerprints",
+    "bit_depth",
+    "region",
+    "tile_size",
+    "tile_overlap",
+}  # earlier versions lack them
 _UNUSED = "adapted"  # of earlier versions; nothing looks at it now
 # A map that is zero everywhere counts as the smallest normal number, see `calibrate_threshold`.
 _SCORES = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -81,6 +89,7 @@ def check_part(record: object) -> dict:
     _check_digests(record.get("digests", []))
     check_fingerprints(record.get("fingerprints", []))
     check_bit_depth(record.get("bit_depth"))
+    check_tiles(record.get("tile_size", 0), record.get("tile_overlap", 0))
     if record.get("region") is not None:
         unpack_region(record["region"])
     if record["calibration"] is not None:

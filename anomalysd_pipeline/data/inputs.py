@@ -6,8 +6,8 @@ import base64
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .region import inside
 from .tensors import augment, to_tensor
+from .tiles import Box, cut
 
 COPY_DIFFERENCE = 1.5
 """Mean difference, of 255 levels, of the averages in 8 x 8 cells of a picture and its copy."""
@@ -33,11 +34,13 @@ class Inputs:
         squares: what is repainted, float32 `[N, 3, R, R]` in [-1, 1], R the pipeline's resolution.
         shaped: what the extractor describes, N of float32 `[3, h, w]` in [-1, 1]; sizes may differ.
         regions: what of `squares` counts, bool `[N, 1, R, R]`; None: all.
+        tiles: of each picture those that are looked at in its place, at least one; None: pictures are looked at whole.
     """
 
     squares: Tensor
     shaped: list[Tensor]
     regions: Tensor | None = None
+    tiles: list[Tiles] | None = None
 
     @classmethod
     def of(
@@ -46,6 +49,8 @@ class Inputs:
         resolution: int,
         size_of: Callable[[int, int], tuple[int, int] | None],
         region: Tensor | None = None,
+        tile_size: int = 0,
+        tile_overlap: int = 0,
     ) -> Inputs:
         """Converts RGB pictures.
 
@@ -53,28 +58,38 @@ class Inputs:
             resolution: R.
             size_of: gives the size at which the extractor describes a picture of a height and width; None: R x R.
             region: what of each picture counts, bool `[h, w]`; None: all.
+            tile_size, tile_overlap: see `InspectionSettings`.
         """
         squares = [to_tensor(picture, resolution) for picture in pictures]
         shaped = []
         for picture, square in zip(pictures, squares, strict=True):
             size = size_of(picture.height, picture.width)
             shaped.append(square if size in (None, (resolution, resolution)) else to_tensor(picture, size))
+        whole = region
         if region is not None:
             region = inside(region, (resolution, resolution)).expand(len(squares), 1, -1, -1)
-        return cls(torch.stack(squares), shaped, region)
+        tiles = None
+        if tile_size:
+            tiles = [Tiles.of(one, resolution, size_of, whole, tile_size, tile_overlap) for one in pictures]
+        return cls(torch.stack(squares), shaped, region, tiles)
 
     def __len__(self) -> int:
         return len(self.shaped)
 
-    def __getitem__(self, index: int) -> Inputs:
-        """Gives one picture as inputs of length 1."""
-        region = None if self.regions is None else self.regions[index, None]
-        return Inputs(self.squares[index, None], [self.shaped[index]], region)
+    def __getitem__(self, index: int | slice) -> Inputs:
+        """Gives one picture as inputs of length 1, or several."""
+        rows = index if isinstance(index, slice) else slice(index, index + 1)
+        regions = None if self.regions is None else self.regions[rows]
+        return Inputs(self.squares[rows], self.shaped[rows], regions, None if self.tiles is None else self.tiles[rows])
+
+    def chunks(self, count: int) -> Iterator[Inputs]:
+        """Gives at most `count` pictures after another."""
+        return (self[start : start + count] for start in range(0, len(self), count))
 
     def to(self, device: torch.device) -> Inputs:
         """Moves all to a device."""
         regions = None if self.regions is None else self.regions.to(device)
-        return Inputs(self.squares.to(device), [picture.to(device) for picture in self.shaped], regions)
+        return Inputs(self.squares.to(device), [picture.to(device) for picture in self.shaped], regions, self.tiles)
 
     def varied(self, seed: int, **limits: float) -> Inputs:
         """Varies every picture by `augment`, alike for both networks; draws differ from picture to picture."""
@@ -83,7 +98,10 @@ class Inputs:
             generator = torch.Generator().manual_seed(seed)
             return [augment(picture, generator, **limits) for picture in pictures]
 
-        return Inputs(torch.stack(vary(self.squares)), vary(self.shaped), self.regions)
+        tiles = None
+        if self.tiles is not None:
+            tiles = [Tiles(own.boxes, own.inputs.varied(seed, **limits)) for own in self.tiles]
+        return Inputs(torch.stack(vary(self.squares)), vary(self.shaped), self.regions, tiles)
 
     def digests(self) -> list[str]:
         """Tells pictures apart: 16 hexadecimal digits of each, equal for pictures of equal pixels."""
@@ -106,6 +124,28 @@ class Inputs:
     def alike(self) -> list[int]:
         """Tells copies apart from other pictures, see `first_alike`."""
         return first_alike(self.fingerprints())
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Holds the tiles of a picture: where they lie in it, and how the networks see them."""
+
+    boxes: list[Box]
+    inputs: Inputs
+
+    @classmethod
+    def of(
+        cls, picture: Image.Image, resolution: int, size_of, region: Tensor | None, size: int, overlap: int
+    ) -> Tiles:
+        """Cuts a picture; tiles that lie outside of the region are left out. Arguments as of `Inputs.of`."""
+        boxes, regions = cut(picture.height, picture.width, size, overlap), None
+        if region is not None:
+            region = inside(region, (picture.height, picture.width))
+            boxes = [box for box in boxes if region[box[1] : box[3], box[0] : box[2]].any()]
+            regions = [inside(region[top:bottom, left:right], (resolution,) * 2) for left, top, right, bottom in boxes]
+            regions = torch.stack(regions)[:, None]
+        inputs = Inputs.of([picture.crop(box) for box in boxes], resolution, size_of)
+        return cls(boxes, replace(inputs, regions=regions))
 
 
 def first_alike(fingerprints: Sequence[str]) -> list[int]:

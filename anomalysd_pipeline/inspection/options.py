@@ -48,6 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--roi", metavar="PATH", help="with --normal: picture that is bright where the part counts, dark elsewhere"
     )
+    parser.add_argument(
+        "--tile-size",
+        type=positive,
+        metavar="PX",
+        help="inspect large pictures in tiles of this side (default: whole)",
+    )
+    parser.add_argument(
+        "--tile-overlap", type=positive, metavar="PX", help="pixels by which tiles overlap (default: 0)"
+    )
     parser.add_argument("--noise-strength", type=float, metavar="X", help="how much is repainted, in (0, 1]")
     parser.add_argument("--feature-weight", type=float, metavar="X", help="weight of the prototype distance")
     parser.add_argument("--adaptation", metavar="ID|DIR", help="what was learned: folder, file or Hub id")

@@ -92,7 +92,8 @@ def register(
     Raises:
         ValueError: as `AnomalySDPipeline.add_category` and `AnomalySDPipeline.calibrate`.
     """
-    pipe.add_category(category, images, region=region)
+    tiles = {name: options[name] for name in ("tile_size", "tile_overlap") if name in options}
+    pipe.add_category(category, images, region=region, **tiles)
     pipe.calibrate(category, images, false_alarm_rate, seed, list(defective) or None, callback, **options)
 
 

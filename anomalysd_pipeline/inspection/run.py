@@ -33,7 +33,7 @@ from .result import inspect, load_part, load_pipeline, register, save_part
 # usual limit.
 _PATIENCE = timedelta(days=2)
 _RATE = 0.05  # of false alarms, where nobody says another
-_SETTINGS = ("noise_strength", "feature_weight")  # those that have an option
+_SETTINGS = ("noise_strength", "feature_weight", "tile_size", "tile_overlap")  # those that have an option
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,8 +101,9 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
             f"`--category` {args.category!r} is not among the parts that were learned: {known}; give one of these, or "
             "`--normal` pictures of the part."
         )
-    options = {"preset": args.preset, "noise_strength": args.noise_strength, "feature_weight": args.feature_weight}
-    pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
+    options = {"preset": args.preset} | {name: getattr(args, name) for name in _SETTINGS}
+    with renaming({name: f"--{name.replace('_', '-')}" for name in _SETTINGS}):
+        pipe.settings(category=args.category, **options)  # a wrong option is no picture's fault
     threshold = args.threshold
     if args.false_alarm_rate is not None and not args.normal:
         threshold = threshold_at(pipe, args.category, args.false_alarm_rate)
@@ -253,6 +254,7 @@ def describe(
     preset = args.preset or pipe.config.default_preset
     settings = pipe.settings(args.preset, args.category, **{name: getattr(args, name) for name in _SETTINGS})
     named = {f"--{name.replace('_', '-')}" if name in _SETTINGS else name: v for name, v in settings.to_dict().items()}
+    named |= {name: named[name] or None for name in ("--tile-size", "--tile-overlap")}  # earlier runs have none
     return {
         "--category": args.category,
         "--bit-depth": args.bit_depth,

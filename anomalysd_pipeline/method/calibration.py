@@ -74,7 +74,8 @@ class Calibration:
 def differing_settings(record: Mapping, settings: InspectionSettings) -> list[str]:
     """Names the settings in which a stored calibration differs from an inspection, so that its threshold does not
     apply; empty if it does."""
-    own = {"top_share": 0.0, "start": "image", **record["settings"]}  # earlier versions had no other
+    # Earlier versions had no other.
+    own = {"top_share": 0.0, "start": "image", "tile_size": 0, "tile_overlap": 0, **record["settings"]}
     changed = [name for name, value in settings.to_dict().items() if own.get(name) != value]
     if not changed and settings.feature_weight > 0 and record.get("version", 1) != SCORE_VERSION:
         return ["the version of the score"]

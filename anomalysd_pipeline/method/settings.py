@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
 from ..common.checks import require_number, require_whole, shown
+from ..data.tiles import check_tiles
 
 STARTS = ("image", "exemplar")
 
@@ -65,6 +66,9 @@ class InspectionSettings:
         paper.
     start: from where the inside of a mask is repainted: "image", the picture itself, Eq. (11), or "exemplar", the part
         as it should look, see `exemplars.build_exemplar`; a part without kept normal pictures has none.
+    tile_size: side in pixels of the tiles in which a large picture is inspected, each at the pipeline's resolution; 0:
+        pictures are inspected whole. The score is that of the worst tile.
+    tile_overlap: pixels by which neighboring tiles overlap at least, at most half of `tile_size`.
     """
 
     noise_strength: float
@@ -76,6 +80,8 @@ class InspectionSettings:
     guidance_scale: float
     top_share: float = 0.0
     start: str = "image"
+    tile_size: int = 0
+    tile_overlap: int = 0
 
     @classmethod
     def resolve(cls, preset: str, layers: Sequence[Mapping]) -> InspectionSettings:
@@ -131,6 +137,7 @@ class InspectionSettings:
         require_number("feature_weight", self.feature_weight, 0, 1e6)
         require_number("guidance_scale", self.guidance_scale, 1, 1000)
         require_number("top_share", self.top_share, 0, 1)
+        check_tiles(self.tile_size, self.tile_overlap)
         if self.start not in STARTS:
             raise ValueError(f"`start` must be one of {', '.join(map(repr, STARTS))}, got {self.start!r}.")
 

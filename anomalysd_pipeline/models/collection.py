@@ -17,7 +17,7 @@ def collect_prototypes(
     extractor: Callable[[Tensor], Tensor],
     images: Sequence[Tensor],
     rotations: int = 4,
-    region: Tensor | None = None,
+    regions: Sequence[Tensor] | None = None,
     callback: Callable[[int, int], object] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Collects all feature vectors of rotated normal pictures, P_c of Eq. (13), and where they are from.
@@ -27,7 +27,7 @@ def collect_prototypes(
         images: K pictures [3, H, W] in [-1, 1], on the extractor's device; sizes may differ.
         rotations: Number of angles, evenly spaced over the full turn and starting at 0; multiples of 90 degrees are
             exact, others are bilinear with the border mirrored.
-        region: What of each picture counts, bool [h, w]: positions whose cell lies outside are left out. None: all.
+        regions: What of each picture counts, bool [h, w]: positions whose cell lies outside are left out. None: all.
         callback: Called as `callback(done, total)` after every copy of a picture; an exception that it raises ends the
             call.
 
@@ -46,13 +46,13 @@ def collect_prototypes(
         raise ValueError(f"`rotations` must be at least 1, got {rotations}.")
     features, places = [], []
     for step in range(rotations):
-        for image in images:  # one by one, which takes least memory
+        for index, image in enumerate(images):  # one by one, which takes least memory
             psi = extractor(rotate(image[None], 360 * step / rotations))
             found = psi.permute(0, 2, 3, 1).flatten(end_dim=2)
             rows, columns = map(torch.arange, psi.shape[2:])
             place = torch.cartesian_prod(torch.tensor([len(places)]), rows, columns)
-            if region is not None:
-                own = inside(region, image.shape[1:]).float()[None, None]
+            if regions is not None:
+                own = inside(regions[index], image.shape[1:]).float()[None, None]
                 kept = inside(rotate(own, 360 * step / rotations)[0, 0] > 0.5, psi.shape[2:]).flatten()
                 found, place = found[kept.to(found.device)], place[kept]
             features.append(found)
@@ -73,17 +73,22 @@ def fill_bank(
     extractor,
     images: Sequence[Tensor],
     rotations: int = 4,
-    region: Tensor | None = None,
+    regions: Sequence[Tensor] | None = None,
+    sources: Sequence[int] | None = None,
     callback: Callable[[int, int], object] | None = None,
 ) -> None:
     """Stores the prototypes of normal pictures, and the pictures, in a [`PrototypeBank`].
 
-    Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`.
+    Args and errors: see [`collect_prototypes`] and `PrototypeBank.add`. `sources` numbers the picture that each of
+    `images` is a tile of; None: each is a picture.
     """
-    features, places = collect_prototypes(extractor, images, rotations, region, callback)
+    features, places = collect_prototypes(extractor, images, rotations, regions, callback)
     shots = Shots.of(images, places, rotations)
     unturned = int((places[:, 0] < len(images)).sum())
-    bank.add(category, features, places[:, 0] % len(images), unturned=unturned, shots=shots)
+    numbers = places[:, 0] % len(images)
+    if sources is not None:
+        numbers = torch.tensor(sources)[numbers]
+    bank.add(category, features, numbers, unturned=unturned, shots=shots)
 
 
 def is_finite(features: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""`benchmarks/full_size.py` at the size of its own trial."""
+"""Benchmarks at the size of a trial."""
 
 import re
 import runpy
@@ -6,8 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-PROGRAM = Path(__file__).resolve().parents[1] / "benchmarks" / "full_size.py"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PROGRAM = BENCHMARKS / "full_size.py"
 
 
 def test_few_calls_are_extrapolated_to_all_and_the_maps_are_those_of_diffusers(monkeypatch, capsys):
@@ -30,3 +32,15 @@ def test_a_count_that_is_too_small_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         runpy.run_path(str(PROGRAM), run_name="__main__")
     assert "`--calls` must be at least 2" in capsys.readouterr().err
+
+
+def test_scaling_prints_and_draws_every_series(tiny_pipeline_folder, monkeypatch, capsys, tmp_path):
+    program, out = BENCHMARKS / "scaling.py", tmp_path / "cost.png"
+    few = ["--model", str(tiny_pipeline_folder), "--pictures", "1", "2", "3", "--shots", "1", "2", "3"]
+    monkeypatch.setattr(sys, "argv", [str(program), *few, "--repeat", "1", "--out", str(out)])
+    runpy.run_path(str(program), run_name="__main__")
+    said = capsys.readouterr().out
+    for name, last in (("pictures", 3), ("masks", 85), ("registering shots", 3), ("inspecting with shots", 3)):
+        assert re.search(rf"{name}: +\d+\.\d\d of a straight line at {last}", said)
+    with Image.open(out) as plot:
+        assert plot.format == "PNG" and plot.width > 500
