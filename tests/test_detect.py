@@ -312,10 +312,8 @@ class TestProgress:
     def test_without_a_terminal_there_is_a_line_for_each_stage_and_no_bars(self, parts, base, tmp_path, capsys):
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 0
         lines = capsys.readouterr().err.splitlines()
-        stages = [line for line in lines if "[00:0" in line]
-        assert [line.split("[")[0].split(":")[1].strip() for line in stages][:1] == ["loading the model"]
-        assert any(line.startswith("anomalysd: learning ring: ") and "/2 [" in line for line in stages)
-        assert any(line.startswith("anomalysd: inspecting: ") and "/5 [" in line for line in stages)
+        assert any(line.startswith("anomalysd: learning ring: ") and "/2 [" in line for line in lines)
+        assert any(line.startswith("anomalysd: inspecting: ") and "/5 [" in line for line in lines)
         assert not any("Loading" in line for line in lines)
 
 

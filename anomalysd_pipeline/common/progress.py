@@ -11,6 +11,9 @@ from collections.abc import Iterator
 EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
+BRIEF = 0.3
+"""Seconds within which a stage that is not counted ends without a line."""
+
 
 class Progress:
     """A stage of a command, shown until the end of a `with` block, also while nothing can be counted.
@@ -73,6 +76,8 @@ class Progress:
         self._bar.close()
 
     def _repeat(self) -> None:
+        if self.unit is None and self._ended.wait(BRIEF):
+            return
         while not self._ended.is_set():
             if self._terminal:
                 self._bar.refresh()
