@@ -1,4 +1,4 @@
-"""Show how far a command has come: a bar in a terminal, elsewhere a line at once and one every ten seconds."""
+"""Show how far a command has come: a bar in a terminal, elsewhere a line for each stage and one every ten seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EVERY = 10.0
 """Seconds between lines where there is no terminal."""
 
 BRIEF = 0.3
-"""Seconds within which a stage that is not counted ends without a line."""
+"""Seconds within which a stage ends without a line."""
 
 
 class Progress:
@@ -76,7 +76,7 @@ class Progress:
         self._bar.close()
 
     def _repeat(self) -> None:
-        if self.unit is None and self._ended.wait(BRIEF):
+        if self._ended.wait(BRIEF):
             return
         while not self._ended.is_set():
             if self._terminal:
