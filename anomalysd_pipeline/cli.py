@@ -10,7 +10,7 @@ import functools
 from pathlib import Path
 
 from . import __version__
-from .common.console import OptionParser, positive, run_command
+from .common.console import OptionParser, positive, renaming, run_command
 from .common.files import disk_errors, write_whole
 from .common.progress import Progress
 from .evaluation import options as evaluation_options
@@ -134,8 +134,8 @@ def _names(text: str) -> list[str]:
 def _synth(args: argparse.Namespace) -> int:
     from .synthetic import FAMILIES, write_dataset
 
-    families = args.families or FAMILIES
-    with Progress("drawing", len(families), "family") as bar, disk_errors("OUT", args.out):
+    families, named = args.families or FAMILIES, renaming({"family": "--families"})
+    with Progress("drawing", len(families), "family") as bar, named, disk_errors("OUT", args.out):
         write_dataset(
             args.out, families, args.train, args.good, args.defective, args.seed, args.size, lambda _: bar.update()
         )

@@ -175,7 +175,7 @@ class TestSynth:
     def test_unknown_family_is_one_line(self, tmp_path, capsys):
         assert main(["synth", str(tmp_path), "--families", "spoon"]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("anomalysd: error: `family` is 'spoon'")
+        assert error.startswith("anomalysd: error: `--families` is 'spoon'")
         assert error.count("\n") == 1
 
 

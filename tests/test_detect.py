@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from anomalysd_pipeline import AnomalySDPipeline, detect, synthetic
+from anomalysd_pipeline.common import progress
 from anomalysd_pipeline.common.files import SoleWriter
 from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
@@ -341,13 +342,14 @@ class TestAdaptation:
 
 
 class TestProgress:
-    def test_without_a_terminal_there_is_a_line_for_each_stage_and_no_bars(self, parts, base, tmp_path, capsys):
+    def test_without_a_terminal_there_is_a_line_for_each_stage_and_no_bars(
+        self, parts, base, tmp_path, monkeypatch, capsys
+    ):
+        monkeypatch.setattr(progress, "BRIEF", 0)
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 0
         lines = capsys.readouterr().err.splitlines()
-        stages = [line for line in lines if "[00:0" in line]
-        assert [line.split("[")[0].split(":")[1].strip() for line in stages][:1] == ["loading the model"]
-        assert any(line.startswith("anomalysd: learning ring: ") and "/2 [" in line for line in stages)
-        assert any(line.startswith("anomalysd: inspecting: ") and "/5 [" in line for line in stages)
+        assert any(line.startswith("anomalysd: learning ring: ") and "/2 [" in line for line in lines)
+        assert any(line.startswith("anomalysd: inspecting: ") and "/5 [" in line for line in lines)
         assert not any("Loading" in line for line in lines)
 
 

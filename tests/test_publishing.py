@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import close_session, constants
 from PIL import Image
 from safetensors.torch import load_file
@@ -355,6 +356,20 @@ class TestLoading:
         facts, found = run_loader(tmp_path, str(exported), str(picture), category)
         assert not facts["installed"]
         self.check(pipe, picture, category, facts, found)
+
+    def test_a_folder_that_was_only_saved_without_the_package(self, pipe, picture, tmp_path):
+        pipe.save_pretrained(tmp_path / "saved")
+        facts, found = run_loader(tmp_path, str(tmp_path / "saved"), str(picture), "hex nut")
+        assert not facts["installed"]
+        self.check(pipe, picture, "hex nut", facts, found)
+
+    def test_a_folder_that_was_only_saved_by_diffusers_with_the_package(self, pipe, picture, tmp_path):
+        pipe.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "pipeline.py").write_text("raise RuntimeError")
+        loaded = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+        assert type(loaded) is AnomalySDPipeline
+        expected = pipe(Image.open(picture), category="hex nut")
+        assert np.array_equal(loaded(Image.open(picture), category="hex nut").anomaly_maps, expected.anomaly_maps)
 
     @pytest.mark.full
     def test_all_that_a_pipeline_does_without_the_package(self, exported, picture, tmp_path):

@@ -1,4 +1,4 @@
-"""Show how far a command has come: a bar in a terminal, elsewhere a line at once and one every ten seconds."""
+"""Show how far a command has come: a bar in a terminal, elsewhere a line for each stage and one every ten seconds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 EVERY = 10.0
 """Seconds between lines where there is no terminal."""
+
+BRIEF = 0.3
+"""Seconds within which a stage ends without a line."""
 
 
 class Progress:
@@ -73,6 +76,8 @@ class Progress:
         self._bar.close()
 
     def _repeat(self) -> None:
+        if self._ended.wait(BRIEF):
+            return
         while not self._ended.is_set():
             if self._terminal:
                 self._bar.refresh()
