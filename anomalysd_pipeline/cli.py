@@ -1,4 +1,4 @@
-"""Offer the commands `anomalysd demo | app | detect | adapt | evaluate | publish | synth`.
+"""Offer the commands `anomalysd demo | app | detect | adapt | evaluate | publish | export | synth`.
 
 Modules that need torch are imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -111,6 +111,32 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out the normal pictures that parts were registered with",
     )
     publish.set_defaults(run=_publish)
+
+    export = commands.add_parser(
+        "export",
+        help="write a part as an ONNX model that needs no Stable Diffusion",
+        description="Write the prototype distance of a part, with a threshold of its own, as one ONNX model; needs "
+        "`pip install 'anomalysd-pipeline[onnx]'`, see docs/detecting.md.",
+    )
+    export.add_argument("part", metavar="PART", help="what was learned: folder, file or Hub id")
+    export.add_argument("--out", type=Path, required=True, metavar="FILE", help="the model, such as nut.onnx")
+    export.add_argument("--category", metavar="NAME", help="default: the only one in PART")
+    export.add_argument(
+        "--size",
+        nargs=2,
+        type=positive,
+        metavar=("H", "W"),
+        help="height and width of the camera's pictures (default: those at which normal pictures were described)",
+    )
+    export.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="share of good parts that may be called defective (default: %(default)s)",
+    )
+    detect_options.add_base(export)
+    export.set_defaults(run=_export)
 
     synth = commands.add_parser("synth", help="draw synthetic parts in the layout of MVTec-AD")
     synth.add_argument("out", type=Path, metavar="OUT", help="folder that gets one folder per family")
@@ -254,3 +280,9 @@ def _publish(args: argparse.Namespace) -> int:
     options = {"private": args.private or None, "create_pr": args.create_pr, "exemplars": not args.without_exemplars}
     print(push(args.folder, args.repo_id, **options))
     return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from .hub.onnx_export import run
+
+    return run(args)

@@ -66,8 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Adds `--base`, `--preset`, `--device`, `--cpu`, `--mixed-precision` and `--seed`."""
-    parser.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
-    parser.add_argument("--preset", choices=("paper", "fast", "sota"), help="default: the checkpoint's own")
+    add_base(parser)
     add_device(parser)
     parser.add_argument(
         "--mixed-precision",
@@ -77,6 +76,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     add_seed(parser)
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """Adds `--base` and `--preset`."""
+    parser.add_argument("--base", metavar="ID|DIR", help="checkpoint: Hub id or folder (default: the embedded one)")
+    parser.add_argument("--preset", choices=("paper", "fast", "sota"), help="default: the checkpoint's own")
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
