@@ -258,7 +258,7 @@ class TestDetect:
             (["--test", "empty"], "no pictures"),
             (["--test", "text.png", "--normal", "gone"], "`--normal` 'gone' does not exist"),
             (["--test", "text.png", "--normal", "text.png"], "`--normal` holds no picture that can be read"),
-            (["--test", "text.png", "--category", "a/b"], "`category`"),
+            (["--test", "text.png", "--category", "a/b"], "`--category`"),
             (["--test", "text.png", "--out", "text.png"], "is a file"),
         ],
     )

@@ -114,7 +114,7 @@ class TestPublish:
         assert "/discussions/1" in capsys.readouterr().out
         assert not hub.repositories["user/ring"].private
 
-    @pytest.mark.parametrize(("repo_id", "part"), [("ring", "`repo_id` must be"), ("a/b/c", "`repo_id` must be")])
+    @pytest.mark.parametrize(("repo_id", "part"), [("ring", "`USER/NAME` must be"), ("a/b/c", "`USER/NAME` must be")])
     def test_a_bad_name_is_one_sentence(self, repo_id, part, hub, folder, capsys):
         assert main(["publish", str(folder), repo_id]) == 2
         error = capsys.readouterr().err

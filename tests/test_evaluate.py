@@ -339,7 +339,7 @@ def evaluated(parts, tiny_pipeline_folder, tmp_path_factory):
     """The tiny pipeline, with no and with two normal pictures."""
     out = tmp_path_factory.mktemp("ours") / "out"
     given = ["--data", parts, "--categories", "hex_nut", "--shots", 0, 2, "--seeds", 4, 5]
-    given += ["--base", tiny_pipeline_folder, "--false_alarm_rate", 0.2, *BRIEF]
+    given += ["--base", tiny_pipeline_folder, "--false_alarm_rate", 0.2, "--mixed_precision", "no", *BRIEF]
     assert run(*given, "--out", out) == 0
     return out
 
@@ -379,7 +379,7 @@ class TestOurs:
 
     def test_what_changes_a_threshold_is_another_evaluation(self, evaluated, parts, tiny_pipeline_folder, capfd):
         given = ["--data", parts, "--categories", "hex_nut", "--shots", 0, 2, "--seeds", 4, 5, *BRIEF]
-        given += ["--base", tiny_pipeline_folder, "--out", evaluated]
+        given += ["--base", tiny_pipeline_folder, "--mixed_precision", "no", "--out", evaluated]
         assert "system.false_alarm_rate = 0.2, but 0.05" in refused(capfd, *given)
         assert "system.false_alarm_rate = 0.2, but None" in refused(capfd, *given, "--no_calibration")
 

@@ -196,7 +196,7 @@ class TestPlainInpainting:
     def test_strength_and_steps_are_those_of_the_checkpoint(self):
         # The short schedule of the embedded checkpoint leaves no step at the paper's strength.
         floor = PlainInpaintingFloor()
-        settings = floor.pipe.settings()
+        settings = floor.pipe.settings(start="image")
         assert (floor.noise_strength, floor.num_inference_steps) == (0.25, settings.num_inference_steps)
 
     def test_the_prompt_matters(self, tests):

@@ -136,7 +136,8 @@ class PlainInpaintingFloor(Detector):
             from ..pipeline import AnomalySDPipeline
 
             pipe = AnomalySDPipeline.from_pretrained(pipe).to(device)
-        settings = pipe.settings(noise_strength=noise_strength, num_inference_steps=num_inference_steps)
+        given = {"noise_strength": noise_strength, "num_inference_steps": num_inference_steps}
+        settings = pipe.settings(**given, start="image")
         self.pipe, self.prompt, self.seed = pipe, prompt, seed
         self.noise_strength, self.num_inference_steps = settings.noise_strength, settings.num_inference_steps
         self.inpaint = StableDiffusionInpaintPipeline(
