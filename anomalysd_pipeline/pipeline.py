@@ -282,8 +282,12 @@ class AnomalySDPipeline(DiffusionPipeline):
                     "register it anew by `add_category`, or give 'image'."
                 )
             return replace(settings, start="image")
-        own = [layer.get(name) for layer in (of_category, given) for name in ("noise_strength", "num_inference_steps")]
-        return settings.with_exemplars(self.config.preset_overrides) if own == [None] * len(own) else settings
+        said = [
+            layer.get(name) for layer in (of_category, given) for name in ("noise_strength", "num_inference_steps")
+        ]
+        if any(value is not None for value in said):
+            return settings
+        return settings.with_exemplars(self.config.preset_overrides)
 
     # Inspection
 

@@ -8,7 +8,7 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -321,18 +321,17 @@ def teach(
 
 def cancel_batch(session: Session) -> bool:
     """Asks the session's latest batch to end after its present picture; returns False where there was none."""
-    with _guard:
-        cancel = _batches.get(session)
-    if cancel is None:
-        return False
-    cancel.set()
-    return True
+    return _cancel(_batches, session)
 
 
 def cancel_lesson(session: Session) -> bool:
     """Asks the session's teaching to end; returns False where there is none."""
+    return _cancel(_lessons, session)
+
+
+def _cancel(running: Mapping[Session, threading.Event], session: Session) -> bool:
     with _guard:
-        cancel = _lessons.get(session)
+        cancel = running.get(session)
     if cancel is None:
         return False
     cancel.set()
