@@ -99,9 +99,14 @@ class TestLessons:
     def test_its_loss_is_drawn_and_nothing_moves(self, visitor, nuts):
         places = [f"#teach-{name}" for name in ("result", "progress", "loss-denoiser", "loss-decoder", "validation")]
 
-        def layout():
-            boxes = [visitor.page.locator(place).bounding_box() for place in places]
-            return [tuple(round(box[side]) for side in ("x", "y", "width", "height")) for box in boxes]
+        def layout():  # in the page, whose view may have been scrolled
+            return visitor.page.evaluate(
+                """places => places.map(place => {
+                    const box = document.querySelector(place).getBoundingClientRect();
+                    return [box.x, box.y + window.scrollY, box.width, box.height].map(Math.round);
+                })""",
+                places,
+            )
 
         visitor.tab("Teach")
         visitor.page.locator("#teach-validation").wait_for()

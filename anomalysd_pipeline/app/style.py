@@ -40,6 +40,9 @@ TO_VERDICT_JS = """() => { if (window.innerWidth <= 640)
 TO_HEATMAPS_JS = TO_VERDICT_JS.replace("inspect-verdict", "batch-gallery")
 """Moves a phone's view to the heatmap of the row that was selected."""
 
+TO_LESSON_JS = """() => document.getElementById("teach-result").scrollIntoView({ block: "nearest" })"""
+"""Moves the view to the progress of a lesson, where the button to begin it lies below."""
+
 HEAD = "<meta name='description' content='Finds defects on industrial parts from zero to a handful of good ones.'>"
 
 CSS = """

@@ -9,6 +9,7 @@ from .desk import Desk, sentences
 from .fields import Faults
 from .hub_box import hub_box
 from .inspect_tab import InspectTab, cleared
+from .style import TO_LESSON_JS
 from .teach_api import add_api, choices, left_of, lesson_of, loaded, offered, taught_in_steps
 from .thumbnails import pictures_of, under
 
@@ -154,6 +155,7 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         return {run: gr.Button(interactive=not on), cancel: gr.Button(interactive=on)}
 
     news = [key_state, result, taught, inspect, *parts, *inspecting.results, *faults.outputs]
+    run.click(None, None, None, js=TO_LESSON_JS)  # first: the next has to wait for the server
     run.click(
         give_lesson,
         [key_state, name, pictures, coarse, fine, length, rate],
