@@ -6,7 +6,7 @@ Every patch is copied from the normal pictures, at the place of the prototype th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -149,24 +149,18 @@ def _assemble(
     height, width = canvas.shape[1:]
     side, reach = 3 * distance, distance // 2
     down, across = numbers.shape
+    pad = (distance, across * distance + distance - width, distance, down * distance + distance - height)
+    wanted = F.unfold(_mirrored(canvas, pad).mean(dim=0)[None, None], side, stride=distance)[0].T  # [P, side^2]
     # Patches begin a distance before their own place and end as far behind it.
     border = 2 * distance + reach
-    pad = (distance, across * distance + distance - width, distance, down * distance + distance - height)
-    wanted = F.unfold(_mirrored(canvas, pad)[None], side, stride=distance)[0].T  # [P, 3 * side^2]
-    wanted = wanted.view(-1, 3, side, side)
-    around = side + 2 * reach
-    found = torch.empty(len(wanted), 3, around, around, dtype=canvas.dtype, device=canvas.device)
-    window = torch.arange(around, device=canvas.device) - reach - distance + border
+    copies = {number: _mirrored(copy(number), (border,) * 4) for number in numbers.unique().tolist()}
     own = torch.stack(torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij"), dim=-1) * distance
-    corners = (own.to(offsets.device) + offsets).view(-1, 2)
-    for number in numbers.unique().tolist():
-        chosen = (numbers.flatten() == number).nonzero()[:, 0]
-        source = _mirrored(copy(number), (border,) * 4)
-        rows, columns = (
-            (corners[chosen, axis, None] + window).clamp(0, source.shape[axis + 1] - 1) for axis in (0, 1)
-        )
-        found[chosen] = source[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
-    patches = _fitted(found, wanted, reach)  # [P, 3, side, side]
+    corners = (own.to(offsets.device) + offsets).view(-1, 2) - distance + border  # [P, 2], in the copies
+
+    gray = {number: picture.mean(dim=0, keepdim=True) for number, picture in copies.items()}
+    around = _cut(gray, numbers.flatten(), corners - reach, side + 2 * reach)[:, 0]
+    shifts = _fitting_shifts(around, wanted.view(-1, side, side)) - reach  # [P, 2]
+    patches = _cut(copies, numbers.flatten(), corners + shifts, side)  # [P, 3, side, side]
     fade = torch.hann_window(side + 2, device=canvas.device, dtype=canvas.dtype)[1:-1]
     fade = fade[:, None] * fade
     size = (down * distance + 2 * distance, across * distance + 2 * distance)
@@ -178,19 +172,27 @@ def _assemble(
     return (blended(patches * fade) / weights)[:, distance : distance + height, distance : distance + width]
 
 
-def _fitted(found: Tensor, wanted: Tensor, reach: int) -> Tensor:
-    """Cuts from each of found `[P, 3, n, n]` the part that differs least in brightness from wanted `[P, 3, m, m]`,
-    n = m + 2 reach."""
-    count, side = len(found), wanted.shape[-1]
-    gray, aim = found.mean(dim=1), wanted.mean(dim=1)
-    products = F.conv2d(gray[None], aim[:, None], groups=count)[0]  # [P, 2 reach + 1, 2 reach + 1]
-    squares = F.avg_pool2d(gray.square()[:, None], side, stride=1)[:, 0] * side**2
+def _cut(copies: Mapping[int, Tensor], numbers: Tensor, corners: Tensor, side: int) -> Tensor:
+    """Cuts patches `[P, C, side, side]` from copies `[C, H, W]` by number `[P]` and upper left corner `[P, 2]`."""
+    first = next(iter(copies.values()))
+    patches = first.new_empty(len(numbers), len(first), side, side)
+    inside = torch.arange(side, device=first.device)
+    for number, picture in copies.items():
+        chosen = (numbers == number).nonzero()[:, 0]
+        rows, columns = (
+            (corners[chosen, axis, None] + inside).clamp(0, picture.shape[axis + 1] - 1) for axis in (0, 1)
+        )
+        patches[chosen] = picture[:, rows[:, :, None], columns[:, None, :]].transpose(0, 1)
+    return patches
+
+
+def _fitting_shifts(around: Tensor, wanted: Tensor) -> Tensor:
+    """Finds for each of wanted `[P, m, m]` the corner in around `[P, n, n]` where it differs least: int64 `[P, 2]`."""
+    count, side, shifts = len(around), wanted.shape[-1], around.shape[-1] - wanted.shape[-1] + 1
+    products = F.conv2d(around[None], wanted[:, None], groups=count)[0]  # [P, shifts, shifts]
+    squares = F.avg_pool2d(around.square()[:, None], side, stride=1)[:, 0] * side**2
     best = (squares - 2 * products).flatten(start_dim=1).argmin(dim=1)
-    corner = torch.stack([best // (2 * reach + 1), best % (2 * reach + 1)])
-    inside = torch.arange(side, device=found.device)
-    rows, columns = (corner[:, :, None] + inside).unbind(dim=0)  # [P, side] each
-    each = torch.arange(count, device=found.device)[:, None, None]
-    return found.permute(0, 2, 3, 1)[each, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return torch.stack([best // shifts, best % shifts], dim=1)
 
 
 def _mirrored(picture: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
