@@ -470,16 +470,16 @@ class AnomalySDPipeline(DiffusionPipeline):
         distances, cells, built, prototype_masks, exemplars = [], [], [], None, None
         if category in self.bank:
             bank, parts = self.bank.to(device), self.extractor.parts
-            shots = bank.shots(category) if settings.start == "exemplar" else None
             for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
                 psi = self.extractor(picture[None])  # [1, C, h, w]
-                far, nearest = bank.nearest(category, psi, parts, left_out)  # [1, h, w], [parts, 1, h, w]
+                shots = bank.shots(category, left_out) if settings.start == "exemplar" else None
+                total = None if shots is None else psi.new_zeros(psi[0, 0].numel(), len(shots.places)).float()
+                far = bank.distances(category, psi, parts, left_out, total=total)  # [1, h, w]
                 distances.append(far)
                 own = None if inputs.regions is None else inputs.regions[len(cells), 0]  # [R, R]
                 cells.append(None if own is None else inside(own, far.shape[1:]))  # [h, w]
                 if shots is not None:
-                    compared = bank.compared(category, left_out)
-                    exemplar = build_exemplar(picture, psi[0], nearest[:, 0], bank[category], shots, compared)
+                    exemplar = build_exemplar(picture, total.view(*far.shape[1:], -1), shots)
                     if own is not None:
                         exemplar = torch.where(inside(own, picture.shape[1:]), exemplar, picture)
                     built.append(fit(exemplar, (side, side)))

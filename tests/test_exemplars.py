@@ -12,7 +12,7 @@ from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
 from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
 from anomalysd_pipeline.hub.publishing import export, push
 from anomalysd_pipeline.knowledge import PackedPart
-from anomalysd_pipeline.method.exemplars import _propagate, build_exemplar
+from anomalysd_pipeline.method.exemplars import _choose, build_exemplar
 from anomalysd_pipeline.method.inpainting import encode, repaint
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.bank import PrototypeBank
@@ -40,9 +40,10 @@ def bank_of(images, rotations=1):
 
 def exemplar(bank, picture, left_out=None, describe=DESCRIBE):
     psi = describe(picture[None])
-    _, nearest = bank.nearest("part", psi, left_out=left_out)
-    compared = bank.compared("part", left_out)
-    return build_exemplar(picture, psi[0], nearest[:, 0], bank["part"], bank.shots("part"), compared)
+    shots = bank.shots("part", left_out)
+    total = torch.zeros(psi[0, 0].numel(), len(shots.places))
+    bank.distances("part", psi, left_out=left_out, total=total)
+    return build_exemplar(picture, total.view(*psi.shape[2:], -1), shots)
 
 
 def mean_difference(a, b, border=0):
@@ -81,41 +82,64 @@ class TestBuildExemplar:
         assert left < 0.5 and (found[:, 24:36, 28:40] - defective[:, 24:36, 28:40]).square().mean() > 0.5 * difference
         torch.testing.assert_close(found[:, :, :8], shots[1][:, :, :8], atol=2e-6, rtol=0)
 
-    def test_continues_a_neighbors_patch_under_a_defect(self):
-        """Where features say nothing, a patch continues those around it."""
+    def test_continues_what_is_around_a_defect(self):
+        """A position that looks like nothing normal, or like a wrong place, has no say."""
         images = textures(4, 64, 64)
-        defective = images[2].clone()
-        defective[:, 32:40, 32:40] = 0
-
-        def blind(pictures):
-            psi = DESCRIBE(pictures)
-            psi[:, :, 4, 4] = 0
-            return psi
-
         bank = bank_of(images)
-        psi = blind(defective[None])
-        _, nearest = bank.nearest("part", psi)
+        total = torch.zeros(64, 256)
+        psi = DESCRIBE(images[2][None])
+        psi[:, :, 3:5, 3:5] = DESCRIBE(images[0][None])[:, :, :2, :2] + 0.5
+        bank.distances("part", psi, total=total)
         places = bank.shots("part").places.long()
-        rows = _propagate(psi[0], nearest[:, 0], bank["part"], places, None)
-        assert places[rows[3, 3]].tolist() == [2, 3, 3]
-        queries = psi[0].flatten(1).T
-        chosen, first = ((queries - bank["part"][r.flatten()]).square().sum(1) for r in (rows, nearest[0, 0]))
-        assert (chosen <= first).all()
+        rows = _choose(total.view(8, 8, 256), places)
+        positions = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), dim=-1)
+        assert torch.equal(places[rows], torch.cat([torch.full((8, 8, 1), 2), positions], dim=-1))
+        assert (places[total.argmin(dim=1)][:, 0] != 2).any()  # the nearest are of others
 
-    def test_takes_of_several_parts_the_nearest_in_all_channels(self):
+    def test_the_cost_of_a_choice(self):
+        """Equal to a search over all prototypes by numpy, where every position is asked by all of its neighbors."""
+        generator = np.random.default_rng(0)
+        height, width, copies = 3, 4, 2
+        distances = generator.random((height, width, copies * height * width)).astype(np.float32) + 0.1
+        places = np.stack(np.unravel_index(np.arange(copies * height * width), (copies, height, width)), axis=1)
+        nearest = distances.min(-1)
+
+        def cost(y, x, copy, row, column):
+            total = share = 0.0
+            for dy in range(-2, 3):
+                for dx in range(-2, 3):
+                    inside = 0 <= y + dy < height and 0 <= x + dx < width
+                    if inside and 0 <= row + dy < height and 0 <= column + dx < width:
+                        weight = nearest[y + dy, x + dx] ** -2.0
+                        number = np.ravel_multi_index((copy, row + dy, column + dx), (copies, height, width))
+                        total += weight * distances[y + dy, x + dx, number]
+                        share += weight
+            return total / share
+
+        rows = _choose(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
+        first = distances.argmin(-1)
+        for y in range(height):
+            for x in range(width):
+                chosen = cost(y, x, *places[rows[y, x]])
+                assert chosen <= cost(y, x, *places[first[y, x]]) + 1e-6
+                # No neighbor's choice continues better.
+                for dy, dx in ((-1, 0), (1, 0), (0, -1), (0, 1)):
+                    if 0 <= y + dy < height and 0 <= x + dx < width:
+                        copy, row, column = places[rows[y + dy, x + dx]]
+                        if 0 <= row - dy < height and 0 <= column - dx < width:
+                            assert chosen <= cost(y, x, copy, row - dy, column - dx) + 1e-6
+
+    def test_distances_to_all_prototypes_are_those_in_all_channels(self):
         bank = PrototypeBank()
         generator = torch.Generator().manual_seed(0)
         vectors, psi = torch.randn(50, 6, generator=generator), torch.randn(1, 6, 5, 4, generator=generator)
         bank.add("part", vectors)
-        _, nearest = bank.nearest("part", psi, parts=2)
-        places = torch.stack(
-            [torch.zeros(50).long(), torch.arange(50) * 2, torch.zeros(50).long()], dim=1
-        )  # all apart
-        rows = _propagate(psi[0], nearest[:, 0], vectors, places, None).flatten()
+        total = torch.zeros(20, 50)
+        kept = bank.distances("part", psi, parts=2, chunk=3, total=total)
+        assert torch.equal(kept, bank.distances("part", psi, parts=2))
         queries = psi[0].flatten(1).T.numpy()
-        costs = np.square(queries[None] - vectors.numpy()[nearest.flatten(1)]).sum(-1)  # [parts, P]
-        expected = nearest.flatten(1).numpy()[costs.argmin(0), np.arange(20)]
-        np.testing.assert_array_equal(rows, expected)
+        expected = np.square(queries[:, None] - vectors.numpy()).sum(-1)
+        np.testing.assert_allclose(total, expected, rtol=1e-4, atol=1e-4)
 
     def test_without_a_picture_it_comes_from_the_others(self):
         images = textures(3)

@@ -1,7 +1,7 @@
 """Build a picture's exemplar: the part as it should look, from patches of normal pictures.
 
 Not in the paper, which starts to repaint from the picture itself, Eq. (11), so that a defect shows through the noise.
-Every patch is copied from the normal pictures, at the place of the prototype that Eq. (14) finds nearest.
+Every patch is copied from the normal pictures, at the place of a prototype whose surroundings look like the patch's.
 """
 
 from __future__ import annotations
@@ -20,47 +20,37 @@ PATCHES = 32
 """Patches along the side of a square picture; each overlaps its neighbors by a whole patch's distance."""
 
 _PASSES = 2
-"""Rounds in which a patch may take over its neighbors' offsets."""
+"""Rounds in which a position may take over its neighbors' offsets."""
+
+_REACH = 2
+"""Positions to every side that decide together."""
 
 _FADE = (0.2, 0.5)
 """Shares of the largest distance between which pictures fade to repainted ones."""
 
 
-def build_exemplar(
-    picture: Tensor,
-    psi: Tensor,
-    nearest: Tensor,
-    vectors: Tensor,
-    shots: Shots,
-    usable: Tensor | None = None,
-) -> Tensor:
+def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     """Copies normal patches to where the picture looks like them, and blends them.
 
-    Neighbors that agree come from one piece (propagation of PatchMatch, Barnes et al. 2009): a position may take the
-    prototype that continues a neighbor's if it is nearer. Each patch is then moved by up to half a patch's distance to
-    where it fits best, because features are coarser than pixels; last the exemplar takes over the picture's median
-    color, because lamps differ.
+    Neighbors decide together, most those that look normal, so that their patches continue over a defect: `_choose`.
+    Each patch is then moved by up to half a patch's distance to where it fits best, because features are coarser than
+    pixels; last the exemplar takes over the picture's median color, because lamps differ.
 
     Args:
         picture: float `[3, H, W]` in [-1, 1].
-        psi: `[C, h, w]`, its features.
-        nearest: int64 `[parts, h, w]`, rows of the nearest prototypes, see `PrototypeBank.nearest`.
-        vectors: `[M, C]`, the prototypes.
-        shots: the normal pictures, and the places of the prototypes in them.
-        usable: bool `[M]`, which prototypes may be taken; None: all.
+        distances: float32 `[h, w, M]`, squared distances of its features to the prototypes.
+        shots: the normal pictures, and the places of these prototypes in them.
 
     Returns:
         float `[3, H, W]` in [-1, 1].
     """
-    height, width = psi.shape[1:]
+    height, width = distances.shape[:2]
     cell = max(1, round(picture.shape[1] / height))  # pixels
     scale = (height * cell / picture.shape[1], width * cell / picture.shape[2])
     places = shots.places.long()  # [M, 3]
-    rows = _propagate(psi, nearest, vectors.float(), places, usable)  # [h, w]
+    found = places[_choose(distances, places)]  # [h, w, 3]
     step = max(1, round((height * width) ** 0.5 / PATCHES))  # cells from patch to patch
-    offsets = torch.stack(torch.meshgrid(*map(torch.arange, (height, width)), indexing="ij"), dim=-1)
-    found = places[rows]  # [h, w, 3]
-    shift = found[..., 1:] - offsets.to(found.device)  # [h, w, 2], in cells
+    shift = found[..., 1:] - _grid(height, width, found.device)  # [h, w, 2], in cells
     down, across = (
         torch.arange(step // 2, length + step // 2, step).clamp(max=length - 1) for length in (height, width)
     )
@@ -99,39 +89,65 @@ def _scaled(picture: Tensor, scale: tuple[float, float]) -> Tensor:
     return fit(picture, tuple(round(length * s) for length, s in zip(picture.shape[1:], scale, strict=True)))
 
 
-def _propagate(psi: Tensor, nearest: Tensor, vectors: Tensor, places: Tensor, usable: Tensor | None) -> Tensor:
-    """Chooses of the nearest prototypes of all parts, and of those that continue a neighbor's, the nearest in all
-    channels: int64 `[h, w]`."""
-    channels, height, width = psi.shape
-    queries = psi.float().flatten(start_dim=1).T  # [P, C]
+def _choose(distances: Tensor, places: Tensor) -> Tensor:
+    """Chooses a prototype for every position such that its surroundings fit the position's.
+
+    Begins with the nearest, and lets positions take over the prototype that continues a neighbor's choice
+    (propagation of PatchMatch, Barnes et al. 2009) where that costs less. The cost is the mean distance of the 5 x 5
+    positions around to the prototypes that lie so around the chosen one, weighted by 1 / E^2, E the distance of each
+    position to its own nearest: positions that look like nothing normal have no say.
+
+    Args:
+        distances: float32 `[h, w, M]`.
+        places: int64 `[M, 3]`, copy, row and column of the prototypes.
+
+    Returns:
+        int64 `[h, w]`.
+    """
+    height, width = distances.shape[:2]
+    distances, device = distances.flatten(end_dim=1), places.device  # [P, M]
+    border = _REACH + 1
     copies, down, across = (int(top) + 1 for top in places.amax(dim=0))
-    # Row of the prototype at a place; -1 where a bank that was thinned has none. A border of -1 around all.
-    table = torch.full((copies, down + 2, across + 2), -1, dtype=torch.int64, device=places.device)
-    allowed = torch.arange(len(places), device=places.device)
-    if usable is not None:
-        allowed = allowed[usable]
-    number, row, column = places[allowed].unbind(dim=1)
-    table[number, row + 1, column + 1] = allowed
+    # Number of the prototype at a place; -1 where a bank that was thinned has none, and in a border around all.
+    table = torch.full((copies, down + 2 * border, across + 2 * border), -1, dtype=torch.int64, device=device)
+    copy, row, column = places.unbind(dim=1)
+    table[copy, row + border, column + border] = torch.arange(len(places), device=device)
 
-    best = nearest[0].flatten()  # [P]
-    distances = (queries - vectors[best]).square().sum(dim=1)
+    around = _grid(2 * _REACH + 1, 2 * _REACH + 1, device).view(-1, 1, 2) - _REACH  # [25, 1, 2]
+    neighbors = _grid(height, width, device).view(-1, 2) + around  # [25, P, 2]
+    top = torch.tensor([height - 1, width - 1], device=device)
+    inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [25, P]
+    neighbors = neighbors.clamp(min=0).minimum(top)
+    neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [25, P]
+    nearest, best = distances.min(dim=1)  # [P]
+    # Distances below a millionth of the mean are rounding.
+    weights = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny ** 0.25) ** -2
+    weights = torch.where(inside, weights[neighbors], 0)  # [25, P]
 
-    def consider(rows: Tensor) -> None:
-        nonlocal best, distances
-        far = (queries - vectors[rows.clamp(min=0)]).square().sum(dim=1)
-        nearer = (rows >= 0) & (far < distances)
-        best, distances = torch.where(nearer, rows, best), torch.where(nearer, far, distances)
+    def cost(chosen: Tensor) -> Tensor:
+        copy, row, column = places[chosen].unbind(dim=1)
+        beside = table[copy, row + around[..., 0] + border, column + around[..., 1] + border]  # [25, P]
+        share = torch.where(beside >= 0, weights, 0)
+        return (distances[neighbors, beside.clamp(min=0)] * share).sum(dim=0) / share.sum(dim=0)
 
-    for part in nearest[1:]:
-        consider(part.flatten())
+    least = cost(best)
     for _ in range(_PASSES):
         for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
             # The prototype beside the neighbor's, as this position lies beside the neighbor.
-            number, row, column = places[best].view(height, width, 3).unbind(dim=2)
-            beside = table[number, row + 1 + step * (axis == 0), column + 1 + step * (axis == 1)].roll(step, dims=axis)
+            copy, row, column = places[best].view(height, width, 3).unbind(dim=2)
+            beside = table[copy, row + border + step * (axis == 0), column + border + step * (axis == 1)]
+            beside = beside.roll(step, dims=axis)
             beside.select(axis, 0 if step > 0 else -1).fill_(-1)
-            consider(beside.flatten())
+            beside = beside.flatten()
+            found = cost(beside.clamp(min=0))
+            better = (beside >= 0) & (found < least)
+            best, least = torch.where(better, beside, best), torch.where(better, found, least)
     return best.view(height, width)
+
+
+def _grid(height: int, width: int, device) -> Tensor:
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"), dim=-1)  # [h, w, 2]
 
 
 def _assemble(

@@ -128,12 +128,14 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         """Tells from which normal picture each prototype is, int32 [size]. Raises ValueError if there is no bank."""
         return getattr(self, f"source_{self._index(category)}")
 
-    def shots(self, category: str | None) -> Shots | None:
-        """Gives the normal pictures of a category; None where they are not kept."""
+    def shots(self, category: str | None, left_out: int | None = None) -> Shots | None:
+        """Gives the normal pictures of a category, and the places in them of the prototypes that are looked at without
+        a picture; None where they are not kept."""
         if category not in self.config.shots:
             return None
         index = self._index(category)
-        return Shots(**{name: getattr(self, f"{name}_{index}") for name in SHOT_NAMES})
+        shots = Shots(**{name: getattr(self, f"{name}_{index}") for name in SHOT_NAMES})
+        return shots.select(self.compared(category, left_out))
 
     def check_shots(self) -> None:
         """Raises ValueError unless all normal pictures fit their banks; a loaded file may hold anything."""
@@ -261,25 +263,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         parts: int = 1,
         left_out: int | None = None,
         chunk: int | None = None,
+        total: Tensor | None = None,
     ) -> Tensor:
-        """Measures the squared distance E of every position to its nearest prototype, Eq. (14); arguments and errors
-        are those of [`nearest`].
-
-        Returns:
-            float32 [N, h, w], >= 0; exactly 0 where a distance is below 1e-10 of the squared length of psi.
-        """
-        return self.nearest(category, psi, parts, left_out, chunk)[0]
-
-    @torch.no_grad()
-    def nearest(
-        self,
-        category: str,
-        psi: Tensor,
-        parts: int = 1,
-        left_out: int | None = None,
-        chunk: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Finds the nearest prototype of every position, and the squared distance E to it, Eq. (14).
+        """Measures the squared distance E of every position to its nearest prototype, Eq. (14).
 
         Matrix products find the nearest prototype; the distance to it is then computed by differences, so that small
         distances are not lost to cancellation.
@@ -294,10 +280,11 @@ class PrototypeBank(ModelMixin, ConfigMixin):
                 None: all are.
             chunk: Positions compared at once, which takes `chunk * size` float32 values of memory besides float32
                 copies of `psi` and of the bank; None: as many as fit in 2^22 values (16 MiB).
+            total: float32 [N h w, M], to which the squared distances in all channels to all M prototypes that are
+                looked at are added; None: they are not kept.
 
         Returns:
-            - E, float32 [N, h, w], as [`distances`] gives it.
-            - int64 [parts, N, h, w], rows of the nearest.
+            float32 [N, h, w], >= 0; exactly 0 where a distance is below 1e-10 of the squared length of psi.
 
         Raises:
             ValueError: If `category` has no bank, `psi` has another shape, or no prototype is left.
@@ -309,12 +296,9 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         n, _, h, w = psi.shape
         queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2)  # [N h w, C]
         asked = zip(searches, queries.chunk(len(searches), dim=1), strict=True)
-        found, rows = zip(*[search.nearest(part, chunk) for search, part in asked], strict=True)
+        found = [search.nearest(part, chunk, total)[0] for search, part in asked]
         mean = found[0] if len(found) == 1 else torch.stack(found).log().mean(dim=0).exp()
-        rows = torch.stack(rows)
-        if left_out is not None:
-            rows = self.compared(category, left_out).nonzero()[:, 0][rows]
-        return mean.view(n, h, w), rows.view(-1, n, h, w)
+        return mean.view(n, h, w)
 
     def compared(self, category: str, left_out: int | None) -> Tensor | None:
         """Tells which prototypes are looked at without a picture, bool [size]; None: all."""
