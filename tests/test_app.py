@@ -121,7 +121,7 @@ class TestFunctions:
         names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
         assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
         assert names["/accept"] == ["picture", "part"]
-        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate"]
+        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate", "bit_depth"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
 
     def test_every_argument_is_described_in_our_words(self, page):
@@ -132,6 +132,7 @@ class TestFunctions:
         by_name = {p["parameter_name"]: p for p in page.get_api_info()["named_endpoints"]["/teach"]["parameters"]}
         assert by_name["false_alarm_rate"]["python_type"]["type"] == "float"
         assert by_name["false_alarm_rate"]["parameter_default"] == 0.05
+        assert by_name["bit_depth"]["python_type"]["type"] == "int" and by_name["bit_depth"]["parameter_default"] == 0
 
     def test_inspect_a_part_that_was_not_taught(self, asker, pictures):
         result, files = inspect(asker, "Any part", pictures / "defective.png")

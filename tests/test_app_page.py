@@ -84,8 +84,8 @@ def browser(page):
     return Browser(page)
 
 
-def teach(browser, given, name="nut", coarse=""):
-    return browser.call("give_lesson", name, given, coarse, "", "quick", 0.05)
+def teach(browser, given, name="nut", coarse="", depth=0):
+    return browser.call("give_lesson", name, given, coarse, "", "quick", 0.05, depth)
 
 
 @pytest.fixture
@@ -206,6 +206,65 @@ class TestFaults:
         picture = taught.upload(pictures("nut")[0])
         with work._only_lesson(taught.session, None), pytest.raises(gr.Error, match="being taught in this session"):
             teach(taught, [picture])
+
+
+class TestPublishing:
+    def test_what_is_wrong_is_said_at_its_field(self, taught, monkeypatch):
+        def publish(repo="ann/nut", part="nut"):
+            told = taught.call("locally", repo, part, True, True)
+            return {name[6:-6]: text for name, text in told.items() if str(name).endswith("-fault") and text}
+
+        taught.request.client = SimpleNamespace(host="127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        assert "There is no sign-in" in publish()["push"]
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        assert publish().keys() == {"push-part"} and "teach it with Standard" in publish()["push-part"]
+        assert "Name the repository" in publish(" ")["repo"]
+        with monkeypatch.context() as patch:
+            patch.setattr(taught.session.parts["nut"], "taught", True)
+            known = taught.session.pipe.knowledge
+            known.store("nut", adaptation="nut")
+            known.add_adaptation("nut", {"settings": {}}, {})
+            taught.session.pipe.knowledge = known
+            assert "must be &#x27;user/name&#x27;" in publish("nut")["repo"]
+
+
+class TestDepth:
+    """Gray of 12 bits in files of 16: one depth for a part."""
+
+    @pytest.fixture
+    def deep(self):
+        return [np.asarray(image.convert("L")).astype(np.uint16) * 16 for image in pictures("nut")]
+
+    def test_is_one_for_a_part_and_what_is_inspected_as_it(self, browser, deep):
+        deep[0] = deep[0] // 4  # alone it would be taken for 10 bits
+        told = teach(browser, [browser.upload(Image.fromarray(one)) for one in deep])
+        assert "16-bit gray was read as 12 bits" in told["teach-result"]
+        pipe = browser.session.pipe
+        assert pipe.config.categories["nut"]["bit_depth"] == 12
+        alone = quick_pipeline()
+        alone.add_category("nut", deep)
+        assert pipe.config.categories["nut"]["digests"] == alone.config.categories["nut"]["digests"]
+
+        dark = browser.upload(Image.fromarray(deep[1] // 16))
+        wanted = float(pipe(deep[1] // 16, category="nut").pred_scores[0])
+        browser.call("show", "nut", dark, "fast")
+        assert browser.session.shown.score == pytest.approx(wanted)
+        told = browser.call("inspect_all", [dark], "nut", "fast")
+        assert told["batch-table"][0][3] == pytest.approx(wanted, abs=1e-4)
+
+    def test_values_beyond_it_are_refused(self, browser, deep):
+        teach(browser, [browser.upload(Image.fromarray(one)) for one in deep])
+        told = browser.call("show", "nut", browser.upload(Image.fromarray(deep[0] * 8)), "fast")
+        assert "12 bits end at 4095" in told["inspect-picture-fault"]
+
+    def test_it_can_be_given(self, browser, deep):
+        told = teach(browser, [browser.upload(Image.fromarray(one)) for one in deep], depth=16)
+        assert "16-bit gray" not in told["teach-result"]
+        assert browser.session.pipe.config.categories["nut"]["bit_depth"] == 16
+        for wrong in (7, 17, "12", 12.0, None, True):
+            told = teach(browser, [browser.upload(Image.fromarray(deep[0]))], depth=wrong)
+            assert "from 8 to 16" in told["teach-depth-fault"], wrong
 
 
 class TestTimes:

@@ -13,6 +13,7 @@ from .uploads import Missing
 
 LABELS = {
     "adaptation": "The file",
+    "bit_depth": "“Bits of 16-bit gray”",
     "coarse": "“In short”",
     "files": "The files",
     "fine": "“In detail”",
@@ -22,6 +23,7 @@ LABELS = {
     "picture": "The picture",
     "pictures": "The pictures",
     "preset": "The thoroughness",
+    "publication": "The adaptation",
     "repository": "The repository",
     "false_alarm_rate": "The rate of false alarms",
 }

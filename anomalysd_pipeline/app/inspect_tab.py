@@ -313,24 +313,26 @@ def _add_api(desk: Desk, key: gr.State, picture: gr.Image, part: gr.Dropdown, pr
 def _inspect(desk: Desk, visit: Visit, part, picture, preset):
     from .work import inspect_one
 
-    name, read = _read(desk, visit, picture)
+    name, read = _read(desk, visit, picture, part)
     return inspect_one(visit.session, desk.turns, part, read, name, preset)
 
 
 def _accept(desk: Desk, visit: Visit, part, picture) -> dict:
     from .work import accept
 
-    _, read = _read(desk, visit, picture)
+    _, read = _read(desk, visit, picture, part)
     return accept(visit.session, desk.turns, part, read)
 
 
-def _read(desk: Desk, visit: Visit, picture):
-    """Returns the visitor's name for the picture, and the picture."""
+def _read(desk: Desk, visit: Visit, picture, part):
+    """Returns the visitor's name for the picture, and the picture, read as those of the part."""
     from .uploads import read_picture
+    from .work import known_depth
 
     path, name = desk.upload_of(visit.visitor, picture, "picture")
+    depth = known_depth(visit.session, part)
     with about("picture"):
-        return name, read_picture(path, name, desk.limits)
+        return name, read_picture(path, name, desk.limits, depth)
 
 
 def _maximum(threshold: float | None) -> float | None:

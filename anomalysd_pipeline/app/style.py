@@ -137,7 +137,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* There is no server of the Model Context Protocol. */
 .snippet:has(img[src*="/mcp-"]) { display: none; }
 /* gradio hides its address for programs on a phone. */
-footer :is(.show-api, .show-api-divider) { display: flex !important; }
+footer .show-api { display: flex !important; } footer .show-api-divider { display: none !important; }
 @media (max-width: 640px) {
   #inspect-threshold { min-height: 116px; } #inspect-verdict .verdict { min-height: 11.75rem; }
   .stack { height: 300px; } .validation .stack { height: 150px; }

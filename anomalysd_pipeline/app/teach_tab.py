@@ -19,7 +19,12 @@ HELP = (
 )
 COARSE_HELP = "The part in one line each, such as: A perfect hex nut."
 FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp edges and a clean thread."
+DEPTH_HELP = "For gray of 16 bits alone: cameras use 10, 12 or 14 of them, and few files tell."
 RATE_HELP = "Good parts that may be called defective. Fewer of them, and fainter defects are missed."
+LENGTH_HELP = (
+    "Quick is enough for a verdict: with this model the score rests on the prototypes above all. Fine-tuning brings the "
+    "repainted pictures closer to the part, changes the score little, and lets you publish the adaptation."
+)
 KEEP = (
     "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
     "without use: download the part to keep it. The file holds your good pictures too. It can be loaded here, and "
@@ -58,18 +63,30 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             )
             under(desk, pictures, "pictures", pictures_of)
             faults.beside("pictures", pictures)
-            with gr.Accordion("Describe it (optional)", open=False):
+            with gr.Accordion("Describe it (optional)", open=False, elem_id="teach-more"):
                 coarse = gr.Textbox(
                     "", label="In short", info=COARSE_HELP, lines=2, max_lines=4, elem_id="teach-coarse"
                 )
                 faults.beside("coarse", coarse)
                 fine = gr.Textbox("", label="In detail", info=FINE_HELP, lines=3, max_lines=6, elem_id="teach-fine")
                 faults.beside("fine", fine)
+                depth = gr.Dropdown(
+                    [("What the pictures tell", 0), *((f"{bits} bits", bits) for bits in range(8, 17))],
+                    value=0,
+                    label="Bits of 16-bit gray",
+                    info=DEPTH_HELP,
+                    elem_id="teach-depth",
+                )
+                faults.beside("bit_depth", depth)
             rate = gr.Radio(
                 list(RATES.items()), value=0.05, label="False alarms", info=RATE_HELP, elem_id="teach-rate"
             )
             length = gr.Radio(
-                offered(desk, first, USUAL), value="standard", label="How long to teach", elem_id="teach-length"
+                offered(desk, first, USUAL),
+                value="quick",
+                label="How long to teach",
+                info=LENGTH_HELP if desk.models.is_embedded else None,
+                elem_id="teach-length",
             )
             with gr.Row():
                 run = gr.Button("Teach this part", variant="primary", elem_id="teach-run")
@@ -100,7 +117,7 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
     faults.beside("adaptation", upload)
 
     @sentences
-    def give_lesson(key, name, pictures, coarse, fine, length, rate, request: gr.Request):
+    def give_lesson(key, name, pictures, coarse, fine, length, rate, depth, request: gr.Request):
         from .lessons import Canceled
 
         visit = desk.visit(key, request)
@@ -116,7 +133,7 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         }
         drawn, plotted, state = None, {}, None
         try:
-            lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, rate)
+            lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, rate, depth)
             for state in taught_in_steps(desk, visit, lesson):
                 news = {progress: views.progress(state)}
                 for stage, values in state.losses.items():
@@ -154,11 +171,12 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
     def busy(on: bool) -> dict:
         return {run: gr.Button(interactive=not on), cancel: gr.Button(interactive=on)}
 
+    inputs = [name, pictures, coarse, fine, length, rate, depth]
     news = [key_state, result, taught, inspect, *parts, *inspecting.results, *faults.outputs]
     run.click(None, None, None, js=TO_LESSON_JS)  # first: the next has to wait for the server
     run.click(
         give_lesson,
-        [key_state, name, pictures, coarse, fine, length, rate],
+        [key_state, *inputs],
         [*news, progress, *losses.values(), validation, run, cancel, download],
         api_visibility="private",
         preprocess=False,
@@ -212,5 +230,5 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         concurrency_limit=8,
         concurrency_id="teach",
     )
-    hub_box(desk, key_state)
-    add_api(desk, key_state, [name, pictures, coarse, fine, length, rate])
+    hub_box(desk, key_state, result)
+    add_api(desk, key_state, inputs)

@@ -44,6 +44,13 @@ def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
     )
 
 
+def depth_note(bit_depth: int | None) -> str:
+    """Tells at how many bits 16-bit gray was read where a largest value may mislead; "" elsewhere."""
+    if bit_depth is None or bit_depth in (8, 16):
+        return ""
+    return f" Its 16-bit gray was read as {bit_depth} bits; if the camera has others, teach it again with its depth."
+
+
 def verdict_at(score: float, threshold: float, note: str = "") -> str:
     """Shows the verdict that a score has at a threshold."""
     from .report import verdict_words

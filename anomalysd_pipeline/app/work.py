@@ -112,6 +112,15 @@ def check_part(part: object, session: Session) -> str | None:
         raise ValueError(str(error).replace("`category`", "`part`")) from error
 
 
+def known_depth(session: Session, part: object) -> int | None:
+    """Returns the bits in use in the 16-bit gray of a part that was taught; None where it is not known.
+
+    Raises:
+        ValueError: as `check_part`.
+    """
+    return session.pipe.config.categories.get(check_part(part, session), {}).get("bit_depth")
+
+
 def inspect_one(
     session: Session, turns: Turns, part: str | None, picture: Image.Image, file: str = "picture", preset: str = "fast"
 ) -> Inspected:
@@ -254,7 +263,7 @@ def batch(
         ValueError: for a bad name or preset, or a session that has ended.
     """
     check_preset(preset)
-    check_part(part, session)
+    depth = known_depth(session, part)
     cancel = threading.Event()
     with _guard:
         _batches[session] = cancel
@@ -267,7 +276,7 @@ def batch(
                 yield BatchItem(*place, error=upload.error)
                 continue
             try:
-                picture = upload.load()
+                picture = upload.load(depth)
             except ValueError as error:
                 yield BatchItem(*place, error=str(error))
                 continue
