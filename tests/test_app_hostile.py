@@ -195,6 +195,11 @@ class TestValues:
         for depth in (7, 17, -1, 1.5, "12", None, [12], 10**9):
             assert "`bit_depth`" in stranger.refusal("teach", "nut", given, "", "", "quick", 0.05, depth), str(depth)
 
+    def test_of_a_region(self, stranger):
+        for region in ("/etc/passwd", {"a": 1}, 5, [[0, 0]], [[0, 0], [2, 1]], [[0, 0]] * 5000, [[None, 0], [1, 1]]):
+            assert "`region`" in stranger.refusal("set_region", "nut", region), str(region)[:20]
+        assert "`part`" in stranger.refusal("set_region", "nut", [[0, 0], [1, 1]])
+
     def test_of_how_many_pictures(self, stranger):
         file = stranger.upload("a.png", encoded())
         for count in (0, 9):

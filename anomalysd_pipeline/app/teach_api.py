@@ -11,6 +11,7 @@ from ..app import views
 from .desk import Desk, Visit, sentences, shown
 from .fields import about
 from .inspect_tab import ANY_PART
+from .part_download import written
 
 SHOW_SECONDS = 0.4  # between two drawings of the progress
 
@@ -51,8 +52,8 @@ def taught_in_steps(desk: Desk, visit: Visit, lesson):
         yield state
 
 
-def left_of(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str]:
-    """Sums a lesson up in a message, and writes what was learned into a file; returns the message and its path."""
+def summed_up(visit: Visit, lesson, facts: dict) -> str:
+    """Sums a lesson up in a message."""
     count, copies = facts["pictures"], len(lesson.pictures) - facts["pictures"]
     message = (
         f"Learned from {count} picture{'s' if count > 1 else ''} in {facts['seconds']:.0f} s; the threshold is "
@@ -65,17 +66,9 @@ def left_of(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str]:
         message += " With a single picture the threshold is a guess; two or more make it a measurement."
     else:
         message += f" About {100 * facts['false_alarm_rate']:g} in 100 good parts are expected above it."
-    message += views.depth_note(facts["bit_depth"])
-    return message, _part_file(desk, visit, lesson.name)
-
-
-def _part_file(desk: Desk, visit: Visit, part: str) -> str:
-    from .downloads import part_file
-    from .uploads import safe_name
-
-    path = desk.new_folder(visit) / f"{safe_name(part)}.safetensors"
-    with desk.turns.turn():
-        return str(part_file(visit.session.pipe, part, path))
+    if visit.session.pipe.config.categories[lesson.name].get("region"):
+        message += " Its region of interest is the one that you have set before."
+    return message + views.depth_note(facts["bit_depth"])
 
 
 def loaded(desk: Desk, visit: Visit, file) -> list[str]:
@@ -140,7 +133,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
                 yield visit.key, {**told, "loss": losses[-1] if losses else None}, None
         except Canceled:
             raise shown(ValueError("The teaching was canceled; nothing was changed.")) from None
-        _, adaptation = left_of(desk, visit, lesson, state.facts)
+        adaptation = written(desk, visit, lesson.name)
         told = {"stage": "done", "share": 1.0, "part": lesson.name, "parts": sorted(visit.session.parts)}
         yield visit.key, {**told, **state.facts}, adaptation
 

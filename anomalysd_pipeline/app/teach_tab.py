@@ -9,8 +9,9 @@ from .desk import Desk, sentences
 from .fields import Faults
 from .hub_box import hub_box
 from .inspect_tab import InspectTab, cleared
+from .part_download import renewed
 from .style import TO_LESSON_JS
-from .teach_api import add_api, choices, left_of, lesson_of, loaded, offered, taught_in_steps
+from .teach_api import add_api, choices, lesson_of, loaded, offered, summed_up, taught_in_steps
 from .thumbnails import pictures_of, under
 
 HELP = (
@@ -22,8 +23,8 @@ FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp 
 DEPTH_HELP = "For gray of 16 bits alone: cameras use 10, 12 or 14 of them, and few files tell."
 RATE_HELP = "Good parts that may be called defective. Fewer of them, and fainter defects are missed."
 LENGTH_HELP = (
-    "Quick is enough for a verdict: with this model the score rests on the prototypes above all. Fine-tuning brings the "
-    "repainted pictures closer to the part, changes the score little, and lets you publish the adaptation."
+    "Quick is enough for a verdict: with this model the score rests on the prototypes above all. Fine-tuning brings "
+    "the repainted pictures closer to the part, changes the score little, and lets you publish the adaptation."
 )
 KEEP = (
     "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
@@ -110,7 +111,7 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             validation = gr.HTML(views.validation(), elem_id="teach-validation")
     gr.Markdown(KEEP, elem_classes="help")
     with gr.Row():
-        download = gr.DownloadButton("Download this part", interactive=False, elem_id="teach-download")
+        download = inspecting.download.render()
         upload = gr.UploadButton(
             "Load a part", type="filepath", file_types=[".safetensors", ".zip"], elem_id="teach-upload"
         )
@@ -152,11 +153,10 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             yield {result: views.verdict("Not taught.", None), progress: views.progress(), **busy(False)}
             yield faults.said(error)
             return
-        message, file = left_of(desk, visit, lesson, state.facts)
+        message = summed_up(visit, lesson, state.facts)
         yield {
             result: views.verdict(f"“{lesson.name}” is ready to be inspected.", False, message),
             progress: views.progress(state),
-            download: gr.DownloadButton(value=file, interactive=True),
             **arrived(visit, lesson.name),
             **busy(False),
         }
@@ -166,18 +166,19 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         visit.session.shown = None
         chosen = {one: gr.Dropdown(choices=choices(visit), value=part) for one in parts}
         results = dict(zip(inspecting.results, cleared(f"“{part}” is chosen; give a picture of one."), strict=True))
-        return {**chosen, **results, taught: part, inspect: gr.Button(interactive=True)}
+        file = renewed(desk, visit, part)
+        return {**chosen, **results, taught: part, inspect: gr.Button(interactive=True), download: file}
 
     def busy(on: bool) -> dict:
         return {run: gr.Button(interactive=not on), cancel: gr.Button(interactive=on)}
 
     inputs = [name, pictures, coarse, fine, length, rate, depth]
-    news = [key_state, result, taught, inspect, *parts, *inspecting.results, *faults.outputs]
+    news = [key_state, result, taught, inspect, download, *parts, *inspecting.results, *faults.outputs]
     run.click(None, None, None, js=TO_LESSON_JS)  # first: the next has to wait for the server
     run.click(
         give_lesson,
         [key_state, *inputs],
-        [*news, progress, *losses.values(), validation, run, cancel, download],
+        [*news, progress, *losses.values(), validation, run, cancel],
         api_visibility="private",
         preprocess=False,
         concurrency_limit=8,

@@ -174,7 +174,8 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
 def validation(picture: Image.Image | None = None) -> str:
     """Shows the latest validation picture."""
     if picture is None:
-        shown = "<div class='stack empty'><p>A good part with its middle repainted will appear here.</p></div>"
+        told = "While fine-tuning, a good part with its middle repainted appears here."
+        shown = f"<div class='stack empty'><p>{told}</p></div>"
     else:
         alt = "A good part, and beside it the same with its middle repainted"
         shown = f"<div class='stack'><img src='{data_uri(picture)}' alt='{alt}'></div>"
