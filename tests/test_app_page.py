@@ -285,6 +285,7 @@ class TestRegion:
         before = taught.session.pipe.config.categories["nut"]
         for wrong in ("x.png", [[0, 0]], [[0, 0], [2, 1]], [[0, 0], [float("nan"), 1]], [[0, 0], "ab"], [[0, 0], [1]]):
             assert "The region must" in taught.call("set_to", "nut", wrong)["region-whole-fault"], wrong
+        assert "no corners yet" in taught.call("set_inside", "nut", [])["region-whole-fault"]
         assert "too small" in taught.call("set_to", "nut", [[0.5, 0.5], [0.51, 0.9]])["region-whole-fault"]
         assert "teach it first" in taught.call("set_to", "Any part", self.LEFT)["inspect-part-fault"]
         assert taught.session.pipe.config.categories["nut"] == before

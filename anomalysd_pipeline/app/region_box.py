@@ -92,9 +92,14 @@ def build(
             **faults.none(),
         }
 
-    for button, values in ((apply, CORNERS_JS), (whole, NO_CORNERS_JS)):
+    def set_inside(key_value, part_name, corners, request: gr.Request):
+        if not corners:
+            return faults.said(ValueError("`region` has no corners yet; click at least two on the picture."))
+        return set_to(key_value, part_name, corners, request)
+
+    for button, function, values in ((apply, set_inside, CORNERS_JS), (whole, set_to, NO_CORNERS_JS)):
         button.click(
-            sentences(set_to),
+            sentences(function),
             [key, part, picture],
             [key, *results, picture, download, *faults.outputs],
             js=values,
