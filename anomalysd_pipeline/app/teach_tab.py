@@ -16,7 +16,8 @@ from .thumbnails import pictures_of, under
 
 HELP = (
     "Give 1 to 8 pictures of **good** parts, taken like those you will inspect. Four are enough for a threshold you "
-    "can rely on; more variety among them means fewer false alarms."
+    "can rely on; more variety among them means fewer false alarms. Where only a region of the picture matters, "
+    "draw it in Inspect afterwards."
 )
 COARSE_HELP = "The part in one line each, such as: A perfect hex nut."
 FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp edges and a clean thread."
