@@ -178,7 +178,7 @@ class Visitor:
         self.tab("Teach")
         self.page.locator("#teach-name input, #teach-name textarea").fill(name)
         self.give("teach-pictures", *pictures)
-        self.page.locator("#teach-length").get_by_text(length).click()
+        self.page.locator("#teach-length").get_by_text(f"{length}:").click()
         self.page.locator("#teach-run").click()
 
     def inspect(self, picture, part: str | None = None) -> str:

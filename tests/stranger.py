@@ -82,7 +82,7 @@ class Stranger:
     def teach(self, name="nut") -> dict:
         """A part taught from two pictures."""
         given = [self.upload(f"{i}.png", encoded(picture(seed=i))) for i in range(2)]
-        return self.call("teach", name, given, "", "", "quick", 0.05)[0]
+        return self.call("teach", name, given, "", "", "quick", 0.05, 0)[0]
 
 
 def joined(visitor, function: int, data: list, page: str = "guessed", event_data: dict | None = None):

@@ -117,11 +117,11 @@ def inspect(client, part, path, preset="fast"):
 class TestFunctions:
     def test_their_names_and_types(self, asker):
         functions = asker.view_api(return_format="dict")["named_endpoints"]
-        assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation", "/accept"}
+        assert set(functions) == {"/inspect", "/teach", "/batch", "/load_adaptation", "/accept", "/set_region"}
         names = {name: [p["parameter_name"] for p in of["parameters"]] for name, of in functions.items()}
         assert names["/inspect"] == ["picture", "part", "preset"] and names["/batch"] == ["files", "part", "preset"]
-        assert names["/accept"] == ["picture", "part"]
-        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate"]
+        assert names["/accept"] == ["picture", "part"] and names["/set_region"] == ["part", "region"]
+        assert names["/teach"] == ["name", "pictures", "coarse", "fine", "length", "false_alarm_rate", "bit_depth"]
         assert functions["/inspect"]["description"].startswith("Inspects one picture.")
 
     def test_every_argument_is_described_in_our_words(self, page):
@@ -132,6 +132,7 @@ class TestFunctions:
         by_name = {p["parameter_name"]: p for p in page.get_api_info()["named_endpoints"]["/teach"]["parameters"]}
         assert by_name["false_alarm_rate"]["python_type"]["type"] == "float"
         assert by_name["false_alarm_rate"]["parameter_default"] == 0.05
+        assert by_name["bit_depth"]["python_type"]["type"] == "int" and by_name["bit_depth"]["parameter_default"] == 0
 
     def test_inspect_a_part_that_was_not_taught(self, asker, pictures):
         result, files = inspect(asker, "Any part", pictures / "defective.png")
@@ -153,6 +154,16 @@ class TestFunctions:
         assert result["threshold"] == found["threshold"]
         with pytest.raises(Exception, match="`part` must be one that you have taught, got 'washer'"):
             client.predict(sent(pictures / "normal_1.png"), "washer", api_name="/accept")
+
+    def test_only_a_region_of_a_part_counts(self, client, pictures):
+        *_, (told, _) = teach(client, pictures)
+        found = client.predict("ring", [[0, 0], [0.5, 1]], api_name="/set_region")
+        assert found["pictures"] == 2 and not found["is_guess"] and found["threshold"] != told["threshold"]
+        _, files = inspect(client, "ring", pictures / "defective.png")
+        assert not np.load(files[1])[:, 41:].any()
+        assert client.predict("ring", [], api_name="/set_region")["threshold"] == pytest.approx(told["threshold"])
+        with pytest.raises(Exception, match="`region` must have corners"):
+            client.predict("ring", [[0, 0], [5, 1]], api_name="/set_region")
 
     def test_teach_then_inspect_and_inspect_a_batch(self, client, pictures):
         *_, (told, adaptation) = teach(client, pictures)
@@ -342,6 +353,7 @@ class TestPage:
         expected = {
             "inspect": "picture part run verdict gauge heatmap threshold keep good opacity compare masks downloads "
             "examples",
+            "region": "picture apply again whole",
             "teach": "name pictures coarse fine length run cancel progress loss-denoiser loss-decoder validation "
             "result inspect pictures-thumbnails rate download upload",
             "batch": "files files-thumbnails part run cancel progress table gallery downloads",

@@ -159,13 +159,13 @@ class TestTexts:
     def test_of_a_parts_name(self, stranger):
         given = [stranger.upload("a.png", encoded())]
         for name in ("../x", "a/b", "", " ", "x" * 100_000, "\x00", 7, None, ["nut"], {}):
-            assert "`name`" in stranger.refusal("teach", name, given, "", "", "quick", 0.05), str(name)[:20]
+            assert "`name`" in stranger.refusal("teach", name, given, "", "", "quick", 0.05, 0), str(name)[:20]
 
     def test_of_a_description(self, stranger):
         given = [stranger.upload("a.png", encoded())]
         for text in ("x" * 301, "\n".join("x" * 9), "x" * 1_000_000, 5, ["x"]):
-            assert "`coarse`" in stranger.refusal("teach", "nut", given, text, "", "quick", 0.05), str(text)[:20]
-            assert "`fine`" in stranger.refusal("teach", "nut", given, "", text, "quick", 0.05), str(text)[:20]
+            assert "`coarse`" in stranger.refusal("teach", "nut", given, text, "", "quick", 0.05, 0), str(text)[:20]
+            assert "`fine`" in stranger.refusal("teach", "nut", given, "", text, "quick", 0.05, 0), str(text)[:20]
 
 
 class TestValues:
@@ -183,17 +183,27 @@ class TestValues:
     def test_of_a_length(self, stranger):
         given = [stranger.upload("a.png", encoded())]
         for length in ("forever", None, 10**9, -1, ["quick"]):
-            assert "`length`" in stranger.refusal("teach", "nut", given, "", "", length, 0.05), length
+            assert "`length`" in stranger.refusal("teach", "nut", given, "", "", length, 0.05, 0), length
 
     def test_of_a_rate(self, stranger):
         given = [stranger.upload("a.png", encoded())]
         for rate in (0, 0.5, -1, "much", None, [0.05], 1e400):
-            assert "`false_alarm_rate`" in stranger.refusal("teach", "nut", given, "", "", "quick", rate), str(rate)
+            assert "`false_alarm_rate`" in stranger.refusal("teach", "nut", given, "", "", "quick", rate, 0), str(rate)
+
+    def test_of_a_depth(self, stranger):
+        given = [stranger.upload("a.png", encoded())]
+        for depth in (7, 17, -1, 1.5, "12", None, [12], 10**9):
+            assert "`bit_depth`" in stranger.refusal("teach", "nut", given, "", "", "quick", 0.05, depth), str(depth)
+
+    def test_of_a_region(self, stranger):
+        for region in ("/etc/passwd", {"a": 1}, 5, [[0, 0]], [[0, 0], [2, 1]], [[0, 0]] * 5000, [[None, 0], [1, 1]]):
+            assert "`region`" in stranger.refusal("set_region", "nut", region), str(region)[:20]
+        assert "`part`" in stranger.refusal("set_region", "nut", [[0, 0], [1, 1]])
 
     def test_of_how_many_pictures(self, stranger):
         file = stranger.upload("a.png", encoded())
         for count in (0, 9):
-            assert "`pictures`" in stranger.refusal("teach", "nut", [file] * count, "", "", "quick", 0.05), count
+            assert "`pictures`" in stranger.refusal("teach", "nut", [file] * count, "", "", "quick", 0.05, 0), count
 
     @pytest.mark.canary
     @pytest.mark.timeout(180)  # starts the app

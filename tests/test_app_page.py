@@ -19,7 +19,7 @@ from anomalysd_pipeline.app import work
 from anomalysd_pipeline.app.heat import HeatView, Shown
 from anomalysd_pipeline.app.inspect_tab import CHANGED, EMPTY
 from anomalysd_pipeline.app.limits import Limits
-from anomalysd_pipeline.app.model import Models
+from anomalysd_pipeline.app.model import Models, own_pipeline
 from anomalysd_pipeline.app.pace import PROPORTIONS, Pace, Plan, pace_of
 from anomalysd_pipeline.app.space import links
 from anomalysd_pipeline.app.thumbnails import MOST, pictures_of, strip
@@ -84,8 +84,8 @@ def browser(page):
     return Browser(page)
 
 
-def teach(browser, given, name="nut", coarse=""):
-    return browser.call("give_lesson", name, given, coarse, "", "quick", 0.05)
+def teach(browser, given, name="nut", coarse="", depth=0):
+    return browser.call("give_lesson", name, given, coarse, "", "quick", 0.05, depth)
 
 
 @pytest.fixture
@@ -204,8 +204,136 @@ class TestFaults:
 
     def test_those_of_no_field_are_raised(self, taught):
         picture = taught.upload(pictures("nut")[0])
-        with work._only_lesson(taught.session, None), pytest.raises(gr.Error, match="being taught in this session"):
+        with work.only_lesson(taught.session, None), pytest.raises(gr.Error, match="being taught in this session"):
             teach(taught, [picture])
+
+
+class TestPublishing:
+    def test_what_is_wrong_is_said_at_its_field(self, taught, monkeypatch):
+        def publish(repo="ann/nut", part="nut"):
+            told = taught.call("locally", repo, part, True, True)
+            return {name[6:-6]: text for name, text in told.items() if str(name).endswith("-fault") and text}
+
+        taught.request.client = SimpleNamespace(host="127.0.0.1")
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        assert "There is no sign-in" in publish()["push"]
+        monkeypatch.setenv("HF_TOKEN", "hf_none")
+        assert publish().keys() == {"push-part"} and "teach it with Standard" in publish()["push-part"]
+        assert "Name the repository" in publish(" ")["repo"]
+        with monkeypatch.context() as patch:
+            patch.setattr(taught.session.parts["nut"], "taught", True)
+            known = taught.session.pipe.knowledge
+            known.store("nut", adaptation="nut")
+            known.add_adaptation("nut", {"settings": {}}, {})
+            taught.session.pipe.knowledge = known
+            assert "must be &#x27;user/name&#x27;" in publish("nut")["repo"]
+
+
+class TestRegion:
+    LEFT = [[0.0, 0.0], [0.5, 1.0]]  # two opposite corners
+
+    @staticmethod
+    def alone(page, *region):
+        pipe = own_pipeline(page.desk.models.base())
+        pipe.add_category("nut", pictures("nut"))
+        for one in region:
+            pipe.set_region("nut", one)
+        return pipe, pipe.calibrate("nut", pictures("nut")).threshold
+
+    def test_only_what_lies_inside_counts(self, taught):
+        picture = taught.upload(pictures("ring")[0])
+        taught.call("show", "nut", picture, "fast")
+        drawn = taught.call("look", "nut")["region-picture"]
+        assert drawn["picture"].startswith("data:image") and drawn["corners"] == []
+        told = taught.call("set_to", "nut", self.LEFT)
+        assert "Only the region counts now" in told["inspect-verdict"] and "<img" not in told["inspect-heatmap"]
+        assert told["region-picture"]["picture"] != drawn["picture"]  # darkened outside
+        pipe, threshold = self.alone(taught.page, [(0, 0), (0.5, 0), (0.5, 1), (0, 1)])
+        assert taught.session.pipe.config.categories["nut"]["calibration"]["threshold"] == pytest.approx(threshold)
+        told = taught.call("show", "nut", picture, "fast")
+        assert "outside of the region" in told["inspect-heatmap"]
+        out = pipe(pictures("ring")[0], category="nut")
+        assert taught.session.shown.score == pytest.approx(float(out.pred_scores[0]))
+        (_, npy, *_) = told["inspect-downloads"]
+        found = np.load(npy)
+        assert not found[:, 33:].any() and found[:, :32].any()
+
+    def test_it_travels_with_the_part_and_can_be_removed_there(self, taught):
+        told = taught.call("set_to", "nut", [[0.1, 0.1], [0.9, 0.2], [0.5, 0.9]])
+        kept = taught.session.pipe.config.categories["nut"]["region"]
+        other = Browser(taught.page)
+        file = told["teach-download"].value["path"]
+        told = other.call("take_in", {"path": file, "orig_name": "nut.safetensors"})
+        assert "Loaded “nut”" in told["teach-result"]
+        assert other.session.pipe.config.categories["nut"]["region"] == kept
+        assert other.call("look", "nut")["region-picture"]["picture"]  # of the pictures in the file
+        assert not other.session.parts["nut"].pictures
+        told = other.call("set_to", "nut", [])
+        assert "whole picture counts" in told["inspect-verdict"]
+        record = other.session.pipe.config.categories["nut"]
+        assert "region" not in record and record["calibration"]["threshold"] == pytest.approx(
+            self.alone(other.page)[1], rel=0.05
+        )
+
+    def test_taught_again_it_keeps_its_region_and_says_so(self, taught):
+        taught.call("set_to", "nut", self.LEFT)
+        told = teach(taught, [taught.upload(image) for image in pictures("nut")])
+        assert "region of interest" in told["teach-result"]
+        assert taught.session.pipe.config.categories["nut"]["region"]
+
+    def test_what_is_wrong_is_said_in_the_box_and_changes_nothing(self, taught):
+        before = taught.session.pipe.config.categories["nut"]
+        for wrong in ("x.png", [[0, 0]], [[0, 0], [2, 1]], [[0, 0], [float("nan"), 1]], [[0, 0], "ab"], [[0, 0], [1]]):
+            assert "The region must" in taught.call("set_to", "nut", wrong)["region-whole-fault"], wrong
+        assert "no corners yet" in taught.call("set_inside", "nut", [])["region-whole-fault"]
+        assert "too small" in taught.call("set_to", "nut", [[0.5, 0.5], [0.51, 0.9]])["region-whole-fault"]
+        assert "teach it first" in taught.call("set_to", "Any part", self.LEFT)["inspect-part-fault"]
+        assert taught.session.pipe.config.categories["nut"] == before
+        assert "Teach a part" in taught.call("look", "Any part")["region-picture"]["text"]
+
+    def test_a_threshold_that_is_kept_is_in_the_part_s_file(self, taught):
+        told = taught.call("hold", "nut", taught.upload(pictures("nut")[0]), "fast", 7.5)
+        other = Browser(taught.page)
+        other.call("take_in", {"path": told["teach-download"].value["path"], "orig_name": "nut.safetensors"})
+        assert other.session.pipe.config.categories["nut"]["calibration"]["threshold"] == 7.5
+
+
+class TestDepth:
+    """Gray of 12 bits in files of 16: one depth for a part."""
+
+    @pytest.fixture
+    def deep(self):
+        return [np.asarray(image.convert("L")).astype(np.uint16) * 16 for image in pictures("nut")]
+
+    def test_is_one_for_a_part_and_what_is_inspected_as_it(self, browser, deep):
+        deep[0] = deep[0] // 4  # alone it would be taken for 10 bits
+        told = teach(browser, [browser.upload(Image.fromarray(one)) for one in deep])
+        assert "16-bit gray was read as 12 bits" in told["teach-result"]
+        pipe = browser.session.pipe
+        assert pipe.config.categories["nut"]["bit_depth"] == 12
+        alone = quick_pipeline()
+        alone.add_category("nut", deep)
+        assert pipe.config.categories["nut"]["digests"] == alone.config.categories["nut"]["digests"]
+
+        dark = browser.upload(Image.fromarray(deep[1] // 16))
+        wanted = float(pipe(deep[1] // 16, category="nut").pred_scores[0])
+        browser.call("show", "nut", dark, "fast")
+        assert browser.session.shown.score == pytest.approx(wanted)
+        told = browser.call("inspect_all", [dark], "nut", "fast")
+        assert told["batch-table"][0][3] == pytest.approx(wanted, abs=1e-4)
+
+    def test_values_beyond_it_are_refused(self, browser, deep):
+        teach(browser, [browser.upload(Image.fromarray(one)) for one in deep])
+        told = browser.call("show", "nut", browser.upload(Image.fromarray(deep[0] * 8)), "fast")
+        assert "12 bits end at 4095" in told["inspect-picture-fault"]
+
+    def test_it_can_be_given(self, browser, deep):
+        told = teach(browser, [browser.upload(Image.fromarray(one)) for one in deep], depth=16)
+        assert "16-bit gray" not in told["teach-result"]
+        assert browser.session.pipe.config.categories["nut"]["bit_depth"] == 16
+        for wrong in (7, 17, "12", 12.0, None, True):
+            told = teach(browser, [browser.upload(Image.fromarray(deep[0]))], depth=wrong)
+            assert "from 8 to 16" in told["teach-depth-fault"], wrong
 
 
 class TestTimes:

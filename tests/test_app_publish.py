@@ -34,7 +34,7 @@ def visit(desk):
 
 
 def test_what_was_taught_arrives(desk, visit, hub):
-    _, said = _publish(desk, visit, "user/nut", "", True, hub.token)
+    said = _publish(desk, visit, "user/nut", "", True, hub.token)
     assert "Published" in said and f"{hub.url}/user/nut" in said
     arrived = hub.repositories["user/nut"]
     assert arrived.private and {"README.md", "adaptation.json"} <= set(arrived.branches["main"])
@@ -50,6 +50,6 @@ def test_a_wrong_token_is_a_sentence_without_it(desk, visit, hub):
 
 
 def test_without_an_adaptation_there_is_nothing_to_publish(desk, hub):
-    with pytest.raises(ValueError, match="teach a part"):
+    with pytest.raises(ValueError, match="teach it with Standard or Thorough"):
         _publish(desk, desk.visit(None, None), "user/nut", "", True, hub.token)
     assert hub.requests == []

@@ -107,3 +107,28 @@ def test_a_canceled_fine_tuning(visitor, pictures):
     visitor.text_of("#teach-result", "Canceled")
     assert visitor.parts() == ["Any part"]
     assert "No verdict" in visitor.inspect(paths["test_good_0"])
+
+
+def test_a_region_that_is_drawn_counts_alone_until_it_is_removed(visitor, pictures, tmp_path):
+    paths, _ = pictures
+    visitor.teach("half", [paths["good_0"], paths["good_1"]])
+    visitor.text_of("#teach-result", "“half” is ready")
+    visitor.inspect(paths["defective_0"], "half")
+    page = visitor.page
+    page.locator("#region button").first.click()
+    drawn = page.locator("#region-picture img")
+    drawn.wait_for()
+    page.locator("#region-apply").click()
+    visitor.text_of("#region-whole-fault", "no corners yet")
+    for share in (0.02, 0.48):
+        box = drawn.bounding_box()
+        drawn.click(position={"x": share * box["width"], "y": 2 * share * box["height"]})
+    assert page.locator("#region-picture i").count() == 2
+    page.locator("#region-apply").click()
+    visitor.text_of("#inspect-verdict", "Only the region counts now")
+    visitor.inspect(paths["defective_0"], "half")
+    assert "outside of the region" in visitor.text_of("#inspect-heatmap")
+    found = np.load(visitor.download("inspect-downloads", ".npy", tmp_path))
+    assert found[:, :120].any() and not found[:, 130:].any()
+    page.locator("#region-whole").click()
+    visitor.text_of("#inspect-verdict", "The whole picture counts now")

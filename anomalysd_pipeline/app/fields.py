@@ -13,6 +13,7 @@ from .uploads import Missing
 
 LABELS = {
     "adaptation": "The file",
+    "bit_depth": "“Bits of 16-bit gray”",
     "coarse": "“In short”",
     "files": "The files",
     "fine": "“In detail”",
@@ -22,6 +23,8 @@ LABELS = {
     "picture": "The picture",
     "pictures": "The pictures",
     "preset": "The thoroughness",
+    "publication": "The adaptation",
+    "region": "The region",
     "repository": "The repository",
     "false_alarm_rate": "The rate of false alarms",
 }
@@ -93,6 +96,10 @@ class Faults:
         self._places[field] = place = gr.HTML("", elem_classes="fault-place", elem_id=f"{component.elem_id}-fault")
         if hasattr(component, "change"):
             component.change(None, None, place, js="() => ''")
+
+    def place(self, field: str) -> gr.HTML:
+        """Returns the place for errors of a field."""
+        return self._places[field]
 
     def none(self) -> dict:
         """Empties all places."""

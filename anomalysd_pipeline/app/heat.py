@@ -17,11 +17,19 @@ class HeatView:
     Args:
         image: RGB, W x H.
         anomaly_map: float [H, W], 0 or more.
+        region: region of interest, see `data.region`, outside of which the picture is darkened; None: all of it.
     """
 
-    def __init__(self, image: Image.Image, anomaly_map: np.ndarray):
+    def __init__(self, image: Image.Image, anomaly_map: np.ndarray, region: str | None = None):
         small = views.shrunk(image)
         values = np.asarray(anomaly_map, dtype=np.float32)
+        self._words = ""
+        if region is not None:
+            from ..data.region import unpack_region
+            from .figures import lit
+
+            small = lit(small, unpack_region(region).numpy())
+            self._words = "<p>Dark: outside of the region of interest, where nothing counts.</p>"
         self.size, self._picture = small.size, views.data_uri(small)
         self._values = np.asarray(Image.fromarray(values).resize(small.size)).clip(0)
         # The highest value under each pixel of the page, so that a region narrower than one leaves a line.
@@ -56,7 +64,7 @@ class HeatView:
         legend = "".join(f"<span>{end}</span>" for end in ends)
         return (
             f"<figure class='heat-view'><div class='stack'>{layers}</div><figcaption><div class='colors' "
-            f"aria-hidden='true'></div><div class='labels'>{legend}</div></figcaption></figure>"
+            f"aria-hidden='true'></div><div class='labels'>{legend}</div>{self._words}</figcaption></figure>"
         )
 
 

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import gradio as gr
 
-from ..app import figures, views
+from ..app import figures, region_box, views
 from .desk import Desk, Visit, sentences
 from .fields import Faults, about
 from .heat import HeatView, Shown
+from .part_download import renewed
 from .stored import NOTE, StoredExamples
 from .style import OPACITY_JS, TO_VERDICT_JS
 
@@ -26,11 +27,13 @@ class InspectTab:
     Attributes:
         picture, part: the inputs.
         results: the outputs, in the order of `cleared`.
+        download: button for the file of the part, not rendered yet.
     """
 
     picture: gr.Image
     part: gr.Dropdown
     results: list[gr.components.Component]
+    download: gr.DownloadButton
 
 
 def cleared(text: str = CHANGED) -> tuple:
@@ -81,6 +84,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
             first = gr.Button("No part yet? Teach one first", size="sm", elem_id="inspect-teach")
             preset = gr.Radio(PRESETS, value="fast", label="Thoroughness", elem_id="inspect-preset")
             run = gr.Button("Inspect", variant="primary", elem_id="inspect-run")
+            place = gr.Column()
             if stored is not None:
                 examples = gr.Dataset(
                     label="Examples, with stored results",
@@ -131,14 +135,17 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
                 height=272,
                 elem_id="inspect-downloads",
             )
+    download = gr.DownloadButton("Download this part", interactive=False, elem_id="teach-download", render=False)
     inputs = [key, part, picture, preset]
     results = [verdict, gauge, heatmap, good, threshold, keep, compare, masks, downloads]
+    with place:
+        region_box.build(desk, key, part, results, download, faults, cleared)
 
     def everything(visit: Visit, found, inputs: tuple, note: str) -> dict:
         """Fills all results in, and remembers what can be drawn again for another threshold."""
         result = found.result
         folder = desk.new_folder(visit)
-        view = HeatView(result.image, result.anomaly_map)
+        view = HeatView(result.image, result.anomaly_map, found.region)
         shown = Shown(inputs, found.part, view, result.score, result.threshold)
         visit.session.shown = shown
         has = result.threshold is not None
@@ -164,7 +171,8 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
             found = _inspect(desk, visit, part, picture, preset)
         except ValueError as error:
             return {key: visit.key, **faults.said(error)}
-        return everything(visit, found, _inputs(picture, part, preset), note)
+        file = {download: renewed(desk, visit, found.part)} if before else {}
+        return {**everything(visit, found, _inputs(picture, part, preset), note), **file}
 
     @sentences
     def show(key, part, picture, preset, request: gr.Request):
@@ -192,7 +200,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
     run.click(None, None, None, js=TO_VERDICT_JS)  # first: the next has to wait for the server
     shared = {"api_visibility": "private", "preprocess": False, "concurrency_limit": 24, "concurrency_id": "inspect"}
     runs = [
-        button.click(function, given, [key, *results, *faults.outputs], show_progress_on=[verdict], **shared)
+        button.click(function, given, [key, *results, download, *faults.outputs], show_progress_on=[verdict], **shared)
         for button, function, given in ((run, show, inputs), (good, learn, inputs), (keep, hold, [*inputs, threshold]))
     ]
     first.click(lambda: gr.Tabs(selected="teach"), None, tabs, api_visibility="private", queue=False)
@@ -247,7 +255,7 @@ def build(desk: Desk, key: gr.State, stored: StoredExamples | None, tabs: gr.Tab
 
         examples.click(example, [key, part, preset, examples], [key, picture, *results], **at_once)
     _add_api(desk, key, picture, part, preset)
-    return InspectTab(picture, part, results)
+    return InspectTab(picture, part, results, download)
 
 
 def _add_api(desk: Desk, key: gr.State, picture: gr.Image, part: gr.Dropdown, preset: gr.Radio) -> None:
@@ -313,24 +321,26 @@ def _add_api(desk: Desk, key: gr.State, picture: gr.Image, part: gr.Dropdown, pr
 def _inspect(desk: Desk, visit: Visit, part, picture, preset):
     from .work import inspect_one
 
-    name, read = _read(desk, visit, picture)
+    name, read = _read(desk, visit, picture, part)
     return inspect_one(visit.session, desk.turns, part, read, name, preset)
 
 
 def _accept(desk: Desk, visit: Visit, part, picture) -> dict:
     from .work import accept
 
-    _, read = _read(desk, visit, picture)
+    _, read = _read(desk, visit, picture, part)
     return accept(visit.session, desk.turns, part, read)
 
 
-def _read(desk: Desk, visit: Visit, picture):
-    """Returns the visitor's name for the picture, and the picture."""
+def _read(desk: Desk, visit: Visit, picture, part):
+    """Returns the visitor's name for the picture, and the picture, read as those of the part."""
     from .uploads import read_picture
+    from .work import known_depth
 
     path, name = desk.upload_of(visit.visitor, picture, "picture")
+    depth = known_depth(visit.session, part)
     with about("picture"):
-        return name, read_picture(path, name, desk.limits)
+        return name, read_picture(path, name, desk.limits, depth)
 
 
 def _maximum(threshold: float | None) -> float | None:

@@ -12,8 +12,8 @@ from .uploads import clean_text
 
 LENGTHS = {
     "quick": "Quick: prototypes and threshold",
-    "standard": "Standard: fine-tune as well",
-    "thorough": "Thorough: fine-tune three times as long",
+    "standard": "Standard: fine-tuned as well",
+    "thorough": "Thorough: fine-tuned three times as long",
 }
 RATES = {"1 in 100": 0.01, "1 in 20": 0.05, "1 in 10": 0.1}
 """Shares of good parts that may be called defective, by their words."""
@@ -39,7 +39,7 @@ class Lesson:
     name: str
     pictures: tuple[Image.Image, ...]
     prompts: dict[str, list[str]] | None = None
-    length: str = "standard"
+    length: str = "quick"
     steps: tuple[int, int] | None = None
     false_alarm_rate: float = 0.05
 
@@ -106,6 +106,19 @@ def make_lesson(
     if levels["fine"] and not levels["coarse"]:
         levels["coarse"] = [f"A perfect {readable_name(name)}."]
     return Lesson(name, tuple(pictures), levels if levels["coarse"] else None, length, None, rate)
+
+
+def check_depth(bit_depth: object) -> int | None:
+    """Returns the bits in use in 16-bit gray that a visitor has given; None for 0, which leaves it to the pictures.
+
+    Raises:
+        ValueError: for anything but 0 and a whole number from 8 to 16.
+    """
+    if type(bit_depth) is not int or bit_depth not in (0, *range(8, 17)):
+        raise ValueError(
+            f"`bit_depth` must be 0, for what the pictures tell, or from 8 to 16, got {str(bit_depth)[:40]!r}."
+        )
+    return bit_depth or None
 
 
 def _lines(text: object, argument: str, limits: Limits) -> list[str]:

@@ -32,6 +32,9 @@ WELCOME_BACK = (
     "are not here. Those of a page that you have left wait for {minutes:.0f} minutes."
 )
 
+TYPES = {"part": ("string", "str"), "false_alarm_rate": ("number", "float"), "bit_depth": ("integer", "int")}
+"""Kinds of arguments, in JSON and in Python, for which the page offers a list."""
+
 UNUSABLE = (
     "A file or value of this call cannot be used; give files that you have uploaded, and values of the kind that the "
     "function takes."
@@ -79,8 +82,8 @@ class Page(gr.Blocks):
             _, told, _ = get_function_description(functions[name])
             for parameter in endpoint["parameters"]:
                 argument = parameter["parameter_name"]
-                kind = {"part": ("string", "str"), "false_alarm_rate": ("number", "float")}.get(argument)
-                if kind is not None:  # the page's lists are proposals
+                if argument in TYPES:  # the page's lists are proposals
+                    kind = TYPES[argument]
                     parameter |= {"type": {"type": kind[0]}, "python_type": {"type": kind[1]}}
                 words = told.get(argument, "")
                 parameter["python_type"]["description"] = words[:1].upper() + words[1:]

@@ -78,8 +78,8 @@ button[role=tab].selected { color: #0f766e !important; } .dark button[role=tab].
 .fault { margin: 0; color: var(--defect); font-size: 0.92rem; font-weight: 550; overflow-wrap: anywhere; }
 
 .thumbnail-place:not(:has(figure)) { display: none; }
-.thumbnails { display: flex; flex-wrap: wrap; gap: 0.4rem; align-items: center; }
-.thumbnails figure { margin: 0; width: 76px; } .thumbnails p { margin: 0; color: var(--quiet); }
+.thumbnails { display: flex; gap: 0.4rem; align-items: center; overflow-x: auto; padding-bottom: 0.3rem; }
+.thumbnails figure { margin: 0; flex: none; width: 76px; } .thumbnails p { margin: 0; color: var(--quiet); }
 .thumbnails :is(img, .none) { width: 76px; height: 64px; object-fit: cover; border-radius: 6px; display: grid;
   place-items: center; background: rgb(128 128 128 / 0.12); margin: 0; }
 .thumbnails figcaption { font-size: 0.7rem; color: var(--quiet); overflow: hidden; text-overflow: ellipsis;
@@ -107,6 +107,16 @@ figure.heat-view, figure.validation { margin: 0; }
 .stack.empty { display: grid; place-items: center; text-align: center; padding: 1rem; box-sizing: border-box; }
 .stack.empty p { color: var(--quiet); margin: 0; }
 .heat-view figcaption { padding-top: 0.5rem; }
+.heat-view figcaption p { margin: 0; color: var(--quiet); font-size: 0.85rem; }
+.region { min-height: 8rem; display: grid; place-items: center; border-radius: 8px;
+  background: rgb(128 128 128 / 0.12); }
+.region p { margin: 1rem; color: var(--quiet); text-align: center; }
+.region .drawn { position: relative; cursor: crosshair; line-height: 0; touch-action: manipulation; }
+.region img { max-width: 100%; max-height: 340px; min-width: 160px; margin: 0; border-radius: 6px; }
+.region svg { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
+.region polygon { fill: rgb(45 212 191 / 0.3); stroke: #0d9488; stroke-width: 3px; vector-effect: non-scaling-stroke; }
+.region i { position: absolute; width: 12px; height: 12px; margin: -6px; border-radius: 50%; background: #fff;
+  border: 3px solid #0d9488; box-sizing: border-box; pointer-events: none; }
 /* The plot takes the place that its label leaves; by itself it is as high as both. */
 .loss { display: flex; flex-direction: column; } .loss > :last-child { flex: 1; min-height: 0; height: 0 !important; }
 .validation .stack { height: 190px; }
@@ -137,7 +147,7 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* There is no server of the Model Context Protocol. */
 .snippet:has(img[src*="/mcp-"]) { display: none; }
 /* gradio hides its address for programs on a phone. */
-footer :is(.show-api, .show-api-divider) { display: flex !important; }
+footer .show-api { display: flex !important; } footer :is(.divider, .show-api-divider) { display: none !important; }
 @media (max-width: 640px) {
   #inspect-threshold { min-height: 116px; } #inspect-verdict .verdict { min-height: 11.75rem; }
   .stack { height: 300px; } .validation .stack { height: 150px; }

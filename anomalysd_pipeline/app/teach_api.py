@@ -11,6 +11,7 @@ from ..app import views
 from .desk import Desk, Visit, sentences, shown
 from .fields import about
 from .inspect_tab import ANY_PART
+from .part_download import written
 
 SHOW_SECONDS = 0.4  # between two drawings of the progress
 
@@ -20,10 +21,10 @@ def choices(visit: Visit) -> list[str]:
     return [ANY_PART, *sorted(visit.session.parts)]
 
 
-def lesson_of(desk: Desk, visit: Visit, name, pictures, coarse, fine, length, rate):
-    """Reads and checks the values that a visitor has given."""
-    from .lessons import make_lesson
-    from .uploads import kept_size, read_picture
+def lesson_of(desk: Desk, visit: Visit, name, pictures, coarse, fine, length, rate, bit_depth):
+    """Reads and checks the values that a visitor has given; all pictures are read at one depth."""
+    from .lessons import check_depth, make_lesson
+    from .uploads import common_depth, kept_size, read_picture
 
     files = desk.uploads_of(visit.visitor, pictures, "pictures")
     most = desk.limits.part_pictures
@@ -32,9 +33,10 @@ def lesson_of(desk: Desk, visit: Visit, name, pictures, coarse, fine, length, ra
     texts = (coarse, fine, length, desk.limits, rate)
     lesson = make_lesson(name, [], *texts)
     visit.session.require_part(lesson.name)
+    depth = check_depth(bit_depth) or common_depth([path for path, _ in files], desk.limits)
     side = visit.session.pipe.config.resolution
     with about("pictures"):
-        read = [kept_size(read_picture(path, shown, desk.limits), side) for path, shown in files]
+        read = [kept_size(read_picture(path, shown, desk.limits, depth), side) for path, shown in files]
     return make_lesson(name, read, *texts)
 
 
@@ -50,8 +52,8 @@ def taught_in_steps(desk: Desk, visit: Visit, lesson):
         yield state
 
 
-def left_of(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str]:
-    """Sums a lesson up in a message, and writes what was learned into a file; returns the message and its path."""
+def summed_up(visit: Visit, lesson, facts: dict) -> str:
+    """Sums a lesson up in a message."""
     count, copies = facts["pictures"], len(lesson.pictures) - facts["pictures"]
     message = (
         f"Learned from {count} picture{'s' if count > 1 else ''} in {facts['seconds']:.0f} s; the threshold is "
@@ -64,16 +66,9 @@ def left_of(desk: Desk, visit: Visit, lesson, facts: dict) -> tuple[str, str]:
         message += " With a single picture the threshold is a guess; two or more make it a measurement."
     else:
         message += f" About {100 * facts['false_alarm_rate']:g} in 100 good parts are expected above it."
-    return message, _part_file(desk, visit, lesson.name)
-
-
-def _part_file(desk: Desk, visit: Visit, part: str) -> str:
-    from .downloads import part_file
-    from .uploads import safe_name
-
-    path = desk.new_folder(visit) / f"{safe_name(part)}.safetensors"
-    with desk.turns.turn():
-        return str(part_file(visit.session.pipe, part, path))
+    if visit.session.pipe.config.categories[lesson.name].get("region"):
+        message += " Its region of interest is the one that you have set before."
+    return message + views.depth_note(facts["bit_depth"])
 
 
 def loaded(desk: Desk, visit: Visit, file) -> list[str]:
@@ -111,7 +106,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
     """Adds the functions `teach` and `load_adaptation` for programs."""
 
     @sentences
-    def teach(key, name, pictures, coarse, fine, length, false_alarm_rate, request: gr.Request):
+    def teach(key, name, pictures, coarse, fine, length, false_alarm_rate, bit_depth, request: gr.Request):
         """Teaches a part from pictures of good ones; it can then be inspected by the same client.
 
         Args:
@@ -121,6 +116,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
             fine: descriptions of a good one's details, one on a line, or "".
             length: "quick", "standard" or "thorough".
             false_alarm_rate: share of good parts that may be called defective, above 0 and below 0.5.
+            bit_depth: bits in use where pictures hold 16-bit gray, from 8 to 16; 0: what the pictures tell.
 
         Returns:
             `{"stage", "step", "steps", "share", "seconds_left", "loss"}` while it learns; at last `{"stage": "done",
@@ -129,7 +125,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
         from .lessons import Canceled
 
         visit = desk.visit(key, request)
-        lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, false_alarm_rate)
+        lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, false_alarm_rate, bit_depth)
         try:
             for state in taught_in_steps(desk, visit, lesson):
                 losses = state.losses.get(state.stage)
@@ -137,7 +133,7 @@ def add_api(desk: Desk, key_state: gr.State, inputs: list) -> None:
                 yield visit.key, {**told, "loss": losses[-1] if losses else None}, None
         except Canceled:
             raise shown(ValueError("The teaching was canceled; nothing was changed.")) from None
-        _, adaptation = left_of(desk, visit, lesson, state.facts)
+        adaptation = written(desk, visit, lesson.name)
         told = {"stage": "done", "share": 1.0, "part": lesson.name, "parts": sorted(visit.session.parts)}
         yield visit.key, {**told, **state.facts}, adaptation
 

@@ -9,17 +9,24 @@ from .desk import Desk, sentences
 from .fields import Faults
 from .hub_box import hub_box
 from .inspect_tab import InspectTab, cleared
+from .part_download import renewed
 from .style import TO_LESSON_JS
-from .teach_api import add_api, choices, left_of, lesson_of, loaded, offered, taught_in_steps
+from .teach_api import add_api, choices, lesson_of, loaded, offered, summed_up, taught_in_steps
 from .thumbnails import pictures_of, under
 
 HELP = (
     "Give 1 to 8 pictures of **good** parts, taken like those you will inspect. Four are enough for a threshold you "
-    "can rely on; more variety among them means fewer false alarms."
+    "can rely on; more variety among them means fewer false alarms. Where only a region of the picture matters, "
+    "draw it in Inspect afterwards."
 )
 COARSE_HELP = "The part in one line each, such as: A perfect hex nut."
 FINE_HELP = "How a good one looks, one line each, such as: A hex nut with sharp edges and a clean thread."
+DEPTH_HELP = "For gray of 16 bits alone: cameras use 10, 12 or 14 of them, and few files tell."
 RATE_HELP = "Good parts that may be called defective. Fewer of them, and fainter defects are missed."
+LENGTH_HELP = (
+    "Quick is enough for a verdict: with this model the score rests on the prototypes above all. Fine-tuning brings "
+    "the repainted pictures closer to the part, changes the score little, and lets you publish the adaptation."
+)
 KEEP = (
     "What you teach is yours alone. It is gone ten minutes after you close or reload this page, or after an hour "
     "without use: download the part to keep it. The file holds your good pictures too. It can be loaded here, and "
@@ -58,18 +65,30 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             )
             under(desk, pictures, "pictures", pictures_of)
             faults.beside("pictures", pictures)
-            with gr.Accordion("Describe it (optional)", open=False):
+            with gr.Accordion("Describe it (optional)", open=False, elem_id="teach-more"):
                 coarse = gr.Textbox(
                     "", label="In short", info=COARSE_HELP, lines=2, max_lines=4, elem_id="teach-coarse"
                 )
                 faults.beside("coarse", coarse)
                 fine = gr.Textbox("", label="In detail", info=FINE_HELP, lines=3, max_lines=6, elem_id="teach-fine")
                 faults.beside("fine", fine)
+                depth = gr.Dropdown(
+                    [("What the pictures tell", 0), *((f"{bits} bits", bits) for bits in range(8, 17))],
+                    value=0,
+                    label="Bits of 16-bit gray",
+                    info=DEPTH_HELP,
+                    elem_id="teach-depth",
+                )
+                faults.beside("bit_depth", depth)
             rate = gr.Radio(
                 list(RATES.items()), value=0.05, label="False alarms", info=RATE_HELP, elem_id="teach-rate"
             )
             length = gr.Radio(
-                offered(desk, first, USUAL), value="standard", label="How long to teach", elem_id="teach-length"
+                offered(desk, first, USUAL),
+                value="quick",
+                label="How long to teach",
+                info=LENGTH_HELP if desk.models.is_embedded else None,
+                elem_id="teach-length",
             )
             with gr.Row():
                 run = gr.Button("Teach this part", variant="primary", elem_id="teach-run")
@@ -93,14 +112,14 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             validation = gr.HTML(views.validation(), elem_id="teach-validation")
     gr.Markdown(KEEP, elem_classes="help")
     with gr.Row():
-        download = gr.DownloadButton("Download this part", interactive=False, elem_id="teach-download")
+        download = inspecting.download.render()
         upload = gr.UploadButton(
             "Load a part", type="filepath", file_types=[".safetensors", ".zip"], elem_id="teach-upload"
         )
     faults.beside("adaptation", upload)
 
     @sentences
-    def give_lesson(key, name, pictures, coarse, fine, length, rate, request: gr.Request):
+    def give_lesson(key, name, pictures, coarse, fine, length, rate, depth, request: gr.Request):
         from .lessons import Canceled
 
         visit = desk.visit(key, request)
@@ -116,7 +135,7 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         }
         drawn, plotted, state = None, {}, None
         try:
-            lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, rate)
+            lesson = lesson_of(desk, visit, name, pictures, coarse, fine, length, rate, depth)
             for state in taught_in_steps(desk, visit, lesson):
                 news = {progress: views.progress(state)}
                 for stage, values in state.losses.items():
@@ -135,11 +154,10 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
             yield {result: views.verdict("Not taught.", None), progress: views.progress(), **busy(False)}
             yield faults.said(error)
             return
-        message, file = left_of(desk, visit, lesson, state.facts)
+        message = summed_up(visit, lesson, state.facts)
         yield {
             result: views.verdict(f"“{lesson.name}” is ready to be inspected.", False, message),
             progress: views.progress(state),
-            download: gr.DownloadButton(value=file, interactive=True),
             **arrived(visit, lesson.name),
             **busy(False),
         }
@@ -149,17 +167,19 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         visit.session.shown = None
         chosen = {one: gr.Dropdown(choices=choices(visit), value=part) for one in parts}
         results = dict(zip(inspecting.results, cleared(f"“{part}” is chosen; give a picture of one."), strict=True))
-        return {**chosen, **results, taught: part, inspect: gr.Button(interactive=True)}
+        file = renewed(desk, visit, part)
+        return {**chosen, **results, taught: part, inspect: gr.Button(interactive=True), download: file}
 
     def busy(on: bool) -> dict:
         return {run: gr.Button(interactive=not on), cancel: gr.Button(interactive=on)}
 
-    news = [key_state, result, taught, inspect, *parts, *inspecting.results, *faults.outputs]
+    inputs = [name, pictures, coarse, fine, length, rate, depth]
+    news = [key_state, result, taught, inspect, download, *parts, *inspecting.results, *faults.outputs]
     run.click(None, None, None, js=TO_LESSON_JS)  # first: the next has to wait for the server
     run.click(
         give_lesson,
-        [key_state, name, pictures, coarse, fine, length, rate],
-        [*news, progress, *losses.values(), validation, run, cancel, download],
+        [key_state, *inputs],
+        [*news, progress, *losses.values(), validation, run, cancel],
         api_visibility="private",
         preprocess=False,
         concurrency_limit=8,
@@ -212,5 +232,5 @@ def build(desk: Desk, key_state: gr.State, inspecting: InspectTab, batch_part: g
         concurrency_limit=8,
         concurrency_id="teach",
     )
-    hub_box(desk, key_state)
-    add_api(desk, key_state, [name, pictures, coarse, fine, length, rate])
+    hub_box(desk, key_state, result)
+    add_api(desk, key_state, inputs)

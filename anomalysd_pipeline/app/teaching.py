@@ -134,6 +134,7 @@ class Teaching:
             facts = {
                 "false_alarm_rate": record["false_alarm_rate"],
                 "pictures": self.pipe.config.categories[self.lesson.name]["shots"],  # without copies
+                "bit_depth": self.pipe.config.categories[self.lesson.name].get("bit_depth"),
                 "length": self.lesson.length,
                 "threshold": record["threshold"],
                 "is_guess": not record["held_out"],

@@ -9,7 +9,7 @@ import gradio as gr
 
 from ..app import views
 from .desk import Desk, visitor_of
-from .uploads import Upload, expand, read_picture
+from .uploads import Upload, common_depth, expand, read_picture
 
 MOST = 24
 SIDE = 96
@@ -59,8 +59,9 @@ def under(desk: Desk, files: gr.File, argument: str, list_uploads: Callable) -> 
 
 
 def pictures_of(named: list[tuple[str, str]], limits) -> list[Upload]:
-    """Makes an upload of each file."""
-    return [Upload(name, partial(read_picture, path, name, limits)) for path, name in named]
+    """Makes an upload of each file, all at one depth."""
+    depth = common_depth([path for path, _ in named], limits)
+    return [Upload(name, partial(read_picture, path, name, limits, depth)) for path, name in named]
 
 
 def pictures_in(named: list[tuple[str, str]], limits) -> list[Upload]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import tempfile
@@ -36,7 +37,7 @@ class Upload:
 
     Attributes:
         shown_name: the visitor's name for it, fit to be shown; unique within a batch.
-        opener: reads the picture; None where `error` is set.
+        opener: reads the picture, at a `bit_depth`; None where `error` is set.
         error: a sentence, or None.
     """
 
@@ -44,7 +45,7 @@ class Upload:
     opener: Callable[[], Image.Image] | None
     error: str | None = None
 
-    def load(self) -> Image.Image:
+    def load(self, bit_depth: int | None = None) -> Image.Image:
         """Reads the picture, RGB; see `read_picture`.
 
         Raises:
@@ -52,7 +53,7 @@ class Upload:
         """
         if self.opener is None:
             raise ValueError(self.error)
-        return self.opener()
+        return self.opener() if bit_depth is None else self.opener(bit_depth=bit_depth)
 
 
 def kept_size(picture: Image.Image, resolution: int) -> Image.Image:
@@ -67,23 +68,55 @@ def kept_size(picture: Image.Image, resolution: int) -> Image.Image:
     return kept
 
 
-def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits: Limits | None = None) -> Image.Image:
+def read_picture(
+    path: str | os.PathLike,
+    shown_name: str | None = None,
+    limits: Limits | None = None,
+    bit_depth: int | None = None,
+) -> Image.Image:
     """Reads an uploaded picture, see `data.load_image`, and scales it down to `limits.side` pixels a side.
 
     Args:
         path: its place on the server, which no error tells.
         shown_name: the visitor's name for it; None: the file's own name.
         limits: bounds; None: the defaults.
+        bit_depth: bits in use where 16-bit gray is stored; None: as `data.load_image`.
 
     Returns:
         An RGB picture.
 
     Raises:
-        ValueError: it is missing, too large, damaged or no picture.
+        ValueError: it is missing, too large, damaged or no picture, or has values beyond its depth.
     """
     from ..data.images import flatten, open_image
 
     limits = limits or Limits()
+    name, is_large = _checked(path, shown_name, limits)
+    try:
+        with _ONE_LARGE if is_large else contextlib.nullcontext():
+            return _within(flatten(open_image(path, name), name, "white", bit_depth), limits.side)
+    except ValueError as error:
+        raise ValueError(str(error).replace(os.fspath(path), name.strip("'"))) from error
+
+
+def common_depth(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> int | None:
+    """Finds one depth for the 16-bit gray of all pictures of a part, see `data.images.common_depth`.
+
+    Pictures that cannot be read say nothing.
+    """
+    from ..data import images
+
+    readable, large = [], False
+    for path in paths:
+        with contextlib.suppress(ValueError):  # told when it is read
+            large |= _checked(path, None, limits or Limits())[1]
+            readable.append(path)
+    with _ONE_LARGE if large else contextlib.nullcontext():
+        return images.common_depth(readable)
+
+
+def _checked(path: str | os.PathLike, shown_name: str | None, limits: Limits) -> tuple[str, bool]:
+    """Checks the size of a picture by its header; returns its name for errors, and whether it is a large one."""
     name = f"'{visible_name(Path(path).name if shown_name is None else shown_name)}'"
     if not os.path.isfile(path):
         raise ValueError(f"{name} is not there anymore; upload it again.")
@@ -92,13 +125,7 @@ def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits:
     pixels = _pixels(path)
     if pixels > limits.pixels:
         raise ValueError(f"{name} has more than {limits.pixels / 1e6:.3g} megapixels; scale it down.")
-    try:
-        if pixels <= _LARGE:
-            return _within(flatten(open_image(path, name), name, "white"), limits.side)
-        with _ONE_LARGE:
-            return _within(flatten(open_image(path, name), name, "white"), limits.side)
-    except ValueError as error:
-        raise ValueError(str(error).replace(os.fspath(path), name.strip("'"))) from error
+    return name, pixels > _LARGE
 
 
 def expand(paths: Sequence[str | os.PathLike], limits: Limits | None = None) -> list[Upload]:
@@ -265,11 +292,13 @@ def _row_of(path: Path, index: int, info, limits: Limits, budget: Budget, seen: 
     return shown, partial(_open_entry, path, index, limits, budget), None
 
 
-def _open_file(path: Path, limits: Limits, shown: str) -> Image.Image:
-    return read_picture(path, shown, limits)
+def _open_file(path: Path, limits: Limits, shown: str, bit_depth: int | None = None) -> Image.Image:
+    return read_picture(path, shown, limits, bit_depth)
 
 
-def _open_entry(path: Path, index: int, limits: Limits, budget: Budget, shown: str) -> Image.Image:
+def _open_entry(
+    path: Path, index: int, limits: Limits, budget: Budget, shown: str, bit_depth: int | None = None
+) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"'{shown}' is not there anymore; upload its zip again.")
     with open_zip(path, shown, limits.zip_entries) as archive:
@@ -277,4 +306,4 @@ def _open_entry(path: Path, index: int, limits: Limits, budget: Budget, shown: s
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, "picture")
         copy.write_bytes(data)
-        return read_picture(copy, shown, limits)
+        return read_picture(copy, shown, limits, bit_depth)

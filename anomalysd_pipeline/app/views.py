@@ -44,6 +44,13 @@ def verdict(sentence: str, is_defective: bool | None, note: str = "") -> str:
     )
 
 
+def depth_note(bit_depth: int | None) -> str:
+    """Tells at how many bits 16-bit gray was read where a largest value may mislead; "" elsewhere."""
+    if bit_depth is None or bit_depth in (8, 16):
+        return ""
+    return f" Its 16-bit gray was read as {bit_depth} bits; if the camera has others, teach it again with its depth."
+
+
 def verdict_at(score: float, threshold: float, note: str = "") -> str:
     """Shows the verdict that a score has at a threshold."""
     from .report import verdict_words
@@ -167,7 +174,8 @@ def loss_curve(losses: Sequence[float]) -> pd.DataFrame:
 def validation(picture: Image.Image | None = None) -> str:
     """Shows the latest validation picture."""
     if picture is None:
-        shown = "<div class='stack empty'><p>A good part with its middle repainted will appear here.</p></div>"
+        told = "While fine-tuning, a good part with its middle repainted appears here."
+        shown = f"<div class='stack empty'><p>{told}</p></div>"
     else:
         alt = "A good part, and beside it the same with its middle repainted"
         shown = f"<div class='stack'><img src='{data_uri(picture)}' alt='{alt}'></div>"

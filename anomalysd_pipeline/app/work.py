@@ -44,6 +44,7 @@ class Inspected:
         proposed: bool [H, W], the region that the prototypes proposed to repaint; None for a part without them.
         settings: settings of the inspection.
         remedy: advice where there is no verdict, or no reliable one, or "".
+        region: the part's region of interest, see `data.region`; None: the whole picture counts.
     """
 
     part: str
@@ -52,6 +53,7 @@ class Inspected:
     proposed: np.ndarray | None
     settings: dict
     remedy: str = ""
+    region: str | None = None
 
     @property
     def sentence(self) -> str:
@@ -112,6 +114,15 @@ def check_part(part: object, session: Session) -> str | None:
         raise ValueError(str(error).replace("`category`", "`part`")) from error
 
 
+def known_depth(session: Session, part: object) -> int | None:
+    """Returns the bits in use in the 16-bit gray of a part that was taught; None where it is not known.
+
+    Raises:
+        ValueError: as `check_part`.
+    """
+    return session.pipe.config.categories.get(check_part(part, session), {}).get("bit_depth")
+
+
 def inspect_one(
     session: Session, turns: Turns, part: str | None, picture: Image.Image, file: str = "picture", preset: str = "fast"
 ) -> Inspected:
@@ -130,7 +141,7 @@ def inspect_one(
     """
     check_preset(preset)
     part = check_part(part, session)
-    with session.in_use(), _own_turn(session):
+    with session.in_use(), own_turn(session):
         pipe = session.pipe  # may wait for the base; takes nobody's turn meanwhile
         # A lent GPU serves one call alone, and computes in another process.
         compute = inspect_on_gpu if is_zero_gpu() else functools.partial(turns.compute, inspect_on_gpu)
@@ -139,7 +150,7 @@ def inspect_one(
         settings = {"preset": preset, **settings}
         record = pipe.config.categories.get(part)
     remedy = _remedy(part, record) if result.threshold is None else _doubt(record)
-    return Inspected(part or ANY_PART, file, result, proposed, settings, remedy)
+    return Inspected(part or ANY_PART, file, result, proposed, settings, remedy, (record or {}).get("region"))
 
 
 def _remedy(part: str | None, record: dict | None) -> str:
@@ -179,7 +190,7 @@ def accept(session: Session, turns: Turns, part: str | None, picture: Image.Imag
         ValueError: for a part that was not taught, while a part is being taught, or a session that has ended.
     """
     part = check_part(part, session)
-    with session.in_use(), _own_turn(session), _only_lesson(session, threading.Event()):
+    with session.in_use(), own_turn(session), only_lesson(session, threading.Event()):
         pipe = session.pipe
         if part not in pipe.categories:
             raise ValueError(f"`part` must be one that you have taught, got {part or ANY_PART!r}; teach it first.")
@@ -208,7 +219,7 @@ def keep_threshold(session: Session, part: str | None, threshold: object) -> Non
     part = check_part(part, session)
     if isinstance(threshold, bool) or not isinstance(threshold, int | float) or not 0 < threshold < math.inf:
         raise ValueError(f"`threshold` must be a number above 0, got {str(threshold)[:40]!r}.")
-    with session.in_use(), _only_lesson(session, threading.Event()), session.lock:
+    with session.in_use(), only_lesson(session, threading.Event()), session.lock:
         knowledge = session.pipe.knowledge
         calibration = knowledge.record(part).get("calibration")
         if calibration is None:
@@ -254,7 +265,7 @@ def batch(
         ValueError: for a bad name or preset, or a session that has ended.
     """
     check_preset(preset)
-    check_part(part, session)
+    depth = known_depth(session, part)
     cancel = threading.Event()
     with _guard:
         _batches[session] = cancel
@@ -267,7 +278,7 @@ def batch(
                 yield BatchItem(*place, error=upload.error)
                 continue
             try:
-                picture = upload.load()
+                picture = upload.load(depth)
             except ValueError as error:
                 yield BatchItem(*place, error=str(error))
                 continue
@@ -293,7 +304,7 @@ def teach(
         Canceled: as asked.
         ValueError: for a lesson that cannot be taught, or while another one is under way in this session.
     """
-    with session.in_use(), _only_lesson(session, cancel):
+    with session.in_use(), only_lesson(session, cancel):
         session.require_part(lesson.name)
         pipe = session.pipe
         knowledge = last = None
@@ -345,7 +356,7 @@ _waiting: weakref.WeakKeyDictionary[Session, threading.Lock] = weakref.WeakKeyDi
 
 
 @contextlib.contextmanager
-def _only_lesson(session: Session, cancel: threading.Event):
+def only_lesson(session: Session, cancel: threading.Event):
     with _guard:
         if session in _lessons:
             raise ValueError("A part is being taught in this session already; wait for it, or cancel it.")
@@ -358,7 +369,7 @@ def _only_lesson(session: Session, cancel: threading.Event):
 
 
 @contextlib.contextmanager
-def _own_turn(session: Session):
+def own_turn(session: Session):
     """Lets only one call of a session wait for the model at a time, so that other visitors come between."""
     with _guard:
         lock = _waiting.setdefault(session, threading.Lock())
