@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ..adaptation.loop import AdaptationProgress
 from ..knowledge import PackedPart
 from .detector import Detector, Prediction, require_normals
 
@@ -99,12 +100,18 @@ class AnomalySDDetector(Detector):
         if self.calibrate:
             self._calibrate(category, normals, seed)
 
-    def adapt(self, normals: Mapping[str, Sequence[Image.Image]], seed: int) -> None:
-        """Fine-tunes to all categories of a draw together and calibrates them, in place of `fit`."""
+    def adapt(
+        self,
+        normals: Mapping[str, Sequence[Image.Image]],
+        seed: int,
+        callback: Callable[[AdaptationProgress], None] | None = None,
+    ) -> None:
+        """Fine-tunes to all categories of a draw together and calibrates them, in place of `fit`; `callback` is that
+        of `AnomalySDPipeline.adapt`."""
         require_normals(self.name, [image for images in normals.values() for image in images])
         self._forget_adaptations()
         shots = {category: list(images) for category, images in normals.items()}
-        self.pipe.adapt(shots, seed=seed, calibrate=False, **self.adaptation)
+        self.pipe.adapt(shots, seed=seed, calibrate=False, callback=callback, **self.adaptation)
         if self.calibrate:
             for category, images in shots.items():
                 self._calibrate(category, images, seed)
