@@ -243,9 +243,7 @@ class _Evaluation:
             # To all categories, whichever are missing: they share one model.
             normals = {name: self._pictures(name, paths) for name, paths in drawn.items()}
             with own_accelerate_state(one_process=True), Stages(f"learning from {self._words(draw)}") as bar:
-                self.detector.adapt(
-                    normals, draw.seed, lambda at: bar.step(at.stage, at.step, at.steps, f"loss {at.loss:.4f}")
-                )
+                self.detector.adapt(normals, draw.seed, bar.step)
             with self._writing():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.detector.save_adaptation(folder)
