@@ -251,6 +251,15 @@ class TestRefused:
         (folder / FACTS).write_bytes(text)
         refused(victim, folder, f"must hold a complete {FACTS} and {WEIGHTS}", runs=False)
 
+    @pytest.mark.parametrize("name", [FACTS, WEIGHTS])
+    def test_a_pipe_or_a_device_is_not_waited_for(self, folder, victim, name):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        refused(victim, folder, "must hold a complete")
+        (folder / name).unlink()
+        (folder / name).symlink_to("/dev/zero")
+        refused(victim, folder, "must hold a complete")
+
     def test_a_later_format(self, folder, pipe):
         facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
         later = {"format": 99, "version": "9.0", "something": "else"}

@@ -360,7 +360,7 @@ class TestBase:
             ("./nothing", "is no folder here, and no Hub id of the form 'user/name'; give a checkpoint's folder"),
             ("{tmp}", "holds no model_index.json; give the folder of a saved pipeline"),
             ("{tmp}/1.safetensors", "is a file; give a checkpoint's folder"),
-            ("somebody/nothing", "cannot be loaded ("),
+            ("somebody/nothing", " …); check its spelling and the connection, or give a checkpoint's folder."),
             ("{tmp}/bare", "lacks networks: `timm_checkpoint` must give model.safetensors of tf_efficientnet_b6"),
         ],
     )

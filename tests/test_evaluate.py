@@ -2,6 +2,7 @@
 runs and several processes: see test_evaluate_runs.py."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from anomalysd_pipeline import AnomalySDPipeline, synthetic
+from anomalysd_pipeline.common.progress import Progress
 from anomalysd_pipeline.data.datasets import draw_shots
 from anomalysd_pipeline.evaluation.metrics import pixel_metrics
 from anomalysd_pipeline.evaluation.results import read_results
@@ -50,6 +52,37 @@ def rows_of(out, shots, seed, category):
 def figure(out, shots, category, metric):
     (result,) = [result for result in summary_of(out)["results"] if result["shots"] == shots]
     return (result["mean"] if category is None else result["categories"][category])[metric]
+
+
+def test_each_stage_is_told_and_counted(parts, tmp_path, monkeypatch):
+    told, init = [], Progress.__init__
+
+    def heard(self, title, total=None, unit=None, **options):
+        told.append((title, total, unit))
+        init(self, title, total, unit, **options)
+
+    monkeypatch.setattr(Progress, "__init__", heard)
+    given = ["--shots", 1, 2, "--seeds", 0, "--limit", 1, *FLOOR, "--out", tmp_path / "out"]
+    assert run("--data", parts, *given) == 0
+    expected = [(title, None, None) for title in ("reading the data set", "loading the model", "checking the masks")]
+    for words in ("1 shot, seed 0", "2 shots, seed 0"):
+        expected.append((f"learning from {words}", 2, "category"))
+        expected += [(f"inspecting, {words}", 4, "picture"), (f"measuring {words}", 2, "category")]
+    assert told == [*expected, ("writing the report", None, None)]
+
+
+def test_the_time_left_is_that_of_all_draws(parts, tmp_path, monkeypatch):
+    notes, say = [], Progress.say
+
+    def heard(self, title=None, note=""):
+        notes.append(note)
+        say(self, title, note)
+
+    monkeypatch.setattr(Progress, "say", heard)
+    given = ["--shots", 1, "--seeds", 0, 1, "--limit", 1, *FLOOR, "--out", tmp_path / "out"]
+    assert run("--data", parts, *given) == 0
+    assert notes[0] == "" and set(notes[4:]) == {""}  # the first picture, and the last draw
+    assert all(re.fullmatch(r"1 more draw, all done in 0:\d\d:\d\d", note) for note in notes[1:4])
 
 
 class TestTables:

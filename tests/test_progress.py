@@ -10,7 +10,7 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from transformers.utils import logging as of_transformers
 
 from anomalysd_pipeline.common import progress
-from anomalysd_pipeline.common.progress import Progress, quiet_loading
+from anomalysd_pipeline.common.progress import Progress, Stages, quiet_loading
 
 
 @pytest.fixture
@@ -85,3 +85,31 @@ def test_loading_bars_are_hidden_and_come_back():
     for own, was in zip(both, before, strict=True):
         if not was:
             own.disable_progress_bar()
+
+
+def test_stages_are_counted_and_the_time_between_them_shown(lines, monkeypatch):
+    monkeypatch.setattr(progress, "BRIEF", 0)
+    with Stages("learning") as bar:
+        wait(lambda: "anomalysd: learning [00:00]" in lines())
+        for step in (3, 4):  # of a resumed run
+            bar.step("denoiser", step, 4, "loss 0.5")
+            wait(
+                lambda step=step: (
+                    step == 4 or any("denoiser:  75% 3/4" in line and "loss 0.5" in line for line in lines())
+                )
+            )
+        before = len(lines())
+        wait(lambda: "anomalysd: learning [00:00]" in lines()[before:])
+        bar.step("decoder", 1, 2)
+        wait(lambda: any("anomalysd: learning, decoder:  50% 1/2" in line for line in lines()[before:]))
+
+
+def test_parts_count_on_and_correct_what_was_expected(lines):
+    with Progress("calibrating", 3, "picture") as bar:
+        first = bar.part(1)
+        first(1, 4)
+        assert (bar.n, bar.total) == (1, 6)
+        first(4, 4)
+        second = bar.part(2)
+        second(2, 2)
+        assert (bar.n, bar.total) == (6, 6)

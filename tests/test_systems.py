@@ -8,8 +8,11 @@ import torch
 from anomalysd_pipeline.common.devices import resolve_precision
 from anomalysd_pipeline.evaluation.options import add_arguments
 from anomalysd_pipeline.evaluation.store import Draw
+from anomalysd_pipeline.evaluation.system import AnomalySDDetector
 from anomalysd_pipeline.evaluation.systems import IMAGENET_LEVELS, make_system, needs_new_system
 from anomalysd_pipeline.synthetic import normal_images
+
+from .tiny_adaptations import pictures, quick_pipeline
 
 
 def options(*given):
@@ -60,3 +63,12 @@ def test_names_with_placeholders_are_loaded_for_each_draw():
     assert needs_new_system(options("--adaptation", "runs/{seed}"), first, second)
     assert not needs_new_system(options("--base", "runs/k{shots}"), first, second)
     assert not needs_new_system(options("--peer", "color_patches", "--base", "runs/{seed}"), first, second)
+
+
+def test_adapting_counts_its_steps_and_the_calibration_of_each_part():
+    told = []
+    detector = AnomalySDDetector(quick_pipeline(), adaptation={"steps": 2, "decoder_steps": 1})
+    normals = {part: pictures(part) for part in ("nut", "ring")}
+    detector.adapt(normals, 0, lambda stage, step, steps, note="": told.append((stage, step, steps)))
+    stages = [("denoiser", 2), ("decoder", 1), ("calibrating nut", 2), ("calibrating ring", 2)]
+    assert told == [(stage, step, steps) for stage, steps in stages for step in range(1, steps + 1)]

@@ -18,6 +18,7 @@ from anomalysd_pipeline import AnomalySDPipeline, synthetic, train
 from anomalysd_pipeline.adaptation.checkpoints import list_checkpoints
 from anomalysd_pipeline.adaptation.settings import AdaptationSettings
 from anomalysd_pipeline.common.files import SoleWriter
+from anomalysd_pipeline.common.progress import Progress
 from anomalysd_pipeline.data.datasets import draw_shots
 from anomalysd_pipeline.training import run as train_run
 from anomalysd_pipeline.training.options import add_arguments, given_settings
@@ -75,6 +76,25 @@ def from_data(parts, tiny_pipeline_folder, tmp_path_factory):
     with contextlib.redirect_stderr(said):
         assert start(tiny_pipeline_folder, out, *BRIEF, source=source) == 0
     return out, said.getvalue()
+
+
+def test_each_stage_is_told_and_counted(tiny_pipeline_folder, tmp_path, monkeypatch):
+    told, init = [], Progress.__init__
+
+    def heard(self, title, total=None, unit=None, **options):
+        told.append((title, total, unit))
+        init(self, title, total, unit, **options)
+
+    monkeypatch.setattr(Progress, "__init__", heard)
+    assert start(tiny_pipeline_folder, tmp_path / "run") == 0
+    learning = ("learning", None, None)
+    stages = [learning, ("learning, denoiser", 3, "step"), learning, ("learning, decoder", 2, "step"), learning]
+    assert told == [
+        ("loading the model", None, None),
+        *stages,
+        ("registering", None, None),
+        ("calibrating", 2, "picture"),
+    ]
 
 
 class TestOptions:

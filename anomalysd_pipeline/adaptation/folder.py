@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .. import EMBEDDED, __version__
-from ..common.checks import parse_json, read_json, require_kind, require_whole, shown
+from ..common.checks import parse_json, read_json, require_file, require_kind, require_whole, shown
 from ..common.files import disk_errors, recover, written_whole
 from ..data.shots import SHOT_NAMES
 from ..method.prompts import check_category
@@ -150,6 +150,7 @@ def _contents(stored: StoredAdaptation, base: Base) -> tuple[dict, dict[str, Ten
 def _read_files(source: Path) -> tuple[dict, dict[str, Tensor]]:
     """Reads what `_contents` gave."""
     if source.is_dir():
+        require_file(source / WEIGHTS)
         return read_json(source / FACTS), load_file(source / WEIGHTS)
     with safe_open(source, framework="pt") as file:
         facts = parse_json(file.metadata()[_HEADER], source.name)

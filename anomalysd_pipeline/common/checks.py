@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 
 MOST_JSON = 2**25
@@ -41,6 +42,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:80]}…"
 
 
+def require_file(path: Path) -> None:
+    """Raises OSError unless something can be read, and ValueError for pipes and devices, whose reading may not end."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path.name} is no regular file")
+
+
 def read_json(path: Path, finite: bool = True) -> dict:
     """Reads a JSON object.
 
@@ -50,8 +57,9 @@ def read_json(path: Path, finite: bool = True) -> dict:
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it is too large, nested too deeply, or no JSON object.
+        ValueError: it is no regular file, too large, nested too deeply, or no JSON object.
     """
+    require_file(path)
     if path.stat().st_size > MOST_JSON:
         raise ValueError(f"{path.name} has more than {MOST_JSON >> 20} MiB")
     return parse_json(path.read_text(encoding="utf-8"), path.name, finite)

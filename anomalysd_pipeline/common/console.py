@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -166,7 +167,7 @@ def base_errors(base: str | Path | None) -> Iterator[None]:
         with quiet_loading(), renaming({"pretrained_model_name_or_path": "--base"}):
             yield
     except OSError as error:  # raised by the libraries below for what is missing or incomplete
-        cause = " ".join(str(error).split())[:200]
+        cause = textwrap.shorten(str(error), 200, placeholder=" …")
         raise ValueError(f"`--base` '{base}' cannot be loaded ({cause}); {remedy}.") from error
 
 

@@ -6,7 +6,7 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 EVERY = 10.0
 """Seconds between lines where there is no terminal."""
@@ -24,10 +24,17 @@ class Progress:
         unit: of a step.
         done: steps done before.
         shown: False for all but the first of several processes.
+        leave: whether a terminal keeps the bar at its end.
     """
 
     def __init__(
-        self, title: str, total: int | None = None, unit: str | None = None, done: int = 0, shown: bool = True
+        self,
+        title: str,
+        total: int | None = None,
+        unit: str | None = None,
+        done: int = 0,
+        shown: bool = True,
+        leave: bool = True,
     ):
         from tqdm import tqdm  # commands start without it
 
@@ -38,7 +45,7 @@ class Progress:
         # Only the time, where nothing is counted.
         form = {"bar_format": "{desc}[{elapsed}]"} if unit is None else {"unit": unit}
         off = not self._terminal
-        self._bar = tqdm(desc=title, total=total, initial=done, disable=off, dynamic_ncols=True, **form)
+        self._bar = tqdm(desc=title, total=total, initial=done, disable=off, dynamic_ncols=True, leave=leave, **form)
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._repeat, daemon=True)
         if shown:
@@ -60,6 +67,11 @@ class Progress:
         if total != self.total:
             self.total = self._bar.total = total
         self.update(done - self.n)
+
+    def part(self, expected: int) -> Callable[[int, int], None]:
+        """Makes a `callback(done, total)` that counts on from here, in place of the steps expected of a part."""
+        before, others = self.n, (self.total or 0) - expected
+        return lambda done, total: self.at(before + done, others + total)
 
     def say(self, title: str | None = None, note: str = "") -> None:
         """Changes the title, and a note behind the count."""
@@ -92,6 +104,48 @@ class Progress:
         return self._bar.format_meter(
             self.n, self.total, seconds, ncols=0, prefix=self.title, unit=self.unit, postfix=self.note
         )
+
+
+class Stages:
+    """Counts the steps of a command's stages, one stage after the other, and shows the time before and between them.
+
+    Args:
+        title: what is done, such as "learning".
+        shown: see `Progress`.
+    """
+
+    def __init__(self, title: str, shown: bool = True):
+        self.title, self.shown, self._stage = title, shown, None
+        self._bar = Progress(title, shown=shown, leave=False)
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def step(self, stage: str, step: int, steps: int, note: str = "") -> None:
+        """Counts a step, the first of which begins its stage.
+
+        Args:
+            stage: its name, such as "denoiser".
+            step, steps: its number from 1, and that of the stage's last.
+            note: shown behind the count.
+        """
+        if stage != self._stage:
+            self._bar.close()
+            self._stage = stage
+            self._bar = Progress(f"{self.title}, {stage}", steps, "step", done=step - 1, shown=self.shown)
+        self._bar.say(note=note)
+        self._bar.update()
+        if step == steps:
+            self._bar.close()
+            self._stage = None
+            self._bar = Progress(self.title, shown=self.shown, leave=False)
+
+    def close(self) -> None:
+        """Ends the stage; does nothing when called again."""
+        self._bar.close()
 
 
 @contextlib.contextmanager

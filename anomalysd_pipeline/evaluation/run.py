@@ -16,7 +16,7 @@ from PIL import Image
 
 from ..common.devices import choose_device, on_cpu, own_accelerate_state
 from ..common.files import disk_errors, written_whole
-from ..common.progress import Progress
+from ..common.progress import Progress, Stages
 from ..data.datasets import write_shots
 from ..data.images import common_depth
 from ..method.calibration import check_rate
@@ -95,7 +95,7 @@ class _Evaluation:
     def __init__(self, args: argparse.Namespace, state: PartialState, report: Callable[[str], None]):
         self.args, self.state, self.report = args, state, report
         self.store = Store(args.out)
-        with state.main_process_first():
+        with state.main_process_first(), self._stage("reading the data set"):
             if state.is_main_process and args.synthetic:
                 self.store.claim()  # the parts are drawn into it
             self.root, categories = read_categories(args)
@@ -105,6 +105,7 @@ class _Evaluation:
         self.numbers = {name: number for number, name in enumerate(self.categories)}
         self.detector: Detector | None = None
         self.fit_seconds, self.loaded_for = 0.0, None
+        self._inspected = 0
         self.depths: dict[str, int | None] = {}
 
     def run(self) -> dict:
@@ -114,7 +115,8 @@ class _Evaluation:
         facts = self._facts()
         self.notes = []
         if self.state.is_main_process:
-            self.notes = check_pictures(self.categories, self.root, self.args.map_resolution)
+            with self._stage("checking the masks"):
+                self.notes = check_pictures(self.categories, self.root, self.args.map_resolution)
         for note in self.notes:
             self.report(note)
         if not self.args.overwrite:
@@ -132,11 +134,17 @@ class _Evaluation:
         self.state.wait_for_everyone()
 
         # 3. Evaluate each draw, all processes together
-        for draw in [draw for draw in self.draws if not self._is_complete(draw)]:
-            self._evaluate_draw(draw)
+        self._waiting = [draw for draw in self.draws if not self._is_complete(draw)]
+        self._began = time.monotonic()
+        while self._waiting:
+            self._evaluate_draw(self._waiting.pop(0))
 
         # 4. Summarize and report
-        summary = self._summarize(facts) if self.state.is_main_process else None
+        summary = None
+        if self.state.is_main_process:
+            with self._stage("writing the report"):
+                summary = self._summarize(facts)
+            self.report(f"Results in {self.args.out / names.REPORT}")
         self.state.wait_for_everyone()
         return summary or self.store.read_json(names.SUMMARY)
 
@@ -156,19 +164,22 @@ class _Evaluation:
             self.store.add_costs(costs.measure(self.state, self.fit_seconds))
             self.state.wait_for_everyone()
         rows = self.store.rows(draw)
-        for name in list(missing)[self.state.process_index :: self.state.num_processes]:
-            number = self.numbers[name]
-            of_class = [row for key, row in rows.items() if key[2] == number]
-            options = (self.args.fpr_limit, self.args.connectivity)
-            figures = evaluate_class(self.store, draw, number, self.categories[name], of_class, *options)
-            if draw == self.draws[-1]:
-                self._keep_cases(draw, name, of_class)
-            self.store.write_json(self.store.class_path(draw, number), figures)
+        own = list(missing)[self.state.process_index :: self.state.num_processes]
+        with self._stage(f"measuring {self._words(draw)}", len(own)) as bar:
+            for name in own:
+                number = self.numbers[name]
+                of_class = [row for key, row in rows.items() if key[2] == number]
+                options = (self.args.fpr_limit, self.args.connectivity)
+                figures = evaluate_class(self.store, draw, number, self.categories[name], of_class, *options)
+                if draw == self.draws[-1]:
+                    self._keep_cases(draw, name, of_class)
+                self.store.write_json(self.store.class_path(draw, number), figures)
+                bar.update()
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             with self._writing():
                 self.store.clear(draw, maps=not self.args.keep_maps)
-            self.report(f"{draw.shots} shots, seed {draw.seed}: {len(self.categories)} categories done")
+            self.report(f"{self._words(draw)}: {len(self.categories)} categories done")
 
     def _missing(self, draw: Draw) -> dict[str, list[int]]:
         """Lists the pictures that are not inspected yet, by category without metrics."""
@@ -213,14 +224,16 @@ class _Evaluation:
         began, detector, drawn = time.perf_counter(), self.detector, self.shots[draw.shots][draw.seed]
         if hasattr(detector, "begin"):
             detector.begin(draw.seed)
-        with named(), self._stage(f"learning from {draw.shots} shots, seed {draw.seed}"):
+        with named():
             if getattr(detector, "adaptation", None) is not None and draw.shots:
                 self._adapt(draw)
             elif detector.shareable:
                 self._fit_together(draw, categories)
             else:
-                for name in categories:
-                    detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
+                with self._learning(draw, len(categories)) as bar:
+                    for name in categories:
+                        detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
+                        bar.update()
         self.fit_seconds = time.perf_counter() - began
 
     def _adapt(self, draw: Draw) -> None:
@@ -229,8 +242,8 @@ class _Evaluation:
             drawn = self.shots[draw.shots][draw.seed]
             # To all categories, whichever are missing: they share one model.
             normals = {name: self._pictures(name, paths) for name, paths in drawn.items()}
-            with own_accelerate_state(one_process=True):
-                self.detector.adapt(normals, draw.seed)
+            with own_accelerate_state(one_process=True), Stages(f"learning from {self._words(draw)}") as bar:
+                self.detector.adapt(normals, draw.seed, bar.step)
             with self._writing():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 self.detector.save_adaptation(folder)
@@ -241,22 +254,25 @@ class _Evaluation:
         """Learns each category in a single process, unless an interrupted run has learned it."""
         banks, drawn = self.store.prepared(draw) / "banks", self.shots[draw.shots][draw.seed]
         own = categories[self.state.process_index :: self.state.num_processes]
-        for name in own:
-            folder = banks / str(self.numbers[name])
-            if not folder.exists():
-                self.detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
-                with self._writing(), written_whole(folder) as partial:
-                    self.detector.save(name, partial / "state.safetensors")
+        with self._learning(draw, len(own)) as bar:
+            for name in own:
+                folder = banks / str(self.numbers[name])
+                if not folder.exists():
+                    self.detector.fit(name, self._pictures(name, drawn[name]), draw.seed)
+                    with self._writing(), written_whole(folder) as partial:
+                        self.detector.save(name, partial / "state.safetensors")
+                bar.update()
         self.state.wait_for_everyone()
         for name in categories:  # also those just learned, so that all processes inspect with the saved state
             self.detector.load(name, banks / str(self.numbers[name]) / "state.safetensors")
 
     def _inspect(self, draw: Draw, jobs: Sequence[tuple[str, int]]) -> None:
-        title = f"{draw.shots} shots, seed {draw.seed}"
-        with Progress(title, len(jobs), "picture", shown=self.state.is_main_process) as bar:
+        with self._stage(f"inspecting, {self._words(draw)}", len(jobs), "picture") as bar:
             for job in jobs:
+                bar.say(note=self._left(len(jobs) - bar.n))
                 self._inspect_one(draw, *job)
                 bar.update()
+                self._inspected += 1
 
     def _inspect_one(self, draw: Draw, name: str, index: int) -> None:
         test = self.categories[name].test[index]
@@ -334,7 +350,6 @@ class _Evaluation:
             for draw in self.draws:
                 self.store.clear(draw, maps=False)
             self.store.tidy()
-        self.report(f"Results in {self.args.out / names.REPORT}")
         return summary
 
     def _cases(self, worst: Sequence[int]) -> list[dict]:
@@ -368,8 +383,24 @@ class _Evaluation:
             )
         return cases
 
-    def _stage(self, title: str) -> Progress:
-        return Progress(title, shown=self.state.is_main_process)
+    def _stage(self, title: str, total: int | None = None, unit: str = "category") -> Progress:
+        return Progress(title, total, None if total is None else unit, shown=self.state.is_main_process)
+
+    def _learning(self, draw: Draw, categories: int) -> Progress:
+        return self._stage(f"learning from {self._words(draw)}", categories)
+
+    def _left(self, pictures: int) -> str:
+        """Says how long this and all later draws will take at the pace so far, learning included."""
+        if not self._inspected or not self._waiting:
+            return ""
+        of_a_draw = sum(len(category.test) for category in self.categories.values()) // self.state.num_processes
+        seconds = (time.monotonic() - self._began) / self._inspected * (pictures + len(self._waiting) * of_a_draw)
+        draws = f"{len(self._waiting)} more draw{'s' * (len(self._waiting) != 1)}"
+        return f"{draws}, all done in {timedelta(seconds=round(seconds))}"
+
+    @staticmethod
+    def _words(draw: Draw) -> str:
+        return f"{draw.shots} shot{'s' * (draw.shots != 1)}, seed {draw.seed}"
 
     def _writing(self) -> disk_errors:
         return disk_errors("--out", self.args.out, "give the same command to go on")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ..adaptation.loop import AdaptationProgress
 from ..knowledge import PackedPart
 from .detector import Detector, Prediction, require_normals
 
@@ -99,15 +101,25 @@ class AnomalySDDetector(Detector):
         if self.calibrate:
             self._calibrate(category, normals, seed)
 
-    def adapt(self, normals: Mapping[str, Sequence[Image.Image]], seed: int) -> None:
-        """Fine-tunes to all categories of a draw together and calibrates them, in place of `fit`."""
+    def adapt(
+        self,
+        normals: Mapping[str, Sequence[Image.Image]],
+        seed: int,
+        callback: Callable[..., None] = lambda stage, step, steps, note="": None,
+    ) -> None:
+        """Fine-tunes to all categories of a draw together and calibrates them, in place of `fit`; `callback` is called
+        after each step of each stage, as `progress.Stages.step`."""
         require_normals(self.name, [image for images in normals.values() for image in images])
         self._forget_adaptations()
         shots = {category: list(images) for category, images in normals.items()}
-        self.pipe.adapt(shots, seed=seed, calibrate=False, **self.adaptation)
+
+        def trained(at: AdaptationProgress) -> None:
+            callback(at.stage, at.step, at.steps, f"loss {at.loss:.4f}")
+
+        self.pipe.adapt(shots, seed=seed, calibrate=False, callback=trained, **self.adaptation)
         if self.calibrate:
             for category, images in shots.items():
-                self._calibrate(category, images, seed)
+                self._calibrate(category, images, seed, functools.partial(callback, f"calibrating {category}"))
 
     def save_adaptation(self, folder: Path) -> None:
         """Writes the adaptation."""
@@ -136,8 +148,8 @@ class AnomalySDDetector(Detector):
         known.store(category, prompt_design=self.prompt_design)
         self.pipe.knowledge = known
 
-    def _calibrate(self, category: str, normals: Sequence[Image.Image], seed: int) -> None:
-        self.pipe.calibrate(category, list(normals), self.false_alarm_rate, seed, **self.options)
+    def _calibrate(self, category: str, normals: Sequence[Image.Image], seed: int, callback=None) -> None:
+        self.pipe.calibrate(category, list(normals), self.false_alarm_rate, seed, callback=callback, **self.options)
 
     def _forget_adaptations(self) -> None:
         for name in self.pipe.adaptations:

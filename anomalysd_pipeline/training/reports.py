@@ -18,7 +18,7 @@ from ..adaptation.settings import AdaptationSettings
 from ..adaptation.stages import Stage
 from ..common.drawing import montage
 from ..common.files import disk_errors, read_rows, write_names, write_whole
-from ..common.progress import Progress
+from ..common.progress import Stages
 
 LOSSES, FACTS, LOGS, VALIDATION = "losses.jsonl", "run.json", "logs", "validation"
 _PROJECT = "anomalysd"
@@ -83,7 +83,7 @@ class Reports:
         self.accelerator, self.pipe, self.shots, self.settings = accelerator, pipe, shots, settings
         self.output_dir, self.facts, self.validation_steps = output_dir, facts, validation_steps
         self._curve = LossCurve(output_dir / LOSSES)
-        self._bar, self._begun, self._lr = None, False, {}
+        self._bar, self._begun, self._lr = Stages("learning", accelerator.is_main_process), False, {}
         self._book = pipe.prompt_book
         for category, given in (prompts or {}).items():
             self._book.add(category, given)
@@ -96,7 +96,7 @@ class Reports:
         if self.accelerator.is_main_process:
             with self._disk_errors():
                 self._curve.add(progress.stage, progress.step, progress.loss, lr)
-            self._show(progress)
+            self._bar.step(progress.stage, progress.step, progress.steps, f"loss {progress.loss:.4f}")
         values = {f"{progress.stage}/loss": progress.loss, f"{progress.stage}/lr": lr}
         for tracker in self.accelerator.trackers:
             tracker.log(values, **self._place(tracker, progress.step))
@@ -133,8 +133,7 @@ class Reports:
 
     def close(self) -> None:
         """Ends the progress bar and the trackers."""
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
 
@@ -164,15 +163,6 @@ class Reports:
             )
             self._lr[progress.stage] = lambda step: rate * schedule.lr_lambdas[0](step - 1)
         return self._lr[progress.stage](progress.step)
-
-    def _show(self, progress: AdaptationProgress) -> None:
-        if self._bar is None:
-            self._bar = Progress(f"learning, {progress.stage}", progress.steps, "step", done=progress.step - 1)
-        self._bar.say(note=f"loss {progress.loss:.4f}")
-        self._bar.update()
-        if progress.step == progress.steps:
-            self._bar.close()
-            self._bar = None
 
     def _place(self, tracker, step: int) -> dict:
         # wandb wants steps that never go back, and each stage starts at 1.

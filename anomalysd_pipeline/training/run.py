@@ -7,6 +7,7 @@ import dataclasses
 import os
 import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from accelerate.utils import (
     is_wandb_available,
     parse_flag_from_env,
 )
+from PIL import Image
 
 from ..adaptation.checkpoints import list_checkpoints
 from ..adaptation.loop import AdaptedWeights, fine_tune
@@ -28,7 +30,7 @@ from ..common.console import base_errors, renaming
 from ..common.devices import choose_device, on_cpu, own_accelerate_state, resolve_precision
 from ..common.files import SoleWriter, disk_errors, remove, written_whole
 from ..common.progress import Progress
-from ..method.calibration import check_rate
+from ..method.calibration import COPIES, check_rate
 from ..method.prompts import check_category
 from ..pipeline import AnomalySDPipeline
 from .options import given_settings, option_names
@@ -117,12 +119,22 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
 
     # 4. Register and calibrate the parts and write the result, by one process
     if accelerator.is_main_process:
-        rate = args.false_alarm_rate
-        with Progress("registering and calibrating"):
-            pipe.learn(shots, weights, name, prompts, calibrate=not args.no_calibration, false_alarm_rate=rate)
+        with Progress("registering"):
+            pipe.learn(shots, weights, name, prompts, calibrate=False)
+        if not args.no_calibration:
+            calibrate(pipe, shots, args.false_alarm_rate)
         print(summary(args, save(args, pipe, name, weights), list(shots)))
     accelerator.wait_for_everyone()
     return 0
+
+
+def calibrate(pipe: AnomalySDPipeline, shots: Mapping[str, Sequence[Image.Image]], rate: float) -> None:
+    """Calibrates each part from its own pictures, and counts these."""
+    expected = {category: COPIES if len(images) == 1 else len(images) for category, images in shots.items()}
+    with Progress("calibrating", sum(expected.values()), "picture") as bar:
+        for category, images in shots.items():
+            bar.say(f"calibrating {category}")
+            pipe.calibrate(category, images, rate, callback=bar.part(expected[category]))
 
 
 def check_options(args: argparse.Namespace) -> None:
