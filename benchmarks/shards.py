@@ -11,6 +11,7 @@ twice.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -69,10 +70,11 @@ def watch(runs: dict[str, subprocess.Popen], until, curves: dict[str, list]) -> 
 
     while any(run.poll() is None for run in runs.values()) and not until():
         for name, run in runs.items():
-            try:
-                curves.setdefault(name, []).append((time.time(), psutil.Process(run.pid).memory_info().rss / 2**20))
-            except psutil.Error:  # it has just ended
-                continue
+            memory = 0
+            with contextlib.suppress(psutil.Error):  # it may just have ended
+                memory = psutil.Process(run.pid).memory_info().rss / 2**20
+            if memory:
+                curves.setdefault(name, []).append((time.time(), memory))
         time.sleep(1 if len(curves.get(name, ())) > 60 else 0.1)
 
 
@@ -139,7 +141,8 @@ def main() -> None:
         half = np.array(curve[len(curve) // 2 :])
         rise = np.polyfit(half[:, 0] - half[0, 0], half[:, 1], 1)[0] * 60 if len(half) > 1 else 0.0
         ends = f"{curve[len(curve) // 2][1]:.1f} MiB half way, {curve[-1][1]:.1f} at the end"
-        print(f"{name:>20}: {ends}, highest {max(curve, key=lambda at: at[1])[1]:.1f}; {rise:+.3f} MiB a minute")
+        slope = f"; {rise:+.3f} MiB a minute" if curve[-1][0] - curve[0][0] > 120 else ""  # else all beginning
+        print(f"{name:>20}: {ends}, highest {max(curve, key=lambda at: at[1])[1]:.1f}{slope}")
     print(f"killed with {found['kept']} rows: {found['lost']} pictures begun and lost")
     print(f"rows that are missing: {found['missing']}, twice: {found['twice']}; in order: {found['in order']}")
     if found["missing"] or found["twice"] or not found["killed"]:
