@@ -1,4 +1,4 @@
-"""Offer the commands `anomalysd demo | app | detect | adapt | evaluate | publish | export | synth`.
+"""Offer the commands `anomalysd demo | app | detect | merge | adapt | evaluate | publish | export | synth`.
 
 Modules that need torch are imported when a command runs, so that `--help` and mistyped options are answered at once.
 """
@@ -77,6 +77,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     detect_options.add_arguments(detect)
     detect.set_defaults(run=_detect)
+
+    merge = commands.add_parser(
+        "merge",
+        help="put the results of several machines together",
+        description="Merge folders that `anomalysd detect --shard I/N` wrote; needs neither the pictures nor a model.",
+    )
+    merge.add_argument("folders", type=Path, nargs="+", metavar="DIR", help="folders of results")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for all of them")
+    merge.add_argument("--overwrite", action="store_true", help="replace the results in --out")
+    merge.set_defaults(run=_merge)
 
     adapt = commands.add_parser(
         "adapt",
@@ -251,6 +261,13 @@ def _app(args: argparse.Namespace) -> int:
 def _detect(args: argparse.Namespace) -> int:
     with Progress(STARTING):
         from .inspection.run import run
+
+    return run(args)
+
+
+def _merge(args: argparse.Namespace) -> int:
+    with Progress(STARTING):
+        from .inspection.merge import run
 
     return run(args)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from anomalysd_pipeline import AnomalySDPipeline, detect, synthetic
+from anomalysd_pipeline import AnomalySDPipeline, cli, detect, synthetic
 from anomalysd_pipeline.common import progress
 from anomalysd_pipeline.common.files import SoleWriter
 from anomalysd_pipeline.data.sources import gather
@@ -275,6 +275,81 @@ class TestResume:
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 130
         assert "--resume" in capsys.readouterr().err
         assert table(tmp_path / "out") == table(whole)[:3]
+
+
+@pytest.fixture(scope="module")
+def shards(parts, base, tmp_path_factory):
+    """The folders of two runs that each inspected a part of the pictures."""
+    work = tmp_path_factory.mktemp("shards")
+    for index in range(2):
+        given = arguments(parts, base, work / str(index), "--maps", "--shard", f"{index}/2")
+        assert detect.main(given) == 0
+    return [work / "0", work / "1"]
+
+
+def merge(*given):
+    return cli.main(["merge", *map(str, given)])
+
+
+class TestShards:
+    def test_merged_they_are_the_results_of_a_whole_run(self, shards, whole, parts, base, tmp_path, capsys):
+        out = tmp_path / "all"
+        assert merge(*shards[::-1], "--out", out) == 0  # in any order
+        assert "4 inspected" in capsys.readouterr().out
+        assert [len(table(shard)) for shard in shards] == [3, 2] and table(out) == table(whole)
+        kept = (
+            "montage.png",
+            "part.safetensors",
+            *(f"{name}/{i}.png" for name in ("heatmaps", "masks") for i in (0, 4)),
+        )
+        for name in (*kept, "coco.json", "results.json"):
+            assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+        assert len(list(out.glob("maps/*.npy"))) == 4
+        # And they can be gone on with: only the damaged picture is tried again.
+        before = len(rows_of(out))
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume")) == 0
+        assert len(rows_of(out)) == before + 1 and table(out) == table(whole)
+
+    def test_one_that_was_killed_goes_on_with_its_own_pictures(self, shards, whole, parts, base, tmp_path):
+        out = shutil.copytree(shards[0], tmp_path / "out")
+        (rows,) = out.glob("rows/*.jsonl")
+        first, second, *_ = rows.read_bytes().splitlines(keepends=True)
+        rows.write_bytes(first + second[: len(second) // 2])
+        assert detect.main(arguments(parts, base, out, "--maps", "--resume", "--shard", "0/2")) == 0
+        assert table(out) == table(shards[0])
+        assert merge(out, shards[1], "--out", tmp_path / "all") == 0
+        assert table(tmp_path / "all") == table(whole)
+        # A picture that two have done counts once.
+        assert merge(whole, out, "--out", tmp_path / "twice") == 0
+        assert table(tmp_path / "twice") == table(whole)
+
+    def test_results_that_do_not_belong_together_are_refused(self, shards, parts, base, tmp_path, capsys):
+        def refused(sentence, *given):
+            assert merge(*given, "--out", tmp_path / "all") == 2
+            assert sentence in capsys.readouterr().err
+            assert not (tmp_path / "all").exists()
+
+        other = shutil.copytree(shards[1], tmp_path / "seed") / "run.json"
+        other.write_text(other.read_text().replace('"--seed": 0', '"--seed": 1'))
+        refused("rests on another `--seed` than", shards[0], tmp_path / "seed")
+        (tmp_path / "elsewhere").mkdir()
+        shutil.copy(parts / "test" / "0.png", tmp_path / "elsewhere")
+        given = arguments(parts, base, tmp_path / "other", "--maps")
+        given[given.index("--test") + 1] = str(tmp_path / "elsewhere")
+        assert detect.main(given) == 0
+        refused("inspect with the same `--test` everywhere", shards[0], tmp_path / "other")
+        refused("holds no results of an inspection", shards[0], parts / "test")
+        assert merge(*shards, "--out", shards[0], "--overwrite") == 2
+        assert "is one of the folders to merge" in capsys.readouterr().err and len(table(shards[0])) == 3
+
+    def test_a_shard_that_is_none_is_refused(self, parts, base, tmp_path, capsys):
+        for wrong in ("2/2", "1", "-1/2", "x/2"):
+            with pytest.raises(SystemExit):
+                detect.main(arguments(parts, base, tmp_path / "out", f"--shard={wrong}"))
+            assert "must be I/N with I from 0 to N - 1" in capsys.readouterr().err
+        assert detect.main(arguments(parts, base, tmp_path / "out", "--shard", "5/6")) == 2
+        assert "`--shard` 5/6 has no picture, because `--test` has 5; give fewer" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 class TestTogether:

@@ -5,7 +5,9 @@ from scipy import ndimage, stats
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
+from anomalysd_pipeline.data.shots import Shots
 from anomalysd_pipeline.data.tensors import resample_rotated
+from anomalysd_pipeline.models import collection
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.models.collection import collect_prototypes, fill_bank
 from anomalysd_pipeline.models.coreset import greedy_coreset
@@ -253,6 +255,55 @@ class TestParts:
         assert torch.equal(bank["bottle"], expected["bottle"])
         assert torch.equal(bank.sources("bottle"), expected.sources("bottle"))
         assert bank.distances("bottle", images).max() == 0  # the pictures themselves are all there
+
+    @pytest.mark.parametrize("rotations", [3, 4])
+    def test_vectors_that_numbers_leave_out_are_never_gathered(self, rotations):
+        images = [*pictures(2, 4, 6), *pictures(1, 6, 4), *pictures(1, 5, 5)]
+        region = torch.ones(12, 12, dtype=torch.bool)
+        region[:, 9:] = False
+        bank, expected = (PrototypeBank(max_size=60, max_unturned=50) for _ in range(2))
+        asked = []
+
+        def describe(copy):
+            asked.append(copy.shape)
+            return copy
+
+        fill_bank(bank, "bottle", describe, images, rotations, [region] * 4)
+        features, places = collect_prototypes(torch.nn.Identity(), images, rotations, [region] * 4)
+        unturned = int((places[:, 0] < 4).sum())
+        expected.add("bottle", features, places[:, 0] % 4, unturned, shots=Shots.of(images, places, rotations))
+        assert len(bank["bottle"]) == 60 < len(features) and len(asked) <= 4 * rotations
+        assert torch.equal(bank["bottle"], expected["bottle"])
+        assert torch.equal(bank.sources("bottle"), expected.sources("bottle"))
+        assert torch.equal(bank.shots("bottle").places, expected.shots("bottle").places)
+        # With a bank full of unturned ones, a copy of each size is turned for its grid, and no more.
+        asked.clear()
+        fill_bank(PrototypeBank(max_size=50, max_unturned=50), "bottle", describe, images, rotations)
+        assert len(asked) == 4
+
+    def test_a_coreset_of_many_pictures_is_taken_in_parts(self, monkeypatch):
+        images, held = list(pictures(12, 8, 8)), []
+        sizes = PrototypeBank(max_size=20), PrototypeBank(max_size=20)
+        features, places = collect_prototypes(torch.nn.Identity(), images)
+        sizes[0].add("bottle", features, places[:, 0] % 12)
+        thin = collection.greedy_coreset
+        monkeypatch.setattr(collection, "greedy_coreset", lambda f, *rest: held.append(len(f)) or thin(f, *rest))
+        fill_bank(sizes[1], "bottle", torch.nn.Identity(), images)
+        assert torch.equal(sizes[0]["bottle"], sizes[1]["bottle"]) and not held
+        monkeypatch.setattr(collection, "_HELD", 1000)
+        fill_bank(sizes[1], "bottle", torch.nn.Identity(), images)
+        assert held == [33 * 64]  # more than 8 pictures in 4 turns, of 48 copies
+        bank, every = sizes[1], features
+        assert len(bank["bottle"]) == 20
+        for vector, place, source in zip(
+            bank["bottle"], bank.shots("bottle").places, bank.sources("bottle"), strict=True
+        ):
+            assert place[0] % 12 == source
+            number = (places == place).all(dim=1).nonzero()[0, 0]
+            assert torch.equal(every[number], vector)
+        # Their largest gap is within the bound of one coreset of all, twice over.
+        gaps = [torch.cdist(every, bank["bottle"]).amin(dim=1).max() for bank in sizes]
+        assert gaps[1] <= 2 * gaps[0]
 
     def test_places_of_collected_vectors_of_pictures_of_several_sizes(self):
         rows, columns = torch.arange(6.0)[:, None], torch.arange(4.0)

@@ -106,6 +106,19 @@ class TestFiles:
         assert len(set(second.values())) == 3
         assert all(second[file] == name for file, name in first.items())
 
+    def test_machines_divide_it_whatever_each_has_done(self, tmp_path):
+        names = [f"{number:02}.png" for number in range(11)]
+        touch(tmp_path / "x", *names)
+        touch(tmp_path, "y/a.png", "z/b.png")
+        listing = gather([tmp_path / "y" / "a.png", tmp_path / "x", tmp_path / "z"], skip=tmp_path / "out")
+        whole = [picture.file for picture in listing.deal()]
+        parts = [[picture.file for picture in listing.deal(part=part, parts=3)] for part in range(3)]
+        assert sorted(sum(parts, [])) == sorted(whole) and parts[0] == whole[::3]
+        left = list(listing.deal(part=0, parts=3, done=lambda picture: picture.file in parts[0][:2]))
+        assert [picture.file for picture in left] == parts[0][2:]
+        apart = [[p.file for p in listing.deal(rank, 2, part=0, parts=3)] for rank in range(2)]
+        assert apart == [parts[0][::2], parts[0][1::2]]
+
     def test_a_missing_source_is_told_and_the_others_listed(self, tmp_path):
         touch(tmp_path, "x/a.png")
         listing = gather([tmp_path / "gone", tmp_path / "x"], skip=tmp_path / "out")
@@ -167,6 +180,22 @@ class TestDatasets:
         listing = gather([f"{parquet}?split=test&column=image"], skip=tmp_path)
         shares = [[value_of(picture.load()) for picture in share] for share in dealt(listing, 4)]
         assert shares == [[0, 4, 8], [1, 5], [2, 6], [3, 7]]
+
+    @pytest.mark.parametrize(
+        ("parts", "expected"), [(2, [[0, 1, 2, 3, 7, 8], [4, 5, 6]]), (4, [[0, 4, 7], [1, 5, 8]])]
+    )
+    def test_machines_read_files_of_their_own_or_share_them(self, parts, expected, parquet, tmp_path):
+        listing, ends = gather([f"{parquet}?split=test&column=image"], skip=tmp_path), []
+        shares = [
+            [
+                value_of(p.load())
+                for p in listing.deal(part=part, parts=parts, at_end=lambda *end: ends.append(end[1:]))
+            ]
+            for part in range(parts)
+        ]
+        assert shares[:2] == expected and sorted(sum(shares, [])) == list(range(9))
+        # A part of a data file must not look like all of it.
+        assert sorted(ends) == ([(0, 4), (1, 3), (2, 2)] if parts == 2 else [])
 
     def test_a_file_that_is_done_is_not_read_again(self, parquet, tmp_path):
         listing = gather([f"{parquet}?split=test&column=image"], skip=tmp_path)

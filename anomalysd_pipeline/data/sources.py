@@ -70,6 +70,8 @@ class Listing:
         self,
         rank: int = 0,
         world: int = 1,
+        part: int = 0,
+        parts: int = 1,
         done: Callable[[Picture], bool] = lambda picture: False,
         read: Callable[[str, int], bool] = lambda source, shard: False,
         at_end: Callable[[str, int, int], None] = lambda source, shard, pictures: None,
@@ -81,21 +83,28 @@ class Listing:
 
         Args:
             rank, world: number of the process, and number of processes.
+            part, parts: number of the machine, and number of machines, each with a folder of results of its own. What
+                falls to a machine does not depend on `done`; it is divided among the machine's processes.
             done: tells whether to leave out a picture.
             read: tells whether to leave out a shard, by source and number, unread.
             at_end: called with source, shard and number of pictures after the last picture of a shard.
 
         Folders have no shards in the sense of `read` and `at_end`.
         """
-        turn = 0  # goes on from one source to the next, so that small ones do not all fall to the first process
+        # Both go on from one source to the next, so that small ones do not all fall to the first process.
+        turn = listed = 0
         for source in self.sources.values():
             # A folder may have got more pictures since; a data file does not change.
             settled = not isinstance(source, Files)
-            left = [shard for shard in range(source.shards) if not (settled and read(source.given, shard))]
-            apart = 1 < source.shards >= world
+            in_files = 1 < source.shards >= parts
+            shards = range(source.shards)[part::parts] if in_files else range(source.shards)
+            left = [shard for shard in shards if not (settled and read(source.given, shard))]
+            apart = 1 < len(shards) >= world
             for shard in left[rank::world] if apart else left:
                 pictures = 0
                 for picture in source.pictures(shard):
+                    if not in_files and (listed + picture.row) % parts != part:
+                        continue
                     pictures += 1
                     if done(picture):
                         continue
@@ -103,8 +112,9 @@ class Listing:
                     turn += not apart
                     if own:
                         yield picture
-                if settled:
+                if settled and (in_files or parts == 1):  # all of it
                     at_end(source.given, shard, pictures)
+            listed += 0 if settled else len(source.paths)
 
     def places(self) -> Callable[[Mapping], tuple[int, int, int] | None]:
         """Returns a function from a row of a result folder to its place in this listing.

@@ -36,10 +36,11 @@ from ..data.sources import Listing
 from .annotations import find_boxes, prediction, write_coco, write_list
 from .result import Inspection, caption, table_values, write_table
 
-MONTAGE_ROWS = 24
+MONTAGEROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
-_TABLE, _FACTS, _ROWS, _MONTAGE = "results.csv", RESULTS, "rows", "montage.png"
+ROWS, PICTURES = "rows", ("heatmaps", "masks", "maps")
+_TABLE, _FACTS, _MONTAGE = "results.csv", RESULTS, "montage.png"
 _LIST, _COCO = "results.json", "coco.json"
 _PLACE = {"source": str, "shard": int}
 _END = {**_PLACE, "pictures": int}
@@ -68,7 +69,7 @@ class Counts:
         failed: those that could not be read.
         unscored: those that could be read, and have no score all the same.
         threshold: of the highest score; None where there is none.
-        worst: file and score of at most `MONTAGE_ROWS` defective ones, the highest score first.
+        worst: file and score of at most `MONTAGEROWS` defective ones, the highest score first.
     """
 
     inspected: int
@@ -108,7 +109,7 @@ class ResultFolder:
         self.folder, self.resume = Path(folder), resume
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"`--out` '{folder}' is a file; give a folder.")
-        results = (self.folder / _TABLE).exists() or any((self.folder / _ROWS).glob("*.jsonl"))
+        results = (self.folder / _TABLE).exists() or any((self.folder / ROWS).glob("*.jsonl"))
         earlier = results or (self.folder / _FACTS).exists()
         if earlier and not (overwrite or resume):
             raise ValueError(
@@ -148,11 +149,11 @@ class ResultFolder:
         else:
             # Last what the others are worth nothing without: killed in between, the folder never lies.
             with self._disk_errors():
-                remove(self.folder / _ROWS)
+                remove(self.folder / ROWS)
                 self.part.unlink(missing_ok=True)
             text = json.dumps({"facts": ours, "given": dict(given)}, indent=2, ensure_ascii=False) + "\n"
             self._write(self.folder / _FACTS, lambda path: write_names(path, text))
-        for leftover in (self.folder / _ROWS).glob(".*.partial"):  # of a process that was killed while writing
+        for leftover in (self.folder / ROWS).glob(".*.partial"):  # of a process that was killed while writing
             leftover.unlink(missing_ok=True)
 
     def keep_part(self, save: Callable[[Path], object]) -> None:
@@ -160,13 +161,7 @@ class ResultFolder:
         self._write(self.part, save)
 
     def _compare(self, ours: Mapping[str, object]) -> None:
-        try:
-            theirs = dict(json.loads((self.folder / _FACTS).read_text(encoding="utf-8"))["facts"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ValueError(
-                f"`--out` '{self.folder}' holds a {_FACTS} that cannot be read; give another folder, or --overwrite "
-                "to start anew."
-            ) from error
+        theirs = read_facts("--out", self.folder, ", or --overwrite to start anew")["facts"]
         for option, value in ours.items():
             if theirs.get(option) != value:
                 raise ValueError(
@@ -180,7 +175,7 @@ class ResultFolder:
         done: dict[str, str] = {}
         counts: Counter[tuple[str, int]] = Counter()
         lengths: dict[tuple[str, int], int] = {}
-        for _, _, row in self._rows() if self.resume else ():
+        for _, _, row in self.rows() if self.resume else ():
             shard = row.get("source"), row.get("shard")
             if "pictures" in row:
                 lengths[shard] = row["pictures"]
@@ -204,17 +199,17 @@ class ResultFolder:
         self._added += 1
         shown = f"{self._id}-{self._added}.png"
         dropped = None
-        if len(self._shown) < MONTAGE_ROWS:
+        if len(self._shown) < MONTAGEROWS:
             heapq.heappush(self._shown, (result.score, -self._added, shown))
         else:
             dropped = heapq.heappushpop(self._shown, (result.score, -self._added, shown))[2]
         if dropped != shown:
             strip = _strip([_thumbnail(image) for image in (result.image, result.inpainted, heat)])
-            self._write(self.folder / _ROWS / shown, lambda path: strip.save(path, "PNG"))
+            self._write(self.folder / ROWS / shown, lambda path: strip.save(path, "PNG"))
             row["shown"] = shown
         self._append({**_place(picture), "name": picture.name, **row})
         if dropped is not None and dropped != shown:
-            (self.folder / _ROWS / dropped).unlink(missing_ok=True)
+            (self.folder / ROWS / dropped).unlink(missing_ok=True)
 
     def fail(self, picture: Picture, sentence: str, read: bool = False) -> None:
         """Keeps the reason why a picture was not inspected; a run that goes on tries it again.
@@ -229,7 +224,7 @@ class ResultFolder:
         self._append({"source": source, "shard": shard, "pictures": pictures})
 
     def finish(self, listing: Listing, sentences: Mapping[int, str] | None = None) -> Counts | None:
-        """Writes the tables in the order of the listing, and the montage of the `MONTAGE_ROWS` highest scores, highest
+        """Writes the tables in the order of the listing, and the montage of the `MONTAGEROWS` highest scores, highest
         first; from the rows of all processes and runs. Nothing, and None, if there is no row.
 
         Args:
@@ -256,7 +251,7 @@ class ResultFolder:
         if verdicts:
             self._write(self.folder / _COCO, lambda path: write_coco(path, rows))
         # Of equal scores those listed first, because the sort is stable.
-        best = heapq.nlargest(MONTAGE_ROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
+        best = heapq.nlargest(MONTAGEROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
         highest = [row for _, row in self._read(best)]
         if best:
             figure = montage(
@@ -285,7 +280,7 @@ class ResultFolder:
         """Finds each picture's row, in the order of the listing; of several that with a result, or the last."""
         place = listing.places()
         found: dict[tuple[int, int, int], _Entry] = {}
-        for path, offset, row in self._rows():
+        for path, offset, row in self.rows():
             at = None if "pictures" in row else place(row)
             if at is None or ("error" in row and at in found):
                 continue
@@ -294,9 +289,9 @@ class ResultFolder:
             found[at] = _Entry(at, path, offset, score, defective, row.get("read", False))
         return [found[at] for at in sorted(found)]
 
-    def _rows(self) -> Iterator[tuple[Path, int, dict]]:
+    def rows(self) -> Iterator[tuple[Path, int, dict]]:
         """Yields every row with its file and its place in it, those of earlier runs first."""
-        paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / _ROWS).glob("*.jsonl")]
+        paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / ROWS).glob("*.jsonl")]
         for _, path in sorted(paths):
             for offset, row in read_rows(path, _END, _FAILURE, _RESULT):
                 if "score" not in row or _is_usable(row):
@@ -315,7 +310,7 @@ class ResultFolder:
                 file.close()
 
     def _thumbnails(self, row: Mapping) -> list[Image.Image | None]:
-        strip = self.folder / _ROWS / row.get("shown", "")
+        strip = self.folder / ROWS / row.get("shown", "")
         if strip.is_file():
             with Image.open(strip) as image:
                 width = image.width // 3
@@ -327,7 +322,7 @@ class ResultFolder:
     def _append(self, row: Mapping[str, object]) -> None:
         with self._disk_errors():
             if self._file is None:
-                path = self.folder / _ROWS / f"{self._id}.jsonl"
+                path = self.folder / ROWS / f"{self._id}.jsonl"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115
             self._file.write(json.dumps(row) + "\n")
@@ -335,7 +330,7 @@ class ResultFolder:
 
     def _write(self, path: Path, save: Callable[[Path], object]) -> None:
         """Writes a file that is complete or not there."""
-        partial = self.folder / _ROWS / f".{self._id}.partial"
+        partial = self.folder / ROWS / f".{self._id}.partial"
         with self._disk_errors():
             partial.parent.mkdir(parents=True, exist_ok=True)
             # Three files of each picture: waiting for the disk would take longer than an inspection on a GPU.
@@ -343,6 +338,23 @@ class ResultFolder:
 
     def _disk_errors(self) -> disk_errors:
         return disk_errors("--out", self.folder, "give the same command with --resume to go on")
+
+
+def read_facts(argument: str, folder: Path, remedy: str = "") -> dict[str, dict]:
+    """Reads what the results in a folder rest on, "facts", and what a person gave, "given".
+
+    Raises:
+        ValueError: the folder holds none that can be read; the sentence names the argument.
+    """
+    if not (folder / _FACTS).is_file():
+        raise ValueError(f"`{argument}` '{folder}' holds no results of an inspection; give a folder with a {_FACTS}.")
+    try:
+        found = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        return {"facts": dict(found["facts"]), "given": dict(found["given"])}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"`{argument}` '{folder}' holds a {_FACTS} that cannot be read; give another folder{remedy}."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     earlier = parser.add_mutually_exclusive_group()
     earlier.add_argument("--resume", action="store_true", help="go on with the results of an earlier run in --out")
     earlier.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in --out")
+    parser.add_argument(
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="inspect the I-th of N parts of --test, I from 0 on: a part for each machine, see `anomalysd merge`",
+    )
     parser.add_argument("--maps", action="store_true", help="also save every map as maps/<name>.npy")
     add_bit_depth(parser)
     verdict = parser.add_mutually_exclusive_group()
@@ -97,6 +104,13 @@ def _above_zero(text: str) -> float:
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, but '{text}' was given")
     return number
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"must be I/N with I from 0 to N - 1, such as 0/4, but '{text}' was given")
+    return int(index), int(count)
 
 
 def _seed(text: str) -> int:

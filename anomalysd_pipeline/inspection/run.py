@@ -26,8 +26,9 @@ from ..data.sources import Listing, gather, read_normals
 from ..method.calibration import check_rate, prediction_threshold
 from ..method.prompts import check_category
 from ..method.scoring import NotFiniteError
-from .folder import Counts, ResultFolder
+from .folder import ResultFolder
 from .result import inspect, load_part, load_pipeline, register, save_part
+from .summary import summary
 
 # While one process downloads a base, calibrates or is given larger pictures, the others wait for longer than PyTorch's
 # usual limit.
@@ -87,6 +88,10 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     if not listing.sources:
         raise ValueError("`--test` holds no pictures to inspect; give a folder of pictures or picture files.")
 
+    part, parts = args.shard
+    if listing.total is not None and part >= listing.total:
+        raise ValueError(f"`--shard` {part}/{parts} has no picture, because `--test` has {listing.total}; give fewer.")
+
     # 2. The model, on the processor that accelerate gives this process
     with state.local_main_process_first():
         device = state.device if state.num_processes > 1 else device
@@ -129,12 +134,14 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     pictures = listing.deal(
         state.process_index,
         state.num_processes,
+        part,
+        parts,
         done=lambda picture: picture.file in earlier.names,
         read=lambda source, shard: (source, shard) in earlier.shards,
         at_end=folder.end,
     )
     try:
-        with renaming(_names("--test")), _progress(state, listing, len(earlier.names)) as bar:
+        with renaming(_names("--test")), _progress(state, listing, parts, len(earlier.names)) as bar:
             inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
         state.wait_for_everyone()
     finally:  # an interrupted run keeps what it has found
@@ -305,9 +312,9 @@ def _digest(*values: object) -> str:
     return mark.hexdigest()[:16]
 
 
-def _progress(state: PartialState, listing: Listing, done: int) -> Progress:
+def _progress(state: PartialState, listing: Listing, parts: int, done: int) -> Progress:
     """Makes a bar over the pictures of this process, shown by the first."""
-    share = None if listing.total is None else -(-max(0, listing.total - done) // state.num_processes)
+    share = None if listing.total is None else -(-max(0, -(-listing.total // parts) - done) // state.num_processes)
     return Progress("inspecting", share, "picture", shown=state.is_main_process)
 
 
@@ -318,23 +325,3 @@ def _names(option: str) -> dict[str, str]:
 
 def _report(sentence: str) -> None:
     print(f"anomalysd: {' '.join(sentence.split())}", file=sys.stderr)
-
-
-def summary(folder: ResultFolder, counts: Counts) -> str:
-    """Sums up the findings in a line, and names the defective files, worst first."""
-    parts = [f"{counts.inspected} inspected"]
-    if counts.verdicts:
-        normal = counts.inspected - counts.defective
-        parts.append(f"{counts.defective} defective, {normal} normal at the threshold {counts.threshold:.6g}")
-    else:
-        parts.append("no verdicts, because there is no threshold without --normal or a calibrated --adaptation")
-    if counts.failed:
-        parts.append(f"{counts.failed} could not be read")
-    if counts.unscored:
-        parts.append(f"{counts.unscored} without a score, see the column `error`")
-    lines = [f"{'; '.join(parts)}. Results in {folder.folder}"]
-    if counts.worst:
-        lines += ["Defective, worst first:", *(f"{score:10.6g}  {file}" for file, score in counts.worst)]
-    if counts.defective > len(counts.worst):
-        lines.append(f"and {counts.defective - len(counts.worst)} more, see results.csv")
-    return "\n".join(lines)

@@ -203,12 +203,22 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     def _kept(self, features: Tensor, unturned: int, seed: int) -> Tensor | None:
         """Chooses the vectors that stay, indices in order; None: all."""
-        size, count = self.config.max_size, len(features)
-        if count <= size:
+        if len(features) <= self.config.max_size:
             return None
+        drawn = self.drawn(len(features), unturned, seed)
+        return greedy_coreset(features, self.config.max_size, seed) if drawn is None else drawn
+
+    def drawn(self, count: int, unturned: int, seed: int = 0) -> Tensor | None:
+        """Chooses the vectors that stay where their numbers alone decide: int64, rising; None: all stay, or a coreset.
+
+        Args:
+            count: of the vectors.
+            unturned, seed: as of [`add`].
+        """
+        size = self.config.max_size
         straight = min(unturned, self.config.max_unturned, size)
-        if not straight:
-            return greedy_coreset(features, size, seed)
+        if count <= size or not straight:
+            return None
         first = torch.linspace(0, unturned - 1, straight, dtype=torch.float64).round().long()
         turned = torch.randperm(count - unturned, generator=torch.Generator().manual_seed(seed))
         return torch.cat([first, (turned[: size - straight] + unturned).sort().values])
