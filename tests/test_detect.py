@@ -720,7 +720,7 @@ def test_columns_are_as_ever(whole):
 def test_the_summary_names_the_defective_files_worst_first(whole, parts, base, tmp_path, capsys):
     scores = {row["file"]: float(row["score"]) for row in table(whole) if row["score"]}
     low = min(scores.values())
-    assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.000001)) == 0
+    assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.00001)) == 0
     first, title, *worst = capsys.readouterr().out.splitlines()
     assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {low:.6g}; 1 could not be read")
     assert title == "Defective, worst first:"
