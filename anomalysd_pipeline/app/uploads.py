@@ -81,7 +81,8 @@ def read_picture(path: str | os.PathLike, shown_name: str | None = None, limits:
     Raises:
         ValueError: it is missing, too large, damaged or no picture.
     """
-    from ..data.images import flatten, open_image
+    from ..data.images import open_image
+    from ..data.pixels import flatten
 
     limits = limits or Limits()
     name = f"'{visible_name(Path(path).name if shown_name is None else shown_name)}'"
