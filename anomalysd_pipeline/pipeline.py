@@ -31,31 +31,32 @@ from .adaptation.folder import (
 from .adaptation.records import MOST_ROTATIONS, check_records
 from .adaptation.registry import check_shots, default_name
 from .adaptation.settings import AdaptationSettings
-from .common.checks import require_kind, require_number, require_whole, shown
+from .common.checks import require_kind, require_number, require_whole
 from .common.console import renaming
 from .common.files import disk_errors, recover, write_whole, written_into
 from .common.threads import alone, give_way, takes_turns
 from .data.depth import KEY
 from .data.images import load_pictures
-from .data.inputs import Inputs, Tiles
+from .data.inputs import Inputs
 from .data.region import inside, pack_region, unpack_region
-from .data.tensors import fit, resize, stack, to_pil, to_tensor
-from .data.tiles import blend
+from .data.tensors import stack
 from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
-from .method.exemplars import build_exemplar, keep_outside
-from .method.inpainting import draw_noise, encode, repaint, start_schedule
-from .method.masks import multi_scale_masks, prototype_mask
+from .method.comparison import Comparison, compare
+from .method.exemplars import keep_outside
+from .method.findings import Finding, findings, joined
+from .method.inpainting import check_repainting, draw_noise, encode, repaint, start_schedule
+from .method.masks import multi_scale_masks
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
 from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
-from .method.settings import OVERRIDDEN, PRESETS, InspectionSettings, checkpoint_settings
+from .method.settings import PRESETS, InspectionSettings, check_overrides, checkpoint_settings
 from .method.workload import Workload
 from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
-from .models.missing import MissingWeights
+from .models.missing import made_networks
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
 
@@ -203,10 +204,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         require_kind("default_preset", default_preset, str, "the name of a preset")
         for name, given in (("preset_overrides", preset_overrides), ("adaptation", adaptation)):
             require_kind(name, given or {}, Mapping, "a dictionary of settings")
-        for name, given in (preset_overrides or {}).items():
-            if name not in OVERRIDDEN:
-                raise ValueError(f"`preset_overrides` may be of {', '.join(OVERRIDDEN)}, got {shown(name)}.")
-            require_kind(f"preset_overrides[{name!r}]", given, Mapping, "a dictionary of settings")
+        check_overrides(preset_overrides or {})
         book = PromptBook.default() if prompts is None else PromptBook.from_dict(prompts)
         categories, adaptations = check_records(
             {} if categories is None else categories, {} if adaptations is None else adaptations
@@ -365,44 +363,29 @@ class AnomalySDPipeline(DiffusionPipeline):
         region = self._region(category)
         inputs = self._inputs(loaded, region, settings)
 
-        def examine(own: Inputs, own_sizes, noise) -> tuple[Tensor, list, list | None, list]:
-            # 3. to 7. From pictures, or tiles of one, to score maps
-            found = self._score_maps(own, category, settings, None, batch_size, noise, callback_on_step_end)
-            maps = found.fused(settings.prototype_weight, settings.feature_weight)  # [N, R, R], Eq. (21)
+        noise = generator if isinstance(generator, list) else [generator] * len(sizes)
 
-            # 8. Image score, before resizing: it must not depend on the size of the file
-            scores = image_score(maps, settings.top_share, found.regions)  # [N]
-
-            # 9. Back to the pictures' own sizes
-            maps = [resize(m[None], size)[0] for m, size in zip(maps, own_sizes, strict=True)]  # [H, W] each
-            proposed = found.prototype_masks
-            if proposed is not None:
-                each = zip(proposed, own_sizes, strict=True)
-                proposed = [resize(m.float(), size, "nearest")[0] > 0.5 for m, size in each]
-            return (
-                scores,
-                maps,
-                proposed,
-                [to_pil(x, size) for x, size in zip(found.repainted, own_sizes, strict=True)],
-            )
+        # 3. to 9. From pictures, or tiles of them, to what was found, in their own sizes
+        def examine(own: Inputs, own_sizes, noise) -> list[Finding]:
+            maps = self._score_maps(own, category, settings, None, batch_size, noise, callback_on_step_end)
+            return findings(maps, settings, own_sizes)
 
         try:
             if inputs.tiles is None:
-                scores, maps, regions, inpainted = examine(inputs, sizes, generator)
+                found = examine(inputs, sizes, generator)
             else:
-                noise = generator if isinstance(generator, list) else [generator] * len(sizes)
                 if len(noise) != len(sizes):
                     raise ValueError(f"`generator` must be one generator or a list of {len(sizes)}, got {len(noise)}.")
-                parts = [
-                    self._join_tiles(*picture, settings.tile_overlap, examine, own)
-                    for *picture, own in zip(inputs.tiles, sizes, noise, strict=True)
-                ]
-                scores, maps, regions, inpainted = map(list, zip(*parts, strict=True))
-                scores, regions = torch.stack(scores), None if regions[0] is None else regions
+                found = []
+                for tiles, size, own in zip(inputs.tiles, sizes, noise, strict=True):
+                    each = [examine(part, part_sizes, own) for part, part_sizes in tiles.chunks(TILES_AT_ONCE)]
+                    found.append(joined(sum(each, []), tiles.boxes, size, settings.tile_overlap))
         finally:
             self.maybe_free_model_hooks()
         threshold = self._threshold(category, settings)
+        scores = torch.stack([one.score for one in found])  # [N]
         labels = [None if threshold is None else bool(score > threshold) for score in scores.tolist()]
+        maps = [one.anomaly_map for one in found]  # [H, W] each
         if region is not None:
             maps = [m * inside(region, size).to(m.device) for m, size in zip(maps, sizes, strict=True)]
         # Nothing is marked in a picture that is normal as a whole, though single pixels may lie above the threshold
@@ -412,8 +395,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             pred_labels=labels,
             anomaly_maps=stack(maps, output_type),
             pred_masks=None if threshold is None else stack(masks, output_type),
-            inpainted=inpainted,
-            prototype_masks=None if regions is None else stack(regions, output_type),
+            inpainted=[one.inpainted for one in found],
+            prototype_masks=None if found[0].proposed is None else stack([one.proposed for one in found], output_type),
             thresholds=[threshold] * len(labels),
         )
         output.images = loaded
@@ -467,37 +450,19 @@ class AnomalySDPipeline(DiffusionPipeline):
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        distances, cells, built, prototype_masks, exemplars = [], [], [], None, None
+        compared = Comparison()
         if category in self.bank:
-            bank, parts = self.bank.to(device), self.extractor.parts
-            for picture in inputs.shaped:  # one by one: grids differ with the pictures' shapes
-                psi = self.extractor(picture[None])  # [1, C, h, w]
-                shots = bank.shots(category, left_out) if settings.start == "exemplar" else None
-                total = None if shots is None else psi.new_zeros(psi[0, 0].numel(), len(shots.places)).float()
-                far = bank.distances(category, psi, parts, left_out, total=total)  # [1, h, w]
-                distances.append(far)
-                own = None if inputs.regions is None else inputs.regions[len(cells), 0]  # [R, R]
-                cells.append(None if own is None else inside(own, far.shape[1:]))  # [h, w]
-                if shots is not None:
-                    exemplar = build_exemplar(picture, total.view(*far.shape[1:], -1), shots)
-                    if own is not None:
-                        exemplar = torch.where(inside(own, picture.shape[1:]), exemplar, picture)
-                    built.append(fit(exemplar, (side, side)))
-            check_finite("comparison with the normal pictures", distances)
-            each = zip(distances, cells, strict=True)
-            prototype_masks = torch.cat([prototype_mask(far, (side, side), own) for far, own in each])  # [N, 1, R, R]
-            if inputs.regions is not None:
-                prototype_masks &= inputs.regions
-            exemplars = torch.stack(built) if built else None  # [N, 3, R, R]
+            exemplars = settings.start == "exemplar"
+            compared = compare(inputs, self.extractor, self.bank.to(device), category, side, exemplars, left_out)
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
-        work = Workload(len(pictures), masks, prototype_masks, inputs.regions)
+        work = Workload(len(pictures), masks, compared.prototype_masks, inputs.regions)
         latents = torch.cat([encode(self.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
         noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
         starts = None
-        if exemplars is not None:
-            starts = torch.cat([encode(self.vae, part) for part in exemplars.split(AT_ONCE)])  # [N, 4, h, w]
+        if compared.exemplars is not None:
+            starts = torch.cat([encode(self.vae, part) for part in compared.exemplars.split(AT_ONCE)])  # [N, 4, h, w]
 
         # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
         def between_steps(function: Callable, *arguments):
@@ -534,26 +499,21 @@ class AnomalySDPipeline(DiffusionPipeline):
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations, shown = None, painted.shown
         check_finite("repainting", painted.differences)
-        if distances:
-            resized = torch.cat([resize(far, (side, side)) for far in distances])  # [N, R, R]
-            if inputs.regions is not None:  # means of the cells inside
-                each = zip(distances, cells, strict=True)
-                resized = torch.cat([resize(far * own, (side, side)) for far, own in each]) * inputs.regions[:, 0]
-                shares = torch.cat([resize(own[None].float(), (side, side)) for own in cells])
-                resized = resized / shares.clamp(min=torch.finfo(shares.dtype).tiny)
+        if compared.distances:
+            resized = compared.resized(side, inputs.regions)  # [N, R, R]
             if settings.feature_weight > 0:
-                deviations = bank.relative(category, resized, parts)
-            if exemplars is not None:
+                deviations = self.bank.relative(category, resized, self.extractor.parts)
+            if compared.exemplars is not None:
                 shown = keep_outside(pictures, shown, resized)
         if inputs.regions is not None:
             shown = torch.where(inputs.regions, shown, pictures)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
-            guided=None if prototype_masks is None else painted.differences[:, -1],
+            guided=None if compared.prototype_masks is None else painted.differences[:, -1],
             deviations=deviations,
             repainted=shown,
-            prototype_masks=prototype_masks,
-            exemplars=exemplars,
+            prototype_masks=compared.prototype_masks,
+            exemplars=compared.exemplars,
             regions=inputs.regions,
         )
 
@@ -602,57 +562,32 @@ class AnomalySDPipeline(DiffusionPipeline):
         self.settings(
             noise_strength=noise_strength, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale
         )
-        count, factor = len(images), self.vae_scale_factor
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise ValueError(
-                f"`images` must be [N, 3, H, W] with sides that are multiples of {factor}, got {list(images.shape)}."
-            )
-        if masks.ndim != 4 or masks.shape[0] not in (1, count) or masks.shape[1:] != (1, *images.shape[2:]):
-            raise ValueError(
-                f"`masks` must be [{count}, 1, {images.shape[2]}, {images.shape[3]}], got {list(masks.shape)}."
-            )
-        if guidance_scale > 1 and negative_prompt_embeds is None:
-            raise ValueError("`negative_prompt_embeds` is needed where `guidance_scale` exceeds 1.")
+        check_repainting(images, masks, self.vae_scale_factor, guidance_scale, negative_prompt_embeds)
         self.use_adaptation(self._chosen_adaptation)
         try:
-            return self._inpaint(
+            count, device = len(images), self._execution_device
+            images, masks = images.to(device), masks.to(device).expand(count, -1, -1, -1)
+            latents = encode(self.vae, images)  # [N, 4, h, w]
+            if noise is None:
+                noise = draw_noise(latents.shape, generator, device, self.unet.dtype)
+            if noise.shape[0] not in (1, count) or noise.shape[1:] != latents.shape[1:]:
+                raise ValueError(f"`noise` must be {[count, *latents.shape[1:]]}, got {list(noise.shape)}.")
+            texts = (prompt_embeds, negative_prompt_embeds)
+            return repaint(
+                self.unet,
+                self.vae,
+                copy.deepcopy(self.scheduler),
                 images,
-                masks,
-                prompt_embeds,
-                noise_strength,
-                num_inference_steps,
-                noise,
-                generator,
-                guidance_scale,
-                negative_prompt_embeds,
+                latents,
+                masks.to(images.dtype),
+                noise.to(device).expand(count, -1, -1, -1),
+                *(None if text is None else text.to(device).expand(count, -1, -1) for text in texts),
+                noise_strength=noise_strength,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
             )
         finally:
             self.maybe_free_model_hooks()
-
-    def _inpaint(
-        self, images, masks, prompt_embeds, noise_strength, steps, noise, generator, guidance_scale, negative_embeds
-    ) -> Tensor:
-        count, device = len(images), self._execution_device
-        images, masks = images.to(device), masks.to(device).expand(count, -1, -1, -1)
-        latents = encode(self.vae, images)  # [N, 4, h, w]
-        if noise is None:
-            noise = draw_noise(latents.shape, generator, device, self.unet.dtype)
-        if noise.shape[0] not in (1, count) or noise.shape[1:] != latents.shape[1:]:
-            raise ValueError(f"`noise` must be {[count, *latents.shape[1:]]}, got {list(noise.shape)}.")
-        embeds = [None if e is None else e.to(device).expand(count, -1, -1) for e in (prompt_embeds, negative_embeds)]
-        return repaint(
-            self.unet,
-            self.vae,
-            copy.deepcopy(self.scheduler),
-            images,
-            latents,
-            masks.to(images.dtype),
-            noise.to(device).expand(count, -1, -1, -1),
-            *embeds,
-            noise_strength=noise_strength,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-        )
 
     # Learning without a gradient step
 
@@ -905,17 +840,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
         finally:
             self.maybe_free_model_hooks()
-        if not calibration.held_out:
-            logger.warning(
-                f"The threshold of {category!r} is a guess, because one picture does not show how good parts differ; "
-                "give `calibrate` one more picture of a good part, better four."
-            )
-        if (calibration.expected_misses or 0) > false_alarm_rate:
-            logger.warning(
-                f"The threshold of {category!r} cannot keep false alarms and misses to {false_alarm_rate:.1%}: "
-                f"{calibration.expected_misses:.1%} of each are expected, because scores of known defective pictures "
-                "lie close to those of normal ones; try another `preset`, or fine-tune with `adapt`."
-            )
+        for doubt in calibration.doubts(category):
+            logger.warning(doubt)
         self._store_category(category, calibration=calibration.to_dict())
         return calibration
 
@@ -1180,25 +1106,16 @@ class AnomalySDPipeline(DiffusionPipeline):
 
         with readable(path, folder):
             pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
-        makers = {}
-        if kwargs.get("extractor") is None and wants_extractor(
+        wanted = kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
-        ):
-            makers["extractor"] = lambda: make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)
-        if pipe.perceptual is None:
-            makers["perceptual"] = lambda: PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint)
-        made, missing = {}, []
-        for name, make in makers.items():
-            try:
-                with renaming({"alexnet_path": "alexnet_checkpoint", "lin_path": "lpips_checkpoint"}):
-                    made[name] = make()
-            except MissingWeights as error:
-                missing.append(str(error))
-        if missing:  # all of them in one sentence, so that nobody has to try again for each
-            raise ValueError(
-                f"`pretrained_model_name_or_path` '{path}' lacks networks: {'; '.join(missing)}; these are arguments "
-                "of `AnomalySDPipeline.from_pretrained`."
-            )
+        )
+        made = made_networks(
+            path,
+            (lambda: make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)) if wanted else None,
+            None
+            if pipe.perceptual is not None
+            else lambda: PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint),
+        )
         # Assignment would leave those unregistered that were registered as missing.
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)
@@ -1321,22 +1238,6 @@ class AnomalySDPipeline(DiffusionPipeline):
     def to(self, *args, **kwargs) -> AnomalySDPipeline:
         """As of `DiffusionPipeline`, without its warning for each network in float16 on a CPU: ours comes once."""
         return super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
-
-    @staticmethod
-    def _join_tiles(tiles: Tiles, size: tuple[int, int], overlap: int, examine: Callable, noise) -> tuple:
-        """Examines the tiles of a picture some at a time, and joins: the highest score, blended maps and pictures."""
-        scores, maps, proposed, shown = [], [], [], []
-        sides = [(bottom - top, right - left) for left, top, right, bottom in tiles.boxes]
-        for part in tiles.inputs.chunks(TILES_AT_ONCE):
-            start = len(maps)
-            found = examine(part, sides[start : start + len(part)], noise)
-            scores.append(found[0])
-            maps += found[1]
-            proposed += found[2] or []
-            shown += [to_tensor(picture, side) for picture, side in zip(found[3], sides[start:], strict=False)]
-        joined = functools.partial(blend, boxes=tiles.boxes, size=size, overlap=overlap)
-        regions = joined([own.float() for own in proposed]) > 0.5 if proposed else None
-        return torch.cat(scores).max(), joined(maps), regions, to_pil(joined(shown), size)
 
     @_computes
     def maybe_free_model_hooks(self) -> None:

@@ -88,7 +88,8 @@ def read_picture(
     Raises:
         ValueError: it is missing, too large, damaged or no picture, or has values beyond its depth.
     """
-    from ..data.images import flatten, open_image
+    from ..data.images import open_image
+    from ..data.pixels import flatten
 
     limits = limits or Limits()
     name, is_large = _checked(path, shown_name, limits)

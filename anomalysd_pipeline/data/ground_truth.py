@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from .depth import is_deep
-from .images import SUFFIXES, flatten, open_image
+from .images import SUFFIXES, open_image
 from .listing import list_folder
+from .pixels import flatten
 
 MOST_CLASSES = 32
 """Most values of a mask that number kinds of defects; a mask with more has shades."""

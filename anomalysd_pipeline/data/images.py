@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +15,13 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH
 from torch import Tensor
 
 from .depth import KEY, check_bit_depth, is_deep, scale_of, settle, tagged_depth
+from .pixels import RESAVE, extremes, flatten, to_bytes
 
 MIN_SIDE = 8
 MAX_PIXELS = 100_000_000
 LARGEST_TILE = 4_000_000
 """Most pixels of a TIFF's tile that exceeds its picture; a decoder makes room for a whole tile."""
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-_AT_ONCE = 2**20
-"""Pixels that are converted together."""
 # Pillow knows dozens of formats, and some of them start other programs (EPS); an upload may only reach these decoders.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 with contextlib.suppress(ImportError):
@@ -30,7 +29,6 @@ with contextlib.suppress(ImportError):
 
     register_heif_opener()
     FORMATS, SUFFIXES = (*FORMATS, "HEIF"), (*SUFFIXES, ".heic", ".heif")
-_RESAVE = "open it in an image viewer and save it again as an 8-bit PNG or JPEG"
 
 
 def load_image(source, bit_depth: int | None = None) -> Image.Image:
@@ -105,14 +103,14 @@ def _open(path: str | os.PathLike, name: str) -> Image.Image:
             raise ValueError(f"{name} may not be read by this user; change its permissions.") from error
         # Decoders raise nearly every kind of exception over damaged bytes: OSError, SyntaxError, struct.error, ...
         except Exception as error:
-            raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {_RESAVE}.") from error
+            raise ValueError(f"{name} is damaged and cannot be read ({error}); copy it anew, or {RESAVE}.") from error
 
 
 def unidentified(name: str, head: bytes) -> str:
     """Words that no decoder takes a file, by its first 12 bytes; `name` begins the sentence."""
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"hevc", b"mif1", b"msf1") and "HEIF" not in FORMATS:
         return f"{name} is a HEIC picture; run `pip install pillow-heif` to have it read, or save it as a PNG or JPEG."
-    return f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {_RESAVE}."
+    return f"{name} is damaged or not a picture in a format we read (BMP, GIF, JPEG, PNG, TIFF, WebP); {RESAVE}."
 
 
 def _decode(image: Image.Image, name: str) -> Image.Image:
@@ -138,7 +136,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
             raise ValueError(_too_large(name)) from error
         except Exception as error:
             raise ValueError(
-                f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {_RESAVE}."
+                f"{name} is cut short or damaged and cannot be decoded ({error}); copy it anew, or {RESAVE}."
             ) from error
 
 
@@ -172,7 +170,7 @@ def _tile_pixels(image: Image.Image, name: str) -> int:
     try:
         return int(tags.get(TILEWIDTH, 0)) * int(tags.get(TILELENGTH, 0))
     except (TypeError, ValueError) as error:  # several numbers, or none
-        raise ValueError(f"{name} is damaged: its tiles have no size; copy it anew, or {_RESAVE}.") from error
+        raise ValueError(f"{name} is damaged: its tiles have no size; copy it anew, or {RESAVE}.") from error
 
 
 def _too_small(name: str, width: int, height: int) -> str:
@@ -184,89 +182,6 @@ def _too_small(name: str, width: int, height: int) -> str:
 
 def _too_large(name: str, size: str = "") -> str:
     return f"{name} has more than {MAX_PIXELS // 1_000_000} megapixels{size}; scale it down or cut out the part."
-
-
-def flatten(image: Image.Image, name: str, background: str, bit_depth: int | None = None) -> Image.Image:
-    """Converts an image of any mode and depth to RGB; transparent pixels show the `background` color.
-
-    Args:
-        image: decoded.
-        name: of the picture, for errors.
-        background: a color.
-        bit_depth: see `load_image`.
-
-    Raises:
-        ValueError: gray values are not finite or out of range, or the image cannot be converted; the sentence starts
-            with `name`.
-    """
-    try:
-        if is_deep(image):
-            lowest, highest = _extremes((np.asarray(strip) for strip, _ in _strips(image)), name)
-            factor, depth = scale_of(lowest, highest, name, image.info.get(KEY) or bit_depth)
-            converted = _scaled(image, factor)
-            converted.info[KEY] = depth
-            return converted
-        if image.mode == "F":
-            return _from_float(image, name)
-        if not image.has_transparency_data:
-            return image.convert("RGB")
-        return _by_strips(image, lambda strip: _laid_over(strip, background))
-    except Exception as error:  # a color outside its palette, or facts about transparency that are none
-        if isinstance(error, ValueError) and str(error).startswith(name):
-            raise
-        raise ValueError(f"{name} is damaged and has no colors ({error}); copy it anew, or {_RESAVE}.") from error
-
-
-def _laid_over(image: Image.Image, background: str) -> Image.Image:
-    image = image.convert("LA") if image.mode == "La" else image  # which knows no other way
-    image = image.convert("RGBA")
-    canvas = Image.new("RGBA", image.size, background)
-    canvas.alpha_composite(image)
-    return canvas.convert("RGB")
-
-
-def _from_float(image: Image.Image, name: str) -> Image.Image:
-    """Converts gray of uncertain range, to 1 or to 255, by the largest value."""
-    lowest, highest = _extremes((np.asarray(strip) for strip, _ in _strips(image)), name)
-    if lowest < 0 or highest > 255:
-        raise ValueError(f"{name} has gray values from {lowest:g} to {highest:g}; scale them to [0, 255].")
-    return _scaled(image, 255 / (1 if highest <= 1 else 255))
-
-
-def _scaled(image: Image.Image, factor: float) -> Image.Image:
-    """Converts gray of any depth to RGB, times a factor."""
-    return _by_strips(image, lambda strip: _to_bytes(np.asarray(strip), lambda rows: rows.astype(np.float64) * factor))
-
-
-def _by_strips(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Converts an image to RGB, some rows at a time: copies of all of it would take gigabytes."""
-    result = Image.new("RGB", image.size)
-    for strip, top in _strips(image):
-        result.paste(convert(strip), (0, top))
-    return result
-
-
-def _strips(image: Image.Image) -> Iterator[tuple[Image.Image, int]]:
-    """Cuts an image into strips of some rows, each with the number of its first row."""
-    rows = max(1, _AT_ONCE // image.width)
-    for top in range(0, image.height, rows):
-        yield image.crop((0, top, image.width, min(top + rows, image.height))), top
-
-
-def _extremes(parts: Iterable[np.ndarray], name: str) -> tuple[float, float]:
-    """Finds the lowest and the highest of all values. Raises ValueError if any is not finite."""
-    found = np.array([(part.min(), part.max()) for part in parts], dtype=np.float64)  # NaN stays NaN
-    if not np.isfinite(found).all():
-        raise ValueError(f"{name} holds NaN or infinite values; replace them before loading.")
-    return float(found.min()), float(found.max())
-
-
-def _to_bytes(values: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
-    """Rounds scaled values `[H, W]` or `[H, W, C]` to 8 bits, some rows at a time."""
-    result, rows = np.empty(values.shape, np.uint8), max(1, _AT_ONCE // max(1, values[0].size))
-    for top in range(0, len(values), rows):
-        result[top : top + rows] = np.rint(scale(values[top : top + rows]))
-    return Image.fromarray(result)
 
 
 def _channels_last(tensor: torch.Tensor) -> np.ndarray:
@@ -301,14 +216,14 @@ def _from_array(array: np.ndarray, name: str, bit_depth: int | None) -> Image.Im
         raise ValueError(_too_large(name))
     depth = None
     if np.issubdtype(array.dtype, np.floating):
-        low, high = _extremes([array], name)
+        low, high = extremes([array], name)
         # Resizing and float rounding overshoot a little; a picture in [-1, 1] or [0, 255] overshoots by far.
         if low < -0.01 or high > 1.01:
             raise ValueError(f"{name} has float values from {low:g} to {high:g}; scale them to [0, 1], or give uint8.")
-        image = _to_bytes(array, lambda rows: rows.clip(0, 1) * 255)
+        image = to_bytes(array, lambda rows: rows.clip(0, 1) * 255)
     elif array.dtype == np.uint16:
-        factor, depth = scale_of(*_extremes([array], name), name, bit_depth)
-        image = _to_bytes(array, lambda rows: rows * factor)
+        factor, depth = scale_of(*extremes([array], name), name, bit_depth)
+        image = to_bytes(array, lambda rows: rows * factor)
     elif array.dtype == np.uint8:
         image = Image.fromarray(np.ascontiguousarray(array))
     else:

@@ -147,6 +147,12 @@ class Tiles:
         inputs = Inputs.of([picture.crop(box) for box in boxes], resolution, size_of)
         return cls(boxes, replace(inputs, regions=regions))
 
+    def chunks(self, count: int) -> Iterator[tuple[Inputs, list[tuple[int, int]]]]:
+        """Gives at most `count` tiles after another, with their sizes (H, W)."""
+        sizes = [(bottom - top, right - left) for left, top, right, bottom in self.boxes]
+        starts = range(0, len(sizes), count)
+        return ((self.inputs[start : start + count], sizes[start : start + count]) for start in starts)
+
 
 def first_alike(fingerprints: Sequence[str]) -> list[int]:
     """Finds for each picture the number of the first that it is a copy of, its own if it is none.

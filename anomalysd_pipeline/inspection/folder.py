@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import math
 import os
 import uuid
 from collections import Counter
@@ -29,35 +28,20 @@ import numpy as np
 from PIL import Image
 
 from ..common.drawing import montage
-from ..common.files import disk_errors, read_rows, remove, write_names, write_whole
+from ..common.files import disk_errors, remove, write_names, write_whole
 from ..data.listing import RESULTS
 from ..data.picture import Picture
 from ..data.sources import Listing
 from .annotations import find_boxes, prediction, write_coco, write_list
-from .result import Inspection, caption, table_values, write_table
+from .result import Inspection, caption, write_table
+from .rows import Entry, cells, place_of, read_again, read_all
 
-MONTAGEROWS = 24
+MONTAGE_ROWS = 24
 RESULT_COLUMNS = ("file", "score", "threshold", "verdict", "seconds", "error")
 PART = "part.safetensors"
 ROWS, PICTURES = "rows", ("heatmaps", "masks", "maps")
 _TABLE, _FACTS, _MONTAGE = "results.csv", RESULTS, "montage.png"
 _LIST, _COCO = "results.json", "coco.json"
-_PLACE = {"source": str, "shard": int}
-_END = {**_PLACE, "pictures": int}
-_FAILURE = {**_PLACE, "row": int, "file": str, "error": str}
-_NUMBER = (int, float)
-_RESULT = {
-    **_PLACE,
-    "row": int,
-    "file": str,
-    "name": str,
-    "score": _NUMBER,
-    "threshold": (*_NUMBER, type(None)),
-    "seconds": _NUMBER,
-    "width": int,
-    "height": int,
-    "boxes": list,
-}
 _CELL = 176  # pixels, the side of a picture in the montage
 
 
@@ -69,7 +53,7 @@ class Counts:
         failed: those that could not be read.
         unscored: those that could be read, and have no score all the same.
         threshold: of the highest score; None where there is none.
-        worst: file and score of at most `MONTAGEROWS` defective ones, the highest score first.
+        worst: file and score of at most `MONTAGE_ROWS` defective ones, the highest score first.
     """
 
     inspected: int
@@ -175,7 +159,7 @@ class ResultFolder:
         done: dict[str, str] = {}
         counts: Counter[tuple[str, int]] = Counter()
         lengths: dict[tuple[str, int], int] = {}
-        for _, _, row in self.rows() if self.resume else ():
+        for _, _, row in read_all(self.folder / ROWS) if self.resume else ():
             shard = row.get("source"), row.get("shard")
             if "pictures" in row:
                 lengths[shard] = row["pictures"]
@@ -199,7 +183,7 @@ class ResultFolder:
         self._added += 1
         shown = f"{self._id}-{self._added}.png"
         dropped = None
-        if len(self._shown) < MONTAGEROWS:
+        if len(self._shown) < MONTAGE_ROWS:
             heapq.heappush(self._shown, (result.score, -self._added, shown))
         else:
             dropped = heapq.heappushpop(self._shown, (result.score, -self._added, shown))[2]
@@ -207,7 +191,7 @@ class ResultFolder:
             strip = _strip([_thumbnail(image) for image in (result.image, result.inpainted, heat)])
             self._write(self.folder / ROWS / shown, lambda path: strip.save(path, "PNG"))
             row["shown"] = shown
-        self._append({**_place(picture), "name": picture.name, **row})
+        self._append({**place_of(picture), "name": picture.name, **row})
         if dropped is not None and dropped != shown:
             (self.folder / ROWS / dropped).unlink(missing_ok=True)
 
@@ -217,14 +201,14 @@ class ResultFolder:
         Args:
             read: whether the picture could be read, and has no score all the same.
         """
-        self._append({**_place(picture), "error": " ".join(sentence.split()), "read": read})
+        self._append({**place_of(picture), "error": " ".join(sentence.split()), "read": read})
 
     def end(self, source: str, shard: int, pictures: int) -> None:
         """Keeps how many pictures a shard has, so that a run that goes on need not read it to its end again."""
         self._append({"source": source, "shard": shard, "pictures": pictures})
 
     def finish(self, listing: Listing, sentences: Mapping[int, str] | None = None) -> Counts | None:
-        """Writes the tables in the order of the listing, and the montage of the `MONTAGEROWS` highest scores, highest
+        """Writes the tables in the order of the listing, and the montage of the `MONTAGE_ROWS` highest scores, highest
         first; from the rows of all processes and runs. Nothing, and None, if there is no row.
 
         Args:
@@ -241,18 +225,18 @@ class ResultFolder:
         verdicts = any(entry.defective is not None for entry in index)
 
         def rows() -> Iterator[dict]:
-            return (row for _, row in heapq.merge(missing, self._read(index), key=lambda entry: entry[0]))
+            return (row for _, row in heapq.merge(missing, read_again(index), key=lambda entry: entry[0]))
 
         with self._disk_errors():
-            write_table(self.folder / _TABLE, map(_cells, rows()), RESULT_COLUMNS)
+            write_table(self.folder / _TABLE, map(cells, rows()), RESULT_COLUMNS)
             if not verdicts:
                 (self.folder / _COCO).unlink(missing_ok=True)  # of an earlier run with a threshold
         self._write(self.folder / _LIST, lambda path: write_list(path, map(prediction, rows())))
         if verdicts:
             self._write(self.folder / _COCO, lambda path: write_coco(path, rows))
         # Of equal scores those listed first, because the sort is stable.
-        best = heapq.nlargest(MONTAGEROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
-        highest = [row for _, row in self._read(best)]
+        best = heapq.nlargest(MONTAGE_ROWS, (entry for entry in index if entry.score is not None), lambda e: e.score)
+        highest = [row for _, row in read_again(best)]
         if best:
             figure = montage(
                 [self._thumbnails(row) for row in highest],
@@ -276,38 +260,18 @@ class ResultFolder:
             with self._disk_errors():
                 file.close()
 
-    def _index(self, listing: Listing) -> list[_Entry]:
+    def _index(self, listing: Listing) -> list[Entry]:
         """Finds each picture's row, in the order of the listing; of several that with a result, or the last."""
         place = listing.places()
-        found: dict[tuple[int, int, int], _Entry] = {}
-        for path, offset, row in self.rows():
+        found: dict[tuple[int, int, int], Entry] = {}
+        for path, offset, row in read_all(self.folder / ROWS):
             at = None if "pictures" in row else place(row)
             if at is None or ("error" in row and at in found):
                 continue
             score, threshold = row.get("score"), row.get("threshold")
             defective = None if score is None or threshold is None else score > threshold
-            found[at] = _Entry(at, path, offset, score, defective, row.get("read", False))
+            found[at] = Entry(at, path, offset, score, defective, row.get("read", False))
         return [found[at] for at in sorted(found)]
-
-    def rows(self) -> Iterator[tuple[Path, int, dict]]:
-        """Yields every row with its file and its place in it, those of earlier runs first."""
-        paths = [(path.stat().st_mtime_ns, path) for path in (self.folder / ROWS).glob("*.jsonl")]
-        for _, path in sorted(paths):
-            for offset, row in read_rows(path, _END, _FAILURE, _RESULT):
-                if "score" not in row or _is_usable(row):
-                    yield path, offset, row
-
-    def _read(self, index: list[_Entry]) -> Iterator[tuple[tuple[int, int, int], dict]]:
-        files = {}
-        try:
-            for entry in index:
-                if entry.path not in files:
-                    files[entry.path] = open(entry.path, "rb")  # noqa: SIM115
-                files[entry.path].seek(entry.offset)
-                yield entry.place, json.loads(files[entry.path].readline())
-        finally:
-            for file in files.values():
-                file.close()
 
     def _thumbnails(self, row: Mapping) -> list[Image.Image | None]:
         strip = self.folder / ROWS / row.get("shown", "")
@@ -368,38 +332,6 @@ class Earlier:
 
     names: Mapping[str, str]
     shards: set[tuple[str, int]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    place: tuple[int, int, int]
-    path: Path
-    offset: int
-    score: float | None
-    defective: bool | None
-    read: bool
-
-
-def _place(picture: Picture) -> dict[str, object]:
-    return {"file": picture.file, "source": picture.source, "shard": picture.shard, "row": picture.row}
-
-
-def _is_usable(row: Mapping) -> bool:
-    """Tells whether a row has finite numbers, and names of files that lie where results do."""
-    boxes = row["boxes"]
-    if not all(isinstance(box, list) and len(box) == 6 and all(isinstance(n, _NUMBER) for n in box) for box in boxes):
-        return False
-    numbers = (row["score"], row["threshold"] or 0.0, row["seconds"], *(number for box in boxes for number in box))
-    names = (row["name"], row.get("shown", "x"))
-    return all(map(math.isfinite, numbers)) and all(
-        isinstance(name, str) and name and "\0" not in name and not {"", ".."} & set(name.split("/")) for name in names
-    )
-
-
-def _cells(row: Mapping) -> dict[str, object]:
-    if "error" in row:
-        return {"file": row["file"], "error": row["error"]}
-    return {"file": row["file"], **table_values(row["score"], row["threshold"], row["seconds"])}
 
 
 def _shown(value: object) -> str:

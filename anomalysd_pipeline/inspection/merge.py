@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..common.files import SoleWriter, disk_errors
 from .folder import PART, PICTURES, ROWS, ResultFolder, read_facts
+from .rows import read_all
 from .summary import summary
 
 
@@ -69,7 +70,7 @@ def check_names(folders: list[Path]) -> None:
     """Raises ValueError where pictures that differ share a name or a place, as in runs without `--shard`."""
     names: dict[object, str] = {}
     for path in folders:
-        for _, _, row in ResultFolder(path, resume=True).rows():
+        for _, _, row in read_all(path / ROWS):
             if "pictures" in row:
                 continue
             for key in (row.get("name"), (row["source"], row["shard"], row["row"])):

@@ -70,6 +70,22 @@ class Calibration:
         """Gives JSON-serializable values, as stored in the pipeline's config."""
         return asdict(self)
 
+    def doubts(self, category: str) -> list[str]:
+        """Words what a person should know of the threshold, a warning each; empty where it is sound."""
+        said = []
+        if not self.held_out:
+            said.append(
+                f"The threshold of {category!r} is a guess, because one picture does not show how good parts differ; "
+                "give `calibrate` one more picture of a good part, better four."
+            )
+        if (self.expected_misses or 0) > self.false_alarm_rate:
+            said.append(
+                f"The threshold of {category!r} cannot keep false alarms and misses to {self.false_alarm_rate:.1%}: "
+                f"{self.expected_misses:.1%} of each are expected, because scores of known defective pictures lie "
+                "close to those of normal ones; try another `preset`, or fine-tune with `adapt`."
+            )
+        return said
+
 
 def differing_settings(record: Mapping, settings: InspectionSettings) -> list[str]:
     """Names the settings in which a stored calibration differs from an inspection, so that its threshold does not

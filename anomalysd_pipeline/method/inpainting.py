@@ -75,6 +75,23 @@ def start_schedule(scheduler, num_inference_steps: int, noise_strength: float, d
     return timesteps
 
 
+def check_repainting(
+    images: Tensor, masks: Tensor, factor: int, guidance_scale: float, negative_prompt_embeds: Tensor | None
+) -> None:
+    """Raises ValueError for pictures or masks of another shape than `repaint` takes; `factor` is the VAE's."""
+    count = len(images)
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise ValueError(
+            f"`images` must be [N, 3, H, W] with sides that are multiples of {factor}, got {list(images.shape)}."
+        )
+    if masks.ndim != 4 or masks.shape[0] not in (1, count) or masks.shape[1:] != (1, *images.shape[2:]):
+        raise ValueError(
+            f"`masks` must be [{count}, 1, {images.shape[2]}, {images.shape[3]}], got {list(masks.shape)}."
+        )
+    if guidance_scale > 1 and negative_prompt_embeds is None:
+        raise ValueError("`negative_prompt_embeds` is needed where `guidance_scale` exceeds 1.")
+
+
 def repaint(
     unet,
     vae,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 
-from ..common.checks import require_number, require_whole, shown
+from ..common.checks import require_kind, require_number, require_whole, shown
 from ..data.tiles import check_tiles
 
 STARTS = ("image", "exemplar")
@@ -40,6 +40,14 @@ OVERRIDDEN = (*PRESETS, "exemplar")
 
 MOST_STEPS, MOST_SCALES, MOST_CELLS = 1000, 32, 64
 """Of a noise schedule; of the masks; and of the cells along a side. More are a mistake that would take days."""
+
+
+def check_overrides(preset_overrides: Mapping) -> None:
+    """Raises ValueError, naming the argument, for other names than those of `OVERRIDDEN`, or what is no dictionary."""
+    for name, given in preset_overrides.items():
+        if name not in OVERRIDDEN:
+            raise ValueError(f"`preset_overrides` may be of {', '.join(OVERRIDDEN)}, got {shown(name)}.")
+        require_kind(f"preset_overrides[{name!r}]", given, Mapping, "a dictionary of settings")
 
 
 def checkpoint_settings(config: Mapping) -> dict:

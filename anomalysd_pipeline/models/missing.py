@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from ..common.console import renaming
 
 
 class MissingWeights(OSError):
@@ -28,3 +32,28 @@ def fetched(argument: str, file: str, folder: object) -> Iterator[None]:
         yield
     except OSError as error:  # as huggingface_hub, urllib and their kin raise it
         raise MissingWeights(argument, file, folder, error.__cause__ or error) from error
+
+
+def made_networks(
+    path: str, extractor: Callable[[], nn.Module] | None, perceptual: Callable[[], nn.Module] | None
+) -> dict[str, nn.Module]:
+    """Makes the networks that a bare inpainting checkpoint lacks; None for what it has.
+
+    Raises:
+        ValueError: naming everything that is missing in one sentence, so that nobody has to try again for each.
+    """
+    made, missing = {}, []
+    for name, make in (("extractor", extractor), ("perceptual", perceptual)):
+        if make is None:
+            continue
+        try:
+            with renaming({"alexnet_path": "alexnet_checkpoint", "lin_path": "lpips_checkpoint"}):
+                made[name] = make()
+        except MissingWeights as error:
+            missing.append(str(error))
+    if missing:
+        raise ValueError(
+            f"`pretrained_model_name_or_path` '{path}' lacks networks: {'; '.join(missing)}; these are arguments of "
+            "`AnomalySDPipeline.from_pretrained`."
+        )
+    return made
