@@ -2,12 +2,14 @@
 
     python benchmarks/full_size.py                          # on a GPU: all of it
     python benchmarks/full_size.py --device cpu --calls 4   # measures a few calls of the UNet and extrapolates
+    python benchmarks/full_size.py --embedded --threads 1   # the embedded checkpoint beside it, in its own size
 
 Random weights are as fast as trained ones. In one process, each on the same pictures: a plain loop of diffusers'
 inpainting pipeline over the masks of the paper, then the presets `paper` and `fast`. Prints seconds a picture, the
 ratio to the loop, calls of the UNet, the share of the time that their arithmetic alone would take at the speed of a
-large matrix product, peak memory so far, and the largest difference of the maps to those of the loop. With one thread
-on a CPU, seconds are those of the processor, which other programs do not lengthen.
+large matrix product, peak memory so far, and the largest difference of the maps to those of the loop. Where the device
+computes in bfloat16, presets of networks in float32 are measured in mixed precision too. With one thread on a CPU,
+seconds are those of the processor, which other programs do not lengthen.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from anomalysd_pipeline import EMBEDDED, AnomalySDPipeline
-from anomalysd_pipeline.common.devices import choose_device
+from anomalysd_pipeline.common.devices import choose_device, resolve_precision
 from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.method.masks import multi_scale_masks
 from anomalysd_pipeline.method.prompts import average_embedding
@@ -215,7 +218,8 @@ def measure(pipe, pictures, calls: int | None, batch_size: int | None) -> list[R
     def generators() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(0) for _ in pictures]
 
-    def ours(preset: str, few: dict) -> torch.Tensor:
+    def ours(preset: str, few: dict, precision: str = "no") -> torch.Tensor:
+        pipe.mixed_precision = precision
         drawn = generators()
         for generator in drawn:  # diffusers draws for its sample of E(x) first
             randn_tensor(shape, generator=generator, device=pipe.device, dtype=dtype)
@@ -238,11 +242,12 @@ def measure(pipe, pictures, calls: int | None, batch_size: int | None) -> list[R
         ours("paper", few)
         ours("fast", few)
     rows, masks = [], None
-    ways = {
-        "paper": ("paper", lambda given: ours("paper", given)),
-        "plain diffusers loop": ("paper", theirs),
-        "fast": ("fast", lambda given: ours("fast", given)),
-    }
+    ways = {"paper": ("paper", lambda given: ours("paper", given)), "plain diffusers loop": ("paper", theirs)}
+    ways["fast"] = "fast", lambda given: ours("fast", given)
+    mixed = resolve_precision("auto", meter.device) if dtype == torch.float32 else "no"
+    if mixed != "no":
+        for preset in ("paper", "fast"):
+            ways[f"{preset}, {mixed}"] = preset, lambda given, preset=preset: ours(preset, given, mixed)
     for name, (preset, run) in ways.items():
         meter.reset()
         began = meter.now()
@@ -270,12 +275,12 @@ def extrapolated(seconds: float, meter: Meter, few, whole, masks: torch.Tensor) 
     return once + rest * passes(whole) + meter.seconds["unet"] / meter.calls * calls, calls
 
 
-def arithmetic(size: dict) -> float:
+def arithmetic(config: Mapping) -> float:
     """Counts the floating-point operations of a call of the UNet."""
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**size["unet"])
-        side = size["unet"]["sample_size"]
-        sample, text = torch.zeros(1, 9, side, side), torch.zeros(1, 77, size["unet"]["cross_attention_dim"])
+        unet = UNet2DConditionModel.from_config(config)
+        side = config["sample_size"]
+        sample, text = torch.zeros(1, 9, side, side), torch.zeros(1, 77, config["cross_attention_dim"])
         with FlopCounterMode(display=False) as counter:
             unet(sample, torch.zeros(1), encoder_hidden_states=text)
     return counter.get_total_flops()
@@ -300,6 +305,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="passes at once (default: 16 on a GPU, 4 on a CPU)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--embedded", action="store_true", help="the embedded checkpoint, in float32")
     parser.add_argument("--tiny", action="store_true", help="small networks, to try the program itself")
     arguments = parser.parse_args()
     if arguments.calls is not None and arguments.calls < 2:
@@ -311,14 +317,20 @@ def main() -> None:
         size = TINY
     cuda = device.type == "cuda"
     print(torch.cuda.get_device_name(device) if cuda else f"CPU, {torch.get_num_threads()} threads", end="; ")
-    operations, limit = arithmetic(size), speed(device, dtype, 256 if arguments.tiny else 8192 if cuda else 2048)
     began = time.perf_counter()
-    pipe = build(size, device, dtype)
+    if arguments.embedded:
+        dtype, pipe = torch.float32, AnomalySDPipeline.from_pretrained().to(device)
+        pipe.set_progress_bar_config(disable=True)
+    else:
+        pipe = build(size, device, dtype)
+    side, weights = pipe.config.resolution, "trained" if arguments.embedded else "random"
+    operations = arithmetic(pipe.unet.config)
+    limit = speed(device, dtype, 256 if arguments.tiny else 8192 if cuda else 2048)
     millions = sum(weight.numel() for weight in pipe.unet.parameters()) / 1e6
-    print(f"torch {torch.__version__}, random weights in {arguments.dtype}, {size['resolution']} px")
+    print(f"torch {torch.__version__}, {weights} weights in {str(dtype).removeprefix('torch.')}, {side} px")
     print(f"UNet of {millions:.1f} M weights, {operations / 1e12:.3g} TFLOP a call; ", end="")
     print(f"a matrix product runs at {limit / 1e12:.3g} TFLOP/s")
-    normal, *pictures = normal_images(PART, 1 + arguments.pictures, seed=0, size=size["resolution"])
+    normal, *pictures = normal_images(PART, 1 + arguments.pictures, seed=0, size=side)
     pipe.add_category(PART, [normal])
     print(f"built, and 1 normal picture registered: {time.perf_counter() - began:.0f} s", flush=True)
     rows = measure(pipe, pictures, arguments.calls, arguments.batch_size)
