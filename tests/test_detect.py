@@ -746,7 +746,8 @@ def test_the_summary_names_the_defective_files_worst_first(whole, parts, base, t
     low = min(scores.values())
     assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.00001)) == 0
     first, title, *worst = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {low:.6g}; 1 could not be read")
+    shown = f"{low * 1.00001:.6g}"
+    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {shown}; 1 could not be read")
     assert title == "Defective, worst first:"
     expected = sorted(scores, key=lambda file: -scores[file])[:3]
     assert [line.split()[1] for line in worst] == expected
