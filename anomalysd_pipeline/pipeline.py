@@ -41,7 +41,7 @@ from .data.inputs import Inputs
 from .data.region import inside, pack_region, unpack_region
 from .data.tensors import stack
 from .knowledge import Knowledge
-from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
+from .method.calibration import Calibration, calibrate_threshold, check_rate, class_names, differing_settings
 from .method.comparison import Comparison, compare
 from .method.exemplars import keep_outside
 from .method.findings import Finding, findings, joined
@@ -189,6 +189,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             feature_extractor=None,
             image_encoder=None,
         )
+        self._usual_classes = class_names(scheduler, vae)
         for module in (unet, vae, perceptual):
             if module is not None:
                 # The order in which convolutions compute; otherwise they reorder their inputs on every call.
@@ -825,6 +826,9 @@ class AnomalySDPipeline(DiffusionPipeline):
                 scores += image_score(maps, chosen.top_share, found.regions).tolist()
             return max(scores)
 
+        before = record["calibration"]
+        if before is not None and self._differing(before, chosen):
+            before = None
         try:
             calibration = calibrate_threshold(
                 score,
@@ -833,7 +837,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 chosen,
                 false_alarm_rate,
                 seed,
-                record["calibration"],
+                before,
                 record.get("fingerprints", ()),
                 defective,
                 callback,
@@ -842,6 +846,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.maybe_free_model_hooks()
         for doubt in calibration.doubts(category):
             logger.warning(doubt)
+        names = class_names(self.scheduler, self.vae).items()
+        others = {part: name for part, name in names if name != self._usual_classes[part]}
+        calibration = replace(calibration, classes=others)
         self._store_category(category, calibration=calibration.to_dict())
         return calibration
 
@@ -1102,10 +1109,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
-        from .hub.components import own_components, readable
+        from .hub.components import class_of, own_components, readable
 
         with readable(path, folder):
             pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
+            # Thresholds in the folder are of its own components, not of those a caller gives.
+            given = {part: class_of(folder, part) for part in pipe._usual_classes if part in kwargs}
+        pipe._usual_classes |= {part: name for part, name in given.items() if name}
         wanted = kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
         )
@@ -1138,6 +1148,10 @@ class AnomalySDPipeline(DiffusionPipeline):
         folder = Path(os.path.abspath(save_directory))
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
+        if class_names(self.scheduler, self.vae) != self._usual_classes:  # which the folder will not tell any more
+            known = self.knowledge
+            known.note_classes(self._usual_classes)
+            self.knowledge = known
         from .hub.bundle import bundle_source
 
         with disk_errors("save_directory", folder), written_into(folder) as partial:
@@ -1253,7 +1267,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         record = self.config.categories.get(category, {}).get("calibration")
         if record is None:
             return None
-        changed = differing_settings(record, settings)
+        changed = self._differing(record, settings)
         if changed:
             logger.warning(
                 f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does "
@@ -1261,6 +1275,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
             return None
         return record["threshold"]
+
+    def _differing(self, record: Mapping, settings: InspectionSettings) -> list[str]:
+        return differing_settings(record, settings, class_names(self.scheduler, self.vae), self._usual_classes)
 
     def _replace_weights(self, weights: AdaptedWeights) -> None:
         """Puts fully trained weights in new modules: the old ones may be another pipeline's too."""
