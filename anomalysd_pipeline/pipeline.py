@@ -52,7 +52,7 @@ from .method.prompts import PromptBook, average_embedding, check_category
 from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
 from .method.settings import PRESETS, InspectionSettings, check_overrides, checkpoint_settings
 from .method.workload import Workload
-from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
+from .models.adapters import AdapterStore, merge_lora, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
@@ -911,11 +911,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
         self.check_adaptable(name or default_name(shots), chosen.method, shots)
         check_rate(false_alarm_rate)
-        if getattr(self, "_all_hooks", None):
-            raise ValueError(
-                "`adapt` needs the pipeline on one device, but parts of it are offloaded; call "
-                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
-            )
+        self._check_hooks("adapt")
         with in_memory_accelerator(self.device, chosen) as accelerator:
             weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
@@ -979,11 +975,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             check_category(name)
         except ValueError as error:
             raise ValueError(str(error).replace("`category`", "`name`")) from error
-        if method == "full" and self.adaptations:
-            raise ValueError(
-                f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
-                "them with `remove_adaptation`, or use a pipeline that is loaded anew."
-            )
+        if method == "full":
+            self._check_base("`method` 'full'")
         others = [c for c in self.knowledge.categories_of(name) if categories is not None and c not in categories]
         if others:
             raise ValueError(
@@ -1130,6 +1123,27 @@ class AnomalySDPipeline(DiffusionPipeline):
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)
         return pipe
+
+    @_learns
+    @_computes
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, lora_scale: float = 1.0, **kwargs) -> None:
+        """Merges LoRA weights into denoiser and text encoder for good, such as an LCM-LoRA, which needs few steps.
+
+        Thresholds are forgotten: call `calibrate` next. Networks that other pipelines share stay as they are there.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: Hub id, folder, file or weights by name.
+            lora_scale: factor of what the weights add.
+            **kwargs: those of diffusers' `load_lora_weights`, such as `weight_name`.
+
+        Raises:
+            ValueError: if adaptations rest on the networks as they are, or these are no LoRA weights.
+        """
+        self._check_base("`load_lora_weights`")
+        self._check_hooks("load_lora_weights")
+        source = pretrained_model_name_or_path_or_dict
+        self.register_modules(**merge_lora(self.unet, self.text_encoder, source, lora_scale, **kwargs))
+        self._forget_thresholds()
 
     @_computes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -1291,9 +1305,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             take_out_adapters(vae)
             vae.load_state_dict(weights.decoder, strict=False)
             self.register_modules(vae=vae)
+        self._forget_thresholds()
+
+    def _forget_thresholds(self) -> None:
+        """Forgets the thresholds that were set with other weights."""
         known = self.knowledge
         for category in known.categories:
-            known.store(category, calibration=None)  # of the old weights
+            known.store(category, calibration=None)
         self.knowledge = known
 
     @contextlib.contextmanager
@@ -1308,6 +1326,20 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.knowledge = known
             self._chosen_adaptation = chosen
             raise
+
+    def _check_base(self, cause: str) -> None:
+        if self.adaptations:
+            raise ValueError(
+                f"{cause} would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove them "
+                "with `remove_adaptation`, or use a pipeline that is loaded anew."
+            )
+
+    def _check_hooks(self, method: str) -> None:
+        if getattr(self, "_all_hooks", None):
+            raise ValueError(
+                f"`{method}` needs the pipeline on one device, but parts of it are offloaded; call "
+                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
+            )
 
     def _check_adaptation(self, name: str) -> None:
         if name not in self.config.adaptations:

@@ -13,6 +13,9 @@ from diffusers import (
     LCMScheduler,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
@@ -224,6 +227,54 @@ class TestInspection:
 
         with pytest.raises(RuntimeError, match="broken"):
             tiny_pipeline(nuts[0], callback_on_step_end=fail)
+
+
+class TestFasterNetworks:
+    """Those that users of diffusers bring."""
+
+    def test_lora_weights_are_merged(self, tiny_pipeline, nuts, tmp_path):
+        pipe, own, other = tiny_pipeline, tiny_pipeline.unet, tiny_components()["unet"]  # with the same weights
+        torch.manual_seed(0)
+        other.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(other))
+        StableDiffusionInpaintPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=state)
+        before = pipe(nuts[0]).anomaly_maps
+        pipe.add_category("hex_nut", nuts[:2])
+        pipe.calibrate("hex_nut", nuts[:2], mask_scales=(1,))
+        pipe.load_lora_weights(tmp_path / "lora")
+        inputs = torch.randn(1, 9, 16, 16), 10, torch.randn(1, 77, 32)
+        with torch.no_grad():
+            found, expected, plain = (unet(*inputs)[0] for unet in (pipe.unet, other, own))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, plain)
+        after = pipe(nuts[0]).anomaly_maps
+        assert np.isfinite(after).all() and not np.allclose(after, before)
+        assert pipe.config.categories["hex_nut"]["calibration"] is None
+        pipe.save_pretrained(tmp_path / "saved")
+        assert np.array_equal(AnomalySDPipeline.from_pretrained(tmp_path / "saved")(nuts[0]).anomaly_maps, after)
+        pipe.unet = own  # left as it was, for other pipelines that share it
+        assert np.array_equal(pipe(nuts[0]).anomaly_maps, before)
+
+    def test_other_weights_are_no_lora(self, registered_pipeline):
+        unet = registered_pipeline.unet
+        with pytest.raises(ValueError, match="LoRA"):
+            registered_pipeline.load_lora_weights({"unet.conv_in.weight": torch.zeros(1)})
+        assert registered_pipeline.unet is unet
+
+    def test_compiled_networks(self, tiny_pipeline, nuts, tmp_path):
+        """As they are wired: compiling takes a minute, so they are told to compute without."""
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts[:2])
+        pipe.calibrate("hex_nut", nuts[:2], mask_scales=(1,))
+        expected = pipe(nuts[0], "hex_nut", mask_scales=(1,))
+        pipe.unet, pipe.vae = (torch.compile(net, backend="eager") for net in (pipe.unet, pipe.vae))
+        with torch.compiler.set_stance("force_eager"):
+            found = pipe(nuts[0], "hex_nut", mask_scales=(1,))
+        assert np.array_equal(found.anomaly_maps, expected.anomaly_maps)
+        assert found.thresholds == expected.thresholds != [None]
+        pipe.save_pretrained(tmp_path)
+        again = AnomalySDPipeline.from_pretrained(tmp_path)(nuts[0], "hex_nut", mask_scales=(1,))
+        assert np.array_equal(again.anomaly_maps, expected.anomaly_maps) and again.thresholds == expected.thresholds
 
 
 class TestCategories:
