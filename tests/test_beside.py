@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from anomalysd_pipeline.common import beside
 from anomalysd_pipeline.common.beside import Behind, ahead
 
 PATIENCE = 20
@@ -45,6 +46,21 @@ def test_closing_ends_the_thread():
     assert threading.active_count() == before + 1
     found.close()
     assert threading.active_count() == before
+
+
+def test_a_slow_source_does_not_hold_up_the_end(monkeypatch):
+    monkeypatch.setattr(beside, "_WAIT", 0.1)
+    go = threading.Event()
+
+    def items():
+        yield 0
+        go.wait(PATIENCE)
+
+    found, began = ahead(items(), 2), time.monotonic()
+    assert next(found) == 0
+    found.close()
+    assert time.monotonic() - began < PATIENCE / 2
+    go.set()
 
 
 def test_calls_are_made_in_order_before_the_block_ends():
