@@ -134,6 +134,14 @@ class Knowledge:
         kept = {key: value for key, value in self.record(category).items() if key not in facts}
         self.categories[category] = kept | {key: value for key, value in facts.items() if value}
 
+    def note_classes(self, names: Mapping[str, str]) -> None:
+        """Adds the classes of scheduler and VAE to each threshold that names none; see `calibration.class_names`."""
+        for category, record in self.categories.items():
+            calibration = record["calibration"]
+            if calibration is not None:
+                classes = {**names, **calibration.get("classes", {})}
+                self.store(category, calibration={**calibration, "classes": classes})
+
     def remove(self, category: str) -> None:
         """Forgets a part, and its adaptation if no other part rests on it.
 

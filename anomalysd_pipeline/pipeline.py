@@ -41,7 +41,7 @@ from .data.inputs import Inputs
 from .data.region import inside, pack_region, unpack_region
 from .data.tensors import stack
 from .knowledge import Knowledge
-from .method.calibration import Calibration, calibrate_threshold, check_rate, differing_settings
+from .method.calibration import Calibration, calibrate_threshold, check_rate, class_names, differing_settings
 from .method.comparison import Comparison, compare
 from .method.exemplars import keep_outside
 from .method.findings import Finding, findings, joined
@@ -52,7 +52,7 @@ from .method.prompts import PromptBook, average_embedding, check_category
 from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
 from .method.settings import PRESETS, InspectionSettings, check_overrides, checkpoint_settings
 from .method.workload import Workload
-from .models.adapters import AdapterStore, switch_adapter, take_out_adapters
+from .models.adapters import AdapterStore, merge_lora, switch_adapter, take_out_adapters
 from .models.bank import PrototypeBank
 from .models.collection import fill_bank
 from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
@@ -189,6 +189,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             feature_extractor=None,
             image_encoder=None,
         )
+        self._usual_classes = class_names(scheduler, vae)
         for module in (unet, vae, perceptual):
             if module is not None:
                 # The order in which convolutions compute; otherwise they reorder their inputs on every call.
@@ -825,6 +826,9 @@ class AnomalySDPipeline(DiffusionPipeline):
                 scores += image_score(maps, chosen.top_share, found.regions).tolist()
             return max(scores)
 
+        before = record["calibration"]
+        if before is not None and self._differing(before, chosen):
+            before = None
         try:
             calibration = calibrate_threshold(
                 score,
@@ -833,7 +837,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 chosen,
                 false_alarm_rate,
                 seed,
-                record["calibration"],
+                before,
                 record.get("fingerprints", ()),
                 defective,
                 callback,
@@ -842,6 +846,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.maybe_free_model_hooks()
         for doubt in calibration.doubts(category):
             logger.warning(doubt)
+        names = class_names(self.scheduler, self.vae).items()
+        others = {part: name for part, name in names if name != self._usual_classes[part]}
+        calibration = replace(calibration, classes=others)
         self._store_category(category, calibration=calibration.to_dict())
         return calibration
 
@@ -904,11 +911,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
         self.check_adaptable(name or default_name(shots), chosen.method, shots)
         check_rate(false_alarm_rate)
-        if getattr(self, "_all_hooks", None):
-            raise ValueError(
-                "`adapt` needs the pipeline on one device, but parts of it are offloaded; call "
-                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
-            )
+        self._check_hooks("adapt")
         with in_memory_accelerator(self.device, chosen) as accelerator:
             weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
         self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
@@ -972,11 +975,8 @@ class AnomalySDPipeline(DiffusionPipeline):
             check_category(name)
         except ValueError as error:
             raise ValueError(str(error).replace("`category`", "`name`")) from error
-        if method == "full" and self.adaptations:
-            raise ValueError(
-                f"`method` 'full' would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove "
-                "them with `remove_adaptation`, or use a pipeline that is loaded anew."
-            )
+        if method == "full":
+            self._check_base("`method` 'full'")
         others = [c for c in self.knowledge.categories_of(name) if categories is not None and c not in categories]
         if others:
             raise ValueError(
@@ -1102,10 +1102,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             pipe.load_adaptation(path)
             return pipe
         folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
-        from .hub.components import own_components, readable
+        from .hub.components import class_of, own_components, readable
 
         with readable(path, folder):
             pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
+            # Thresholds in the folder are of its own components, not of those a caller gives.
+            given = {part: class_of(folder, part) for part in pipe._usual_classes if part in kwargs}
+        pipe._usual_classes |= {part: name for part, name in given.items() if name}
         wanted = kwargs.get("extractor") is None and wants_extractor(
             pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
         )
@@ -1120,6 +1123,27 @@ class AnomalySDPipeline(DiffusionPipeline):
         made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
         pipe.register_modules(**made)
         return pipe
+
+    @_learns
+    @_computes
+    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, lora_scale: float = 1.0, **kwargs) -> None:
+        """Merges LoRA weights into denoiser and text encoder for good, such as an LCM-LoRA, which needs few steps.
+
+        Thresholds are forgotten: call `calibrate` next. Networks that other pipelines share stay as they are there.
+
+        Args:
+            pretrained_model_name_or_path_or_dict: Hub id, folder, file or weights by name.
+            lora_scale: factor of what the weights add.
+            **kwargs: those of diffusers' `load_lora_weights`, such as `weight_name`.
+
+        Raises:
+            ValueError: if adaptations rest on the networks as they are, or these are no LoRA weights.
+        """
+        self._check_base("`load_lora_weights`")
+        self._check_hooks("load_lora_weights")
+        source = pretrained_model_name_or_path_or_dict
+        self.register_modules(**merge_lora(self.unet, self.text_encoder, source, lora_scale, **kwargs))
+        self._forget_thresholds()
 
     @_computes
     def save_pretrained(self, save_directory, *args, **kwargs) -> None:
@@ -1138,6 +1162,10 @@ class AnomalySDPipeline(DiffusionPipeline):
         folder = Path(os.path.abspath(save_directory))
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", folder.name)
+        if class_names(self.scheduler, self.vae) != self._usual_classes:  # which the folder will not tell any more
+            known = self.knowledge
+            known.note_classes(self._usual_classes)
+            self.knowledge = known
         from .hub.bundle import bundle_source
 
         with disk_errors("save_directory", folder), written_into(folder) as partial:
@@ -1253,7 +1281,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         record = self.config.categories.get(category, {}).get("calibration")
         if record is None:
             return None
-        changed = differing_settings(record, settings)
+        changed = self._differing(record, settings)
         if changed:
             logger.warning(
                 f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does "
@@ -1261,6 +1289,9 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
             return None
         return record["threshold"]
+
+    def _differing(self, record: Mapping, settings: InspectionSettings) -> list[str]:
+        return differing_settings(record, settings, class_names(self.scheduler, self.vae), self._usual_classes)
 
     def _replace_weights(self, weights: AdaptedWeights) -> None:
         """Puts fully trained weights in new modules: the old ones may be another pipeline's too."""
@@ -1274,9 +1305,13 @@ class AnomalySDPipeline(DiffusionPipeline):
             take_out_adapters(vae)
             vae.load_state_dict(weights.decoder, strict=False)
             self.register_modules(vae=vae)
+        self._forget_thresholds()
+
+    def _forget_thresholds(self) -> None:
+        """Forgets the thresholds that were set with other weights."""
         known = self.knowledge
         for category in known.categories:
-            known.store(category, calibration=None)  # of the old weights
+            known.store(category, calibration=None)
         self.knowledge = known
 
     @contextlib.contextmanager
@@ -1291,6 +1326,20 @@ class AnomalySDPipeline(DiffusionPipeline):
             self.knowledge = known
             self._chosen_adaptation = chosen
             raise
+
+    def _check_base(self, cause: str) -> None:
+        if self.adaptations:
+            raise ValueError(
+                f"{cause} would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove them "
+                "with `remove_adaptation`, or use a pipeline that is loaded anew."
+            )
+
+    def _check_hooks(self, method: str) -> None:
+        if getattr(self, "_all_hooks", None):
+            raise ValueError(
+                f"`{method}` needs the pipeline on one device, but parts of it are offloaded; call "
+                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
+            )
 
     def _check_adaptation(self, name: str) -> None:
         if name not in self.config.adaptations:

@@ -278,6 +278,8 @@ class TestFull:
         ):
             with pytest.raises(ValueError, match="`method` 'full' would change the base that 'nut', 'ring' rest on"):
                 call()
+        with pytest.raises(ValueError, match="`load_lora_weights` would change the base that 'nut', 'ring' rest on"):
+            pipe.load_lora_weights({})
         assert pipe.categories == ["nut", "ring"]
 
     def test_after_adapters_were_in_use(self, pipe):

@@ -1,6 +1,7 @@
 """Inspections of many pictures: results as they come, interruptions, several processes, and data sets as sources."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from PIL import Image
 from anomalysd_pipeline import AnomalySDPipeline, cli, detect, synthetic
 from anomalysd_pipeline.common import progress
 from anomalysd_pipeline.common.files import SoleWriter
+from anomalysd_pipeline.data.picture import Picture
 from anomalysd_pipeline.data.sources import gather
 from anomalysd_pipeline.inspection import run as detect_run
 from anomalysd_pipeline.inspection.folder import ResultFolder
@@ -352,6 +355,26 @@ class TestShards:
         assert not (tmp_path / "out").exists()
 
 
+def test_files_are_read_and_written_beside_the_computing(whole, parts, base, tmp_path, monkeypatch):
+    threads = {}
+
+    def noted(function):
+        def run(*args, **options):
+            threads.setdefault(function.__name__, set()).add(threading.current_thread().name)
+            return function(*args, **options)
+
+        return run
+
+    for holder, name in ((Picture, "load"), (detect_run, "inspect"), (ResultFolder, "add"), (ResultFolder, "fail")):
+        monkeypatch.setattr(holder, name, noted(getattr(holder, name)))
+    assert detect.main(arguments(parts, base, tmp_path / "out", "--maps")) == 0
+    main = {threading.current_thread().name}
+    loading = {"ahead"} | main  # the normal pictures by the latter
+    assert threads == {"load": loading, "inspect": main, "add": {"behind"}, "fail": {"behind"}}
+    assert [Path(row["file"]).name for row in rows_of(tmp_path / "out")] == [f"{index}.png" for index in range(5)]
+    assert not {thread.name for thread in threading.enumerate()} & {"ahead", "behind"}
+
+
 class TestTogether:
     def test_batches_span_pictures_and_change_no_score(self, parts, base, whole, tmp_path):
         class Counting(AnomalySDPipeline):
@@ -565,7 +588,8 @@ class TestNotFinite:
 
         inspect_pictures = detect_run.inspect_pictures
         monkeypatch.setattr(detect_run, "load_pipeline", load)
-        monkeypatch.setattr(detect_run, "inspect_pictures", lambda *args: inspect_pictures(*args, at_once=4))
+        together = functools.partial(inspect_pictures, at_once=4)
+        monkeypatch.setattr(detect_run, "inspect_pictures", together)
         assert detect.main(arguments(parts, base, tmp_path / "out")) == 1
         told = capsys.readouterr()
         rows, expected = table(tmp_path / "out"), table(whole)
@@ -722,7 +746,8 @@ def test_the_summary_names_the_defective_files_worst_first(whole, parts, base, t
     low = min(scores.values())
     assert detect.main(arguments(parts, base, tmp_path / "low", "--threshold", low * 1.00001)) == 0
     first, title, *worst = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {low:.6g}; 1 could not be read")
+    shown = f"{low * 1.00001:.6g}"
+    assert first.startswith(f"4 inspected; 3 defective, 1 normal at the threshold {shown}; 1 could not be read")
     assert title == "Defective, worst first:"
     expected = sorted(scores, key=lambda file: -scores[file])[:3]
     assert [line.split()[1] for line in worst] == expected

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, StableDiffusionInpaintPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionInpaintPipeline,
+)
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.method.prompts import average_embedding
 
-from .tiny import RESOLUTION, ddim, tiny_components
+from .tiny import RESOLUTION, tiny_components, tiny_taesd, tiny_vae
 
 
 def two_pictures(seed=0):
@@ -42,11 +49,28 @@ class TestInpaintEqualsDiffusers:
         return components
 
     @pytest.mark.parametrize("strength", [0.2, 0.4, 0.6, 0.8, 1.0])
-    @pytest.mark.parametrize("scheduler", ["ddim", "dpm++"])
+    @pytest.mark.parametrize("scheduler", [DDIMScheduler, DPMSolverMultistepScheduler])
     @pytest.mark.parametrize("guidance", [1.0, 4.0])
     def test_equal(self, components, scheduler, strength, guidance):
-        schedule = ddim() if scheduler == "ddim" else DPMSolverMultistepScheduler.from_config(ddim().config)
-        ours = AnomalySDPipeline(**{**components, "scheduler": schedule}, resolution=RESOLUTION)
+        self.compare(components, scheduler, strength, guidance)
+
+    @pytest.mark.parametrize("strength", [0.4, 1.0])
+    def test_with_euler(self, components, strength):
+        self.compare(components, EulerDiscreteScheduler, strength)
+
+    def test_with_lcm(self, components):
+        """Whose last step alone draws no noise."""
+        self.compare(components, LCMScheduler, 0.25, steps=4)
+
+    def test_with_a_tiny_autoencoder(self, components):
+        torch.manual_seed(0)
+        self.compare({**components, "vae": tiny_taesd()}, LCMScheduler, 0.25, steps=4)
+
+    @staticmethod
+    def compare(components, scheduler, strength, guidance=1.0, steps=10):
+        ours = AnomalySDPipeline(**{**components, "vae": tiny_vae()}, resolution=RESOLUTION)
+        schedule = ours.scheduler = scheduler.from_config(ours.scheduler.config)
+        ours.vae = components["vae"]
         theirs = StableDiffusionInpaintPipeline(
             **{k: components[k] for k in ("vae", "text_encoder", "tokenizer", "unet")},
             scheduler=type(schedule).from_config(schedule.config),
@@ -67,7 +91,7 @@ class TestInpaintEqualsDiffusers:
         # strength is 1), so the same draws are made here in the same order.
         noise = []
         for generator in generators():
-            if strength < 1:
+            if strength < 1 and isinstance(components["vae"], AutoencoderKL):
                 torch.randn(1, 4, 16, 16, generator=generator)
             noise.append(torch.randn(1, 4, 16, 16, generator=generator))
         expected = theirs(
@@ -76,7 +100,7 @@ class TestInpaintEqualsDiffusers:
             prompt_embeds=embeds,
             negative_prompt_embeds=negative,
             strength=strength,
-            num_inference_steps=10,
+            num_inference_steps=steps,
             guidance_scale=guidance,
             height=RESOLUTION,
             width=RESOLUTION,
@@ -88,7 +112,7 @@ class TestInpaintEqualsDiffusers:
             masks,
             embeds,
             noise_strength=strength,
-            num_inference_steps=10,
+            num_inference_steps=steps,
             noise=torch.cat(noise),
             guidance_scale=guidance,
             negative_prompt_embeds=negative,

@@ -10,8 +10,12 @@ from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     StableDiffusionInpaintPipeline,
 )
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist
@@ -24,7 +28,7 @@ from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.collection import collect_prototypes
 
 from .conftest import make_tiny_pipeline, warnings_of
-from .tiny import RESOLUTION, ddim, tiny_components, tiny_taesd, tiny_unet
+from .tiny import RESOLUTION, tiny_components, tiny_taesd, tiny_unet
 
 
 class TestInspection:
@@ -155,16 +159,29 @@ class TestInspection:
         as_tuple = tiny_pipeline(nuts[0], return_dict=False)
         assert np.array_equal(as_tuple[0], out.pred_scores)
 
-    @pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
-    def test_other_schedulers(self, scheduler, nuts):
-        pipe = make_tiny_pipeline(scheduler=scheduler.from_config(ddim().config))
-        out = pipe(nuts[0])
-        assert np.isfinite(out.anomaly_maps).all() and np.array_equal(pipe(nuts[0]).anomaly_maps, out.anomaly_maps)
+    @pytest.mark.parametrize(
+        "scheduler", [DDPMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler, LCMScheduler]
+    )
+    def test_other_schedulers(self, scheduler, tiny_pipeline, nuts):
+        """Also with noise of their own: it follows from the generator, and is the same in a batch of any size."""
+        pipe = tiny_pipeline
+        before = pipe(nuts[0]).anomaly_maps
+        pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
 
-    def test_autoencoder_tiny(self, nuts):
+        def maps(seed, **given):
+            given |= {"num_inference_steps": 10, "mask_scales": (2,)}
+            return pipe(nuts[0], generator=torch.Generator().manual_seed(seed), **given).anomaly_maps
+
+        found = maps(1)
+        assert np.isfinite(found).all() and not np.array_equal(found, before)
+        assert np.array_equal(maps(1), found) and not np.allclose(maps(2), found)
+        np.testing.assert_allclose(maps(1, batch_size=1), found, rtol=1e-4, atol=1e-6)
+
+    def test_autoencoder_tiny(self, tiny_pipeline, nuts):
+        tiny_pipeline.add_category("hex_nut", nuts)
         torch.manual_seed(0)
-        pipe = make_tiny_pipeline(vae=tiny_taesd())
-        assert np.isfinite(pipe(nuts[0]).anomaly_maps).all()
+        tiny_pipeline.vae = tiny_taesd()
+        assert np.isfinite(tiny_pipeline(nuts[0], "hex_nut").anomaly_maps).all()
 
     def test_bfloat16(self, tiny_pipeline, nuts):
         tiny_pipeline.to(torch.bfloat16)
@@ -212,6 +229,54 @@ class TestInspection:
             tiny_pipeline(nuts[0], callback_on_step_end=fail)
 
 
+class TestFasterNetworks:
+    """Those that users of diffusers bring."""
+
+    def test_lora_weights_are_merged(self, tiny_pipeline, nuts, tmp_path):
+        pipe, own, other = tiny_pipeline, tiny_pipeline.unet, tiny_components()["unet"]  # with the same weights
+        torch.manual_seed(0)
+        other.add_adapter(LoraConfig(r=2, lora_alpha=2, init_lora_weights=False, target_modules=["to_q"]))
+        state = convert_state_dict_to_diffusers(get_peft_model_state_dict(other))
+        StableDiffusionInpaintPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=state)
+        before = pipe(nuts[0]).anomaly_maps
+        pipe.add_category("hex_nut", nuts[:2])
+        pipe.calibrate("hex_nut", nuts[:2], mask_scales=(1,))
+        pipe.load_lora_weights(tmp_path / "lora")
+        inputs = torch.randn(1, 9, 16, 16), 10, torch.randn(1, 77, 32)
+        with torch.no_grad():
+            found, expected, plain = (unet(*inputs)[0] for unet in (pipe.unet, other, own))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(found, plain)
+        after = pipe(nuts[0]).anomaly_maps
+        assert np.isfinite(after).all() and not np.allclose(after, before)
+        assert pipe.config.categories["hex_nut"]["calibration"] is None
+        pipe.save_pretrained(tmp_path / "saved")
+        assert np.array_equal(AnomalySDPipeline.from_pretrained(tmp_path / "saved")(nuts[0]).anomaly_maps, after)
+        pipe.unet = own  # left as it was, for other pipelines that share it
+        assert np.array_equal(pipe(nuts[0]).anomaly_maps, before)
+
+    def test_other_weights_are_no_lora(self, registered_pipeline):
+        unet = registered_pipeline.unet
+        with pytest.raises(ValueError, match="LoRA"):
+            registered_pipeline.load_lora_weights({"unet.conv_in.weight": torch.zeros(1)})
+        assert registered_pipeline.unet is unet
+
+    def test_compiled_networks(self, tiny_pipeline, nuts, tmp_path):
+        """As they are wired: compiling takes a minute, so they are told to compute without."""
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts[:2])
+        pipe.calibrate("hex_nut", nuts[:2], mask_scales=(1,))
+        expected = pipe(nuts[0], "hex_nut", mask_scales=(1,))
+        pipe.unet, pipe.vae = (torch.compile(net, backend="eager") for net in (pipe.unet, pipe.vae))
+        with torch.compiler.set_stance("force_eager"):
+            found = pipe(nuts[0], "hex_nut", mask_scales=(1,))
+        assert np.array_equal(found.anomaly_maps, expected.anomaly_maps)
+        assert found.thresholds == expected.thresholds != [None]
+        pipe.save_pretrained(tmp_path)
+        again = AnomalySDPipeline.from_pretrained(tmp_path)(nuts[0], "hex_nut", mask_scales=(1,))
+        assert np.array_equal(again.anomaly_maps, expected.anomaly_maps) and again.thresholds == expected.thresholds
+
+
 class TestCategories:
     def test_calibration_gives_labels_and_masks(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", nuts)
@@ -224,6 +289,39 @@ class TestCategories:
         defective = np.array(out.pred_labels)[:, None, None]
         assert np.array_equal(out.pred_masks, (out.anomaly_maps > record.threshold) & defective)
         json.dumps(dict(tiny_pipeline.config.categories))
+
+    @pytest.mark.parametrize("part", ["scheduler", "vae"])
+    def test_a_threshold_holds_for_the_scheduler_and_the_vae_it_was_set_with(
+        self, part, tiny_pipeline, nuts, tmp_path
+    ):
+        def thresholds(pipe):
+            return pipe(nuts[0], "hex_nut", mask_scales=(1,)).thresholds
+
+        def save(pipe, name):
+            pipe.save_pretrained(tmp_path / name)
+            return tmp_path / name
+
+        pipe, settings = tiny_pipeline, {"mask_scales": (1,)}
+        pipe.add_category("hex_nut", nuts)
+        record = pipe.calibrate("hex_nut", nuts, **settings)
+        folder = save(pipe, "own")
+        assert "classes" not in pipe.config.categories["hex_nut"]["calibration"]
+        own = getattr(pipe, part)
+        other = LCMScheduler.from_config(pipe.scheduler.config) if part == "scheduler" else tiny_taesd()
+        setattr(pipe, part, other)
+        with warnings_of() as said:
+            assert thresholds(pipe) == [None]
+        assert f"({part} differ)" in said[0]
+        assert thresholds(AnomalySDPipeline.from_pretrained(folder, **{part: other})) == [None]
+        again = AnomalySDPipeline.from_pretrained(save(pipe, "other"))
+        assert type(getattr(again, part)) is type(other) and thresholds(again) == [None]
+        setattr(again, part, own)
+        assert thresholds(again) == [record.threshold]
+        new = pipe.calibrate("hex_nut", nuts[:2], **settings)  # the third picture's score was another's
+        assert new.pictures == 2 and new.classes == {part: type(other).__name__}
+        assert thresholds(pipe) == thresholds(AnomalySDPipeline.from_pretrained(save(pipe, "new"))) == [new.threshold]
+        setattr(pipe, part, own)
+        assert thresholds(pipe) == [None]
 
     def test_nothing_is_marked_in_a_picture_that_is_normal_as_a_whole(self, tiny_pipeline, nuts):
         """With the mean of the whole map for a score, some pixels are always above it."""

@@ -122,6 +122,10 @@ def _check_calibration(record: object) -> None:
         if share is not None:
             require_number("expected_misses", share, 0, 1)
     require_whole("version", calibration.version, 1, MOST)
+    require_kind("classes", calibration.classes, Mapping, "a dictionary of names")
+    for part, name in calibration.classes.items():
+        if part not in ("scheduler", "vae") or not isinstance(name, str):
+            raise ValueError(f"`classes` must name a 'scheduler' and a 'vae', got {shown(calibration.classes)}.")
 
 
 def _check_digests(digests: object) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
+from ..common.beside import Behind, ahead
 from ..common.devices import choose_device, on_cpu, own_accelerate_state
 from ..common.files import disk_errors, written_whole
 from ..common.progress import Progress, Stages
@@ -32,7 +34,7 @@ from .data import (
     load_truth,
     read_categories,
 )
-from .detector import Detector
+from .detector import Detector, Prediction
 from .figures import best_and_worst
 from .metrics import check_fpr_limit
 from .options import named
@@ -43,6 +45,7 @@ from .summary import evaluate_class, resize_map, summarize
 from .systems import make_system, needs_new_system
 
 _PATIENCE = timedelta(hours=24)  # a process may have to adapt to a whole data set while the others wait
+_WAITING = 2  # pictures read before they are needed, and results that wait to be written
 _CASES = 2  # of each kind and category, while there are few
 _FEW, _MANY = 4, 8  # categories; of more than a few, the `_MANY` with the lowest image AUROC are shown
 _CASE_WORDS = {"found": "clearest defect", "missed": "faintest defect", "false_alarms": "oddest normal part"}
@@ -267,19 +270,25 @@ class _Evaluation:
             self.detector.load(name, banks / str(self.numbers[name]) / "state.safetensors")
 
     def _inspect(self, draw: Draw, jobs: Sequence[tuple[str, int]]) -> None:
-        with self._stage(f"inspecting, {self._words(draw)}", len(jobs), "picture") as bar:
-            for job in jobs:
+        paths = ((name, self.categories[name].test[index].path) for name, index in jobs)
+        images = (self._pictures(name, [path])[0] for name, path in paths)
+        with (
+            self._stage(f"inspecting, {self._words(draw)}", len(jobs), "picture") as bar,
+            Behind(_WAITING) as later,
+            contextlib.closing(ahead(images, _WAITING)) as opened,
+        ):
+            for (name, index), image in zip(jobs, opened, strict=True):
                 bar.say(note=self._left(len(jobs) - bar.n))
-                self._inspect_one(draw, *job)
+                began = time.perf_counter()
+                found = self.detector.predict(name, image)
+                later(self._keep, draw, name, index, image.size, found, time.perf_counter() - began)
                 bar.update()
                 self._inspected += 1
 
-    def _inspect_one(self, draw: Draw, name: str, index: int) -> None:
+    def _keep(
+        self, draw: Draw, name: str, index: int, size: tuple[int, int], found: Prediction, seconds: float
+    ) -> None:
         test = self.categories[name].test[index]
-        (image,) = self._pictures(name, [test.path])
-        began = time.perf_counter()
-        found = self.detector.predict(name, image)
-        seconds = time.perf_counter() - began
         row = {
             "shots": draw.shots,
             "seed": draw.seed,
@@ -294,8 +303,8 @@ class _Evaluation:
             "seconds": seconds,
         }
         side = self.args.map_resolution
-        size = (image.height, image.width) if side == "original" else (side, side)
-        self.store.add(row, resize_map(found.anomaly_map, size))
+        shape = size[::-1] if side == "original" else (side, side)
+        self.store.add(row, resize_map(found.anomaly_map, shape))
 
     def _keep_cases(self, draw: Draw, name: str, rows: Sequence[Mapping]) -> None:
         """Keeps the maps of the pictures in the report; all others are removed."""

@@ -61,6 +61,12 @@ def _check_sizes(file: str, name: str, value: object) -> None:
         require_whole(f"{file}: {name[:80]}", value, -_MOST_OTHERS, most)
 
 
+def class_of(folder: str | os.PathLike, name: str) -> str | None:
+    """Reads the name of the class of a folder's component; None where it has none."""
+    entry = read_json(Path(folder, _INDEX)).get(name)
+    return entry[1] if isinstance(entry, list) and len(entry) == 2 else None
+
+
 def own_components(folder: str | os.PathLike, given: Mapping) -> dict[str, ModelMixin]:
     """Loads components without running the code that their folders hold for people who lack this package.
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 
 import torch
@@ -15,6 +17,7 @@ from accelerate.utils import parse_flag_from_env
 from PIL import Image
 
 from .. import __version__
+from ..common.beside import Behind, ahead
 from ..common.console import renamed, renaming
 from ..common.devices import choose_device
 from ..common.files import SoleWriter
@@ -131,18 +134,24 @@ def _run(args: argparse.Namespace, writer: SoleWriter) -> int:
     # 4. This process's pictures
     if threshold is not None:
         options["threshold"] = threshold
-    pictures = listing.deal(
-        state.process_index,
-        state.num_processes,
-        part,
-        parts,
-        done=lambda picture: picture.file in earlier.names,
-        read=lambda source, shard: (source, shard) in earlier.shards,
-        at_end=folder.end,
-    )
     try:
-        with renaming(_names("--test")), _progress(state, listing, parts, len(earlier.names)) as bar:
-            inspect_pictures(pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth)
+        with (
+            renaming(_names("--test")),
+            _progress(state, listing, parts, len(earlier.names)) as bar,
+            Behind(_waiting(_at_once(pipe))) as later,
+        ):
+            pictures = listing.deal(
+                state.process_index,
+                state.num_processes,
+                part,
+                parts,
+                done=lambda picture: picture.file in earlier.names,
+                read=lambda source, shard: (source, shard) in earlier.shards,
+                at_end=functools.partial(later, folder.end),
+            )
+            inspect_pictures(
+                pipe, pictures, folder, args.category, args.seed, options, bar, args.bit_depth, later=later
+            )
         state.wait_for_everyone()
     finally:  # an interrupted run keeps what it has found
         folder.close()
@@ -173,9 +182,10 @@ def inspect_pictures(
     bar: Progress | None = None,
     bit_depth: int | None = None,
     at_once: int | None = None,
+    later: Callable | None = None,
 ) -> None:
     """Inspects pictures into a folder, several together; those that cannot be read, or have no finite score, are
-    reported and noted.
+    reported and noted. Files are read ahead, in a thread.
 
     Args:
         pipe: an `AnomalySDPipeline`.
@@ -186,15 +196,25 @@ def inspect_pictures(
         bit_depth: see `load_image`; None: that of the category.
         at_once: pictures inspected together; None: 16 on a GPU, whose batches of passes then span pictures, and 1 on a
             CPU, which gains nothing by it.
+        later: called as `later(function, *arguments)` to have a result written, see `Behind`; None: at once.
     """
     bar = Progress("inspecting", shown=False) if bar is None else bar
     bit_depth = bit_depth or pipe.config.categories.get(category, {}).get("bit_depth")
-    at_once = at_once or (16 if pipe.device.type == "cuda" else 1)
+    at_once = at_once or _at_once(pipe)
+    later = later or (lambda function, *arguments: function(*arguments))
     waiting: list[tuple[Picture, Image.Image]] = []
+
+    def read() -> Iterator[tuple[Picture, Image.Image | ValueError]]:
+        for picture in pictures:
+            try:
+                loaded = picture.load(bit_depth)
+            except ValueError as error:
+                loaded = error
+            yield picture, loaded
 
     def leave_out(picture: Picture, error: ValueError, read: bool) -> None:
         sentence = renamed(error, _names("--test") | {"mixed_precision": "--mixed-precision"})
-        folder.fail(picture, sentence, read)
+        later(folder.fail, picture, sentence, read)
         with bar.external_write_mode(file=sys.stderr):
             _report(sentence)
         bar.update()
@@ -210,19 +230,30 @@ def inspect_pictures(
                     inspect_together([pair])
             return
         for (picture, _), result in zip(pairs, found, strict=True):
-            folder.add(picture, result)
+            later(folder.add, picture, result)
             bar.update()
 
-    for picture in pictures:
-        try:
-            waiting.append((picture, picture.load(bit_depth)))
-        except ValueError as error:
-            leave_out(picture, error, read=False)
-        if len(waiting) == at_once:
-            inspect_together(waiting)
-            waiting.clear()
+    with contextlib.closing(ahead(read(), _waiting(at_once))) as opened:
+        for picture, loaded in opened:
+            if isinstance(loaded, ValueError):
+                leave_out(picture, loaded, read=False)
+            else:
+                waiting.append((picture, loaded))
+            if len(waiting) == at_once:
+                inspect_together(waiting)
+                waiting.clear()
     if waiting:
         inspect_together(waiting)
+
+
+def _at_once(pipe) -> int:
+    return 16 if pipe.device.type == "cuda" else 1
+
+
+def _waiting(at_once: int) -> int:
+    """Counts the pictures that may be read ahead, and the results that may wait to be written: as many as are
+    inspected together, so that nobody waits for them; two at least."""
+    return max(2, at_once)
 
 
 def check_verdicts(args: argparse.Namespace) -> None:

@@ -50,6 +50,7 @@ class Calibration:
     defective_scores, defective_digests: of the known defective pictures; empty without them.
     expected_false_alarms, expected_misses: with known defective pictures, the share of good parts that is expected
         above the threshold, and of defective parts below it; None without them, and where nothing is held out.
+    classes: see `class_names`; those that were not the checkpoint's own.
     """
 
     threshold: float
@@ -65,10 +66,11 @@ class Calibration:
     defective_digests: list[str] = field(default_factory=list)
     expected_false_alarms: float | None = None
     expected_misses: float | None = None
+    classes: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict:
-        """Gives JSON-serializable values, as stored in the pipeline's config."""
-        return asdict(self)
+        """Gives JSON-serializable values, as stored in the pipeline's config; `classes` where there are any."""
+        return {name: value for name, value in asdict(self).items() if name != "classes" or value}
 
     def doubts(self, category: str) -> list[str]:
         """Words what a person should know of the threshold, a warning each; empty where it is sound."""
@@ -87,15 +89,31 @@ class Calibration:
         return said
 
 
-def differing_settings(record: Mapping, settings: InspectionSettings) -> list[str]:
+def differing_settings(
+    record: Mapping, settings: InspectionSettings, classes: Mapping | None = None, usual: Mapping | None = None
+) -> list[str]:
     """Names the settings in which a stored calibration differs from an inspection, so that its threshold does not
-    apply; empty if it does."""
+    apply; empty if it does.
+
+    Args:
+        record: see `Calibration.to_dict`.
+        settings: of the inspection.
+        classes: see `class_names`; None: they are not compared.
+        usual: those of the checkpoint, which records have that name none.
+    """
     # Earlier versions had no other.
     own = {"top_share": 0.0, "start": "image", "tile_size": 0, "tile_overlap": 0, **record["settings"]}
-    changed = [name for name, value in settings.to_dict().items() if own.get(name) != value]
+    own |= {**(usual or {}), **record.get("classes", {})}
+    changed = [name for name, value in {**settings.to_dict(), **(classes or {})}.items() if own.get(name) != value]
     if not changed and settings.feature_weight > 0 and record.get("version", 1) != SCORE_VERSION:
         return ["the version of the score"]
     return changed
+
+
+def class_names(scheduler, vae) -> dict[str, str]:
+    """Names the classes of "scheduler" and "vae", which users of diffusers replace; a compiled module is as before."""
+    parts = {"scheduler": scheduler, "vae": vae}
+    return {name: type(getattr(part, "_orig_mod", part)).__name__ for name, part in parts.items()}
 
 
 def check_rate(false_alarm_rate: float) -> None:

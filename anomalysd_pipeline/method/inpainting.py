@@ -138,10 +138,9 @@ def repaint(
     prompt_embeds = prompt_embeds.to(dtype)
     if guided:
         prompt_embeds = torch.cat([negative_prompt_embeds.to(dtype), prompt_embeds])
-    # Our own noise is drawn once per picture; what a stochastic scheduler draws besides must be reproducible too.
     extra = {}
     if "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = torch.Generator(device="cpu").manual_seed(0)
+        extra["generator"] = _generators(noise)
     for index, timestep in enumerate(timesteps):
         sample = torch.cat([latents] * 2) if guided else latents
         sample = scheduler.scale_model_input(sample, timestep)
@@ -157,3 +156,12 @@ def repaint(
         if on_step is not None:
             latents = on_step(index, timestep, latents)
     return decode(vae, latents)
+
+
+def _generators(noise: Tensor) -> list[torch.Generator]:
+    """Makes a source for each row of a batch of what a stochastic scheduler draws besides the noise `[N, 4, h, w]`.
+
+    It follows from the row's noise: equal seeds give equal results, whatever else is in the batch.
+    """
+    bits = noise[:, 0, 0, 0].float().cpu().view(torch.int32).tolist()
+    return [torch.Generator().manual_seed(own % 2**32) for own in bits]

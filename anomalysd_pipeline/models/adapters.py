@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Mapping
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from torch import Tensor, nn
 
 PARTS = ("denoiser", "decoder")
@@ -138,6 +140,33 @@ def take_out_adapters(module: nn.Module) -> None:
     """Restores a module to the base as it was loaded, layer for layer."""
     if getattr(module, "_hf_peft_config_loaded", False):
         module.unload_lora()
+
+
+class _LoraLoader(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Holds the two networks into which diffusers loads LoRA weights for Stable Diffusion."""
+
+    def __init__(self, unet: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.register_modules(unet=unet, text_encoder=text_encoder)
+
+
+def merge_lora(unet: nn.Module, text_encoder: nn.Module, source, scale: float, **kwargs) -> dict[str, nn.Module]:
+    """Copies the denoiser, without its adapters, and the text encoder, and merges LoRA weights into the copies.
+
+    Args:
+        source, kwargs: as of diffusers' `load_lora_weights`.
+        scale: factor of what the weights add.
+
+    Raises:
+        ValueError: as of diffusers, for weights that are no LoRA's.
+    """
+    merged = {"unet": copy.deepcopy(unet), "text_encoder": copy.deepcopy(text_encoder)}
+    take_out_adapters(merged["unet"])
+    loader = _LoraLoader(**merged)
+    loader.load_lora_weights(source, **kwargs)
+    loader.fuse_lora(lora_scale=scale)
+    loader.unload_lora_weights()
+    return merged
 
 
 def check_fits(module: nn.Module, state: Mapping[str, Tensor]) -> None:
