@@ -185,7 +185,7 @@ DEFAULTS = {
     "preset_overrides": {
         "fast": {"num_inference_steps": 4, "mask_scales": [4], "feature_weight": 30.0, "top_share": 0.01},
         # An exemplar needs no invention: with more noise the denoiser smears it. One step, from little noise.
-        "exemplar": {"noise_strength": 0.02, "num_inference_steps": 50},
+        "exemplar": {"noise_strength": 0.002, "num_inference_steps": 500},
     },
     # With more noise the parts of a machine drowned, and normal ones did not come back as they were.
     "noise_strength": 0.25,
