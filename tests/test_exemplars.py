@@ -12,8 +12,9 @@ from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
 from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
 from anomalysd_pipeline.hub.publishing import export, push
 from anomalysd_pipeline.knowledge import PackedPart
-from anomalysd_pipeline.method.exemplars import _choose, build_exemplar
-from anomalysd_pipeline.method.inpainting import encode, repaint
+from anomalysd_pipeline.method import passes
+from anomalysd_pipeline.method.exemplars import _choose, build_exemplar, keep_outside
+from anomalysd_pipeline.method.inpainting import decode, encode, repaint
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.models.collection import fill_bank
@@ -314,6 +315,30 @@ class TestStart:
         changed = np.abs(np.asarray(out.inpainted[0], dtype=int) - np.asarray(picture, dtype=int)).max(axis=2) > 0
         assert not changed[far < 0.2 * far.max()].any() and changed[far > 0.5 * far.max()].mean() > 0.9
         assert 0.1 < (far < 0.2 * far.max()).mean() < 0.9
+
+    def test_shows_the_latents_of_all_passes_decoded_at_once(self, tiny_pipeline, nuts, tested_nuts, monkeypatch):
+        """Pictures decoded apart would show seams where their masks meet."""
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts)
+        settings = pipe.settings("fast", "hex_nut", noise_strength=0.5, mask_scales=(4,), feature_weight=1.0)
+        inputs, masks, latents = pipe._inputs(tested_nuts[:1]), [], []
+
+        def watch(*arguments, on_step, **options):
+            masks.extend(arguments[5])
+            repainted = repaint(*arguments, on_step=lambda *given: kept.append(on_step(*given)) or kept[-1], **options)
+            latents.extend(kept[-1])
+            return repainted
+
+        kept: list[torch.Tensor] = []
+        monkeypatch.setattr(passes, "repaint", watch)
+        with torch.no_grad():
+            found = pipe._score_maps(inputs, "hex_nut", settings)
+            joined = torch.full((4, 16, 16), torch.nan)
+            for mask, own in zip(masks, latents, strict=True):
+                joined = torch.where(mask[:, ::4, ::4] > 0.5, own, joined)
+            expected = keep_outside(inputs.squares, decode(pipe.vae, joined[None]), found.deviations)
+        assert len(masks) > 2
+        torch.testing.assert_close(found.repainted, expected, atol=1e-5, rtol=0)
 
     def test_a_score_does_not_depend_on_the_pictures_beside_it(self, tiny_pipeline, nuts, tested_nuts):
         tiny_pipeline.add_category("hex_nut", nuts)

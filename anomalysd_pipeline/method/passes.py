@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..common.devices import autocast
-from .inpainting import repaint, start_schedule
+from .inpainting import decode, repaint, start_schedule
+from .masks import latent_mask
 from .scoring import scale_map
 from .settings import InspectionSettings
 from .workload import Workload, in_batches
@@ -23,8 +24,8 @@ class Repainting:
     Attributes:
         differences: float32 `[N, K + 1, R, R]`: S^(k) of Eq. (18) for each scale, then S_pg of Eq. (20); 0 where a
             picture has no prototype mask.
-        shown: `[N, 3, R, R]` in [-1, 1], for people: a coarse scale, which leaves few seams, and over it the pass of
-            the prototype mask, which knows where to look.
+        shown: `[N, 3, R, R]` in [-1, 1], for people: a coarse scale, and over it the pass of the prototype mask, which
+            knows where to look. From exemplars the passes' latents are joined and decoded once, without seams.
     """
 
     differences: Tensor
@@ -68,6 +69,7 @@ def run_passes(
     device, side, scales = pictures.device, pictures.shape[-1], work.scales
     differences = torch.zeros(len(pictures), scales + 1, side, side, device=device)  # [N, K + 1, R, R]
     shown = torch.zeros_like(pictures)  # [N, 3, R, R]
+    joined = None if starts is None else latents.clone()  # [N, 4, h, w]
     references: dict[int, list[Tensor]] = {}  # made when they are needed: too large to keep for all pictures
     steps = len(start_schedule(scheduler, settings.num_inference_steps, settings.noise_strength, device))
     finished = 0  # steps of finished batches
@@ -75,17 +77,19 @@ def run_passes(
 
     def run(jobs: range) -> None:
         nonlocal finished, pending
+        last = None  # [B, 4, h, w], latents after a step
         if update is not None and pending:
             update(-pending)
         pending = 0
         indices, masks, rows = work.select(jobs, device)  # [B], [B, 1, R, R], [B]
 
         def after_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
-            nonlocal pending
+            nonlocal pending, last
             pending += len(jobs)
             if update is not None:
                 update(len(jobs))
-            return current if on_step is None else on_step(finished + step, timestep, current)
+            last = current if on_step is None else on_step(finished + step, timestep, current)
+            return last
 
         with autocast(device, mixed_precision):
             repainted = repaint(
@@ -120,10 +124,18 @@ def run_passes(
         for index, picture in enumerate(indices.tolist()):
             mask, result, row = masks[index], repainted[index], int(rows[index])
             differences[picture, row] += scale_map(mask[None], distances[index, None])  # Eqs. (18), (20)
-            if row in (scales // 2, scales):
+            if row not in (scales // 2, scales):
+                continue
+            if joined is not None:
+                inside = latent_mask(mask[None], *latents.shape[-2:])[0] > 0.5  # [1, h, w]
+                joined[picture] = torch.where(inside, last[index].to(joined.dtype), joined[picture])
+            else:
                 shown[picture] = torch.where(mask > 0.5, result, shown[picture])
         finished += steps
         pending = 0
 
     in_batches(run, len(work), batch_size)
+    if joined is not None:
+        with autocast(device, mixed_precision):
+            shown = torch.cat([decode(vae, part) for part in joined.split(batch_size)])
     return Repainting(differences, shown)
