@@ -275,7 +275,7 @@ class TestTeach:
         cancel, seen = threading.Event(), []
 
         def until_canceled():
-            for state in work.teach(session, Turns(), Lesson("nut", pictures("nut")), cancel):
+            for state in work.teach(session, Turns(), Lesson("nut", pictures("nut"), length="standard"), cancel):
                 seen.append(state.stage)
                 if state.stage == stage:
                     assert work.cancel_lesson(session)
@@ -322,7 +322,7 @@ class TestTeach:
                 found.append(work.inspect_one(other, turns, "mine", pictures("nut")[0]).result)
 
         thread, during = threading.Thread(target=inspect_often), 0
-        for state in work.teach(session, turns, Lesson("nut", pictures("nut")), threading.Event()):
+        for state in work.teach(session, turns, Lesson("nut", pictures("nut"), length="standard"), threading.Event()):
             if state.stage == "denoiser" and not thread.ident:
                 thread.start()
             if state.stage != "done":

@@ -30,7 +30,7 @@ def value_of(action):
         return []
     if action.choices:
         return [str(next(iter(action.choices)))]
-    text = {"augmentation": "scale=0.2", "families": "ring"}.get(action.dest, "3")
+    text = {"augmentation": "scale=0.2", "families": "ring", "shard": "0/4"}.get(action.dest, "3")
     return [text] * (action.nargs if isinstance(action.nargs, int) else 1)
 
 
