@@ -349,7 +349,7 @@ class TestAnothersSession:
         )
         with Stranger(app) as owner:
             given = [owner.upload("a.png", encoded())]
-            assert joined(owner, teach, [None, "nut", given, "", "", "quick", 0.05])["success"]
+            assert joined(owner, teach, [None, "nut", given, "", "", "quick", 0.05, 0])["success"]
             own = joined(owner, inspect, [None, given[0], "nut", "fast"])
             assert own["output"]["data"][1]["threshold"] is not None
             stolen = joined(

@@ -262,7 +262,7 @@ class TestLayout:
         before = visitor.page.evaluate(tops)
         visitor.page.locator("#inspect-run").click()
         visitor.text_of("#inspect-verdict", "No verdict")
-        assert 0 <= visitor.page.locator("#inspect-verdict").bounding_box()["y"] < 100
+        assert -1 <= visitor.page.locator("#inspect-verdict").bounding_box()["y"] < 100  # fractions of a pixel
         assert visitor.shown_pictures("inspect-masks") == 1 and visitor.page.evaluate(tops) == before
 
     def test_another_picture_takes_the_result_away_also_while_it_comes(self, visitors, nuts):
