@@ -78,7 +78,7 @@ def film(visitor, good: list[Path], broken: Path) -> tuple[Film, Image.Image]:
     """Teaches a part and inspects another; returns the film, and its frame with the verdict in full size."""
     page, roll = visitor.page, Film(visitor.page)
     visitor.tab("Teach")
-    page.locator("#teach-length").get_by_text("Quick").click()
+    page.locator("#teach-length").get_by_text("Quick:").click()
     page.get_by_label("Name of the part").fill("hex nut")
     visitor.give("teach-pictures", *good)
     visitor.shown_pictures("teach-pictures-thumbnails")
