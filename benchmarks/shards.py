@@ -68,14 +68,17 @@ def watch(runs: dict[str, subprocess.Popen], until, curves: dict[str, list]) -> 
     """Notes the seconds and MiB of each run, until all have ended or a function says so."""
     import psutil
 
+    due = 0.0
     while any(run.poll() is None for run in runs.values()) and not until():
-        for name, run in runs.items():
-            memory = 0
-            with contextlib.suppress(psutil.Error):  # it may just have ended
-                memory = psutil.Process(run.pid).memory_info().rss / 2**20
-            if memory:
-                curves.setdefault(name, []).append((time.time(), memory))
-        time.sleep(1 if len(curves.get(name, ())) > 60 else 0.1)
+        if time.time() >= due:
+            for name, run in runs.items():
+                memory = 0
+                with contextlib.suppress(psutil.Error):  # it may just have ended
+                    memory = psutil.Process(run.pid).memory_info().rss / 2**20
+                if memory:
+                    curves.setdefault(name, []).append((time.time(), memory))
+            due = time.time() + (1 if len(curves.get(name, ())) > 60 else 0.1)
+        time.sleep(0.01)  # small pictures take few hundredths of a second, and the kill has to come between two
 
 
 def try_out(work: Path, count: int, base: str | None) -> dict:

@@ -290,10 +290,11 @@ def _add_api(desk: Desk, key: gr.State, picture: gr.Image, part: gr.Dropdown, pr
         Returns:
             `{"threshold", "pictures", "is_guess"}`: the new threshold, and how many pictures it rests on.
         """
+        from .work import threshold_facts
+
         visit = desk.visit(key, request)
         record = _accept(desk, visit, part, picture)
-        told = {name: record[name] for name in ("threshold", "pictures")}
-        return visit.key, {**told, "is_guess": not record["held_out"]}
+        return visit.key, threshold_facts(record)
 
     with gr.Column(visible=False):
         answer, files, call = gr.JSON(label="result"), gr.File(label="files", file_count="multiple"), gr.Button()

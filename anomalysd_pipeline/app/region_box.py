@@ -154,11 +154,11 @@ def _add_api(desk: Desk, key: gr.State, part: gr.Dropdown) -> None:
             `{"threshold", "pictures", "is_guess"}`: the new threshold, and how many pictures it rests on.
         """
         from .region_work import set_region
+        from .work import threshold_facts
 
         visit = desk.visit(key, request)
         record = set_region(visit.session, desk.turns, part, region)
-        told = {name: record[name] for name in ("threshold", "pictures")}
-        return visit.key, {**told, "is_guess": not record["held_out"]}
+        return visit.key, threshold_facts(record)
 
     with gr.Column(visible=False):
         region, answer, call = gr.JSON(label="region"), gr.JSON(label="threshold"), gr.Button()

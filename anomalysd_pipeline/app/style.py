@@ -147,6 +147,8 @@ dl.facts dt { color: var(--quiet); } dl.facts dd { margin: 0; overflow-wrap: any
 /* There is no server of the Model Context Protocol. */
 .snippet:has(img[src*="/mcp-"]) { display: none; }
 /* gradio hides its address for programs on a phone. */
+/* The label lies over the pictures' top edge otherwise. */
+:is(#inspect-masks, #gallery-masks, #batch-gallery) .grid-wrap { padding-top: 1.8rem; }
 footer .show-api { display: flex !important; } footer :is(.divider, .show-api-divider) { display: none !important; }
 @media (max-width: 640px) {
   #inspect-threshold { min-height: 116px; } #inspect-verdict .verdict { min-height: 11.75rem; }

@@ -114,6 +114,11 @@ def check_part(part: object, session: Session) -> str | None:
         raise ValueError(str(error).replace("`category`", "`part`")) from error
 
 
+def threshold_facts(record: Mapping) -> dict[str, object]:
+    """Gives what programs are told of a part's new threshold, from the record of its calibration."""
+    return {**{name: record[name] for name in ("threshold", "pictures")}, "is_guess": not record["held_out"]}
+
+
 def known_depth(session: Session, part: object) -> int | None:
     """Returns the bits in use in the 16-bit gray of a part that was taught; None where it is not known.
 
