@@ -43,9 +43,9 @@ from .data.tensors import stack
 from .knowledge import Knowledge
 from .method.calibration import Calibration, calibrate_threshold, check_rate, class_names, differing_settings
 from .method.comparison import Comparison, compare
-from .method.exemplars import keep_outside
+from .method.exemplars import mix, unexplained
 from .method.findings import Finding, findings, joined
-from .method.inpainting import check_repainting, draw_noise, encode, repaint, start_schedule
+from .method.inpainting import check_repainting, decode, draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
@@ -451,19 +451,25 @@ class AnomalySDPipeline(DiffusionPipeline):
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        compared = Comparison()
+        compared, resized, shares = Comparison(), None, None
         if category in self.bank:
             exemplars = settings.start == "exemplar"
             compared = compare(inputs, self.extractor, self.bank.to(device), category, side, exemplars, left_out)
+            resized = compared.resized(side, inputs.regions)  # [N, R, R]
+        if compared.exemplars is not None:
+            usual = self.bank.usual_distance(category, self.extractor.parts)
+            shares = unexplained(resized, usual)  # [N, R, R]
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
-        work = Workload(len(pictures), masks, compared.prototype_masks, inputs.regions)
+        guides = compared.prototype_masks if settings.prototype_weight > 0 else None  # [N, 1, R, R]
+        work = Workload(len(pictures), masks, guides, inputs.regions)
         latents = torch.cat([encode(self.vae, part) for part in pictures.split(AT_ONCE)])  # [N, 4, h, w]
         noise = draw_noise(latents.shape, generator, device, self.unet.dtype)  # [N, 4, h, w]
         starts = None
-        if compared.exemplars is not None:
-            starts = torch.cat([encode(self.vae, part) for part in compared.exemplars.split(AT_ONCE)])  # [N, 4, h, w]
+        if shares is not None:
+            mixed = mix(pictures, compared.exemplars, shares)
+            starts = torch.cat([encode(self.vae, part) for part in mixed.split(AT_ONCE)])  # [N, 4, h, w]
 
         # 6. Repaint every picture with every mask, Eq. (11), and measure, Eqs. (16) to (18) and (20)
         def between_steps(function: Callable, *arguments):
@@ -500,17 +506,15 @@ class AnomalySDPipeline(DiffusionPipeline):
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations, shown = None, painted.shown
         check_finite("repainting", painted.differences)
-        if compared.distances:
-            resized = compared.resized(side, inputs.regions)  # [N, R, R]
-            if settings.feature_weight > 0:
-                deviations = self.bank.relative(category, resized, self.extractor.parts)
-            if compared.exemplars is not None:
-                shown = keep_outside(pictures, shown, resized)
+        if resized is not None and settings.feature_weight > 0:
+            deviations = self.bank.relative(category, resized, self.extractor.parts)
+        if shares is not None:
+            shown = mix(pictures, shown, shares)
         if inputs.regions is not None:
             shown = torch.where(inputs.regions, shown, pictures)
         return ScoreMaps(
             multi_scale=harmonic_mean(painted.differences[:, :-1].transpose(0, 1)),
-            guided=None if compared.prototype_masks is None else painted.differences[:, -1],
+            guided=None if guides is None else painted.differences[:, -1],
             deviations=deviations,
             repainted=shown,
             prototype_masks=compared.prototype_masks,
@@ -574,7 +578,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             if noise.shape[0] not in (1, count) or noise.shape[1:] != latents.shape[1:]:
                 raise ValueError(f"`noise` must be {[count, *latents.shape[1:]]}, got {list(noise.shape)}.")
             texts = (prompt_embeds, negative_prompt_embeds)
-            return repaint(
+            painted = repaint(
                 self.unet,
                 self.vae,
                 copy.deepcopy(self.scheduler),
@@ -587,6 +591,7 @@ class AnomalySDPipeline(DiffusionPipeline):
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
             )
+            return decode(self.vae, painted)
         finally:
             self.maybe_free_model_hooks()
 

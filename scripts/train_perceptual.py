@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from scipy import ndimage
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from anomalysd_pipeline.method.inpainting import encode, repaint
+from anomalysd_pipeline.method.inpainting import decode, encode, repaint
 from anomalysd_pipeline.method.prompts import PromptBook, average_embedding
 from anomalysd_pipeline.models.perceptual import PerceptualDistance
 from anomalysd_pipeline.synthetic import apply_defect, draw_normal, draw_surface, sample_style
@@ -116,7 +116,7 @@ class Repainter:
         masks = torch.stack([draw_mask(everything, rng, generator, grid_share=0.9) for _ in images]).to(images)
         latents = encode(self.vae, images)
         steps, strength = ((4, 0.25), (5, 0.2), (3, 0.34))[int(rng.integers(3))]
-        repainted = repaint(
+        painted = repaint(
             self.unet,
             self.vae,
             self.scheduler,
@@ -128,7 +128,7 @@ class Repainter:
             noise_strength=strength,
             num_inference_steps=steps,
         )
-        return repainted, masks
+        return decode(self.vae, painted), masks
 
 
 class Scored(torch.nn.Module):

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--package", action="store_true")
     parser.add_argument("--forbid-package", action="store_true")
     parser.add_argument("--all", action="store_true")
-    parser.add_argument("--paper", action="store_true", help="by the paper's score")
+    parser.add_argument("--paper", action="store_true", help="by the paper's score, pass by pass")
     args = parser.parse_args()
     if args.forbid_package:
         sys.meta_path.insert(0, Forbidden())
@@ -74,7 +74,8 @@ def main() -> None:
     if args.adaptation:
         pipe.load_adaptation(args.adaptation)
     pipe.set_progress_bar_config(disable=True)
-    out = pipe(Image.open(args.picture), category=args.category, feature_weight=0.0 if args.paper else None)
+    asked = {"feature_weight": 0.0, "mask_grouping": "grouped"} if args.paper else {}
+    out = pipe(Image.open(args.picture), category=args.category, **asked)
     np.savez(args.out, maps=out.anomaly_maps, scores=out.pred_scores)
     facts = {"labels": out.pred_labels, "module": type(pipe).__module__, "categories": pipe.categories}
     facts["installed"] = os.path.isfile(getattr(sys.modules.get("anomalysd_pipeline"), "__file__", ""))

@@ -26,7 +26,7 @@ def test_few_calls_are_extrapolated_to_all_and_the_maps_are_those_of_diffusers(m
     assert [int(row[2]) for row in rows.values()] == [86 * 20, 86 * 20, 14 * 8]
     assert all(float(row[0]) > 0 for row in rows.values())
     assert float(rows["paper"][3]) < 1e-4 * float(rows["paper"][4])
-    assert "Extrapolated: of each, 2 calls" in said
+    assert "Extrapolated: 2 calls" in said
 
 
 def test_a_count_that_is_too_small_is_refused(monkeypatch, capsys):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.distance import cdist
 
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data.shots import SHOT_NAMES, Shots
@@ -12,9 +13,10 @@ from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
 from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
 from anomalysd_pipeline.hub.publishing import export, push
 from anomalysd_pipeline.knowledge import PackedPart
-from anomalysd_pipeline.method import passes
-from anomalysd_pipeline.method.exemplars import _choose, build_exemplar, keep_outside
+from anomalysd_pipeline.method.exemplars import _choose, build_exemplar, unexplained
 from anomalysd_pipeline.method.inpainting import decode, encode, repaint
+from anomalysd_pipeline.method.masks import multi_scale_masks
+from anomalysd_pipeline.method.prompts import average_embedding
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.bank import PrototypeBank
 from anomalysd_pipeline.models.collection import fill_bank
@@ -174,6 +176,62 @@ class TestBuildExemplar:
         assert found.shape == image.shape and mean_difference(found, image) < 0.06
 
 
+class TestUnexplained:
+    def test_is_the_gain_of_wieners_filter(self):
+        """That gives signal + noise the least squared error on the mean: here signals of several strengths."""
+        generator = np.random.default_rng(0)
+        for signal in (0.5, 2.0, 10.0):
+            signals = generator.normal(0, signal**0.5, 200_000)
+            seen = signals + generator.normal(0, 1, 200_000)
+            gains = np.linspace(0, 1, 1001)
+            errors = [np.square(gain * seen[:2000] - signals[:2000]).mean() for gain in gains]
+            best = (seen * signals).mean() / np.square(seen).mean()
+            strength = torch.full((1, 8, 8), float(np.sqrt(np.square(seen).mean())))
+            assert unexplained(strength, 1.0)[0, 0, 0] == pytest.approx(best, abs=0.02)
+            assert gains[int(np.argmin(errors))] == pytest.approx(best, abs=0.06)
+
+    def test_nothing_is_where_distances_are_usual(self):
+        distances = torch.tensor([0.0, 0.5, 1.0])[:, None, None].expand(3, 8, 8)
+        assert not unexplained(distances, 1.0).any()
+        assert (unexplained(distances, 0.0)[1:] == 1).all()
+
+    def test_a_picture_is_its_own_measure_where_normal_ones_are_too_few(self):
+        distances = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0))
+        found = unexplained(distances, None)
+        assert torch.equal(unexplained(2 * distances, None), found)
+        np.testing.assert_allclose((found == 0).float().mean(dim=(1, 2)), 0.5, atol=0.01)
+
+    @pytest.mark.parametrize("parts", [1, 2])
+    def test_usual_is_the_median_between_normal_pictures(self, parts):
+        images = textures(3, 64, 48)
+        bank = bank_of(images, rotations=4)
+        vectors, sources = bank["part"].numpy(), bank.sources("part").numpy()
+        places = bank.shots("part").places.numpy()
+        own = places[:, 0] < 3
+        far = []
+        for part in np.split(vectors, parts, axis=1):
+            every = cdist(part[own], part, "sqeuclidean")
+            every[sources[own][:, None] == sources] = np.inf
+            far.append(np.log(every.min(axis=1)))
+        expected = np.exp(np.median(np.mean(far, axis=0)))
+        assert bank.usual_distance("part", parts) == pytest.approx(expected, rel=0.02)  # the median of torch is lower
+        assert bank.usual_distance("part", parts) == bank.usual_distance("part", parts)
+
+    def test_usual_is_not_known_of_one_picture(self):
+        images = textures(2)
+        assert bank_of(images[:1], rotations=4).usual_distance("part") is None
+        unknown = PrototypeBank()
+        unknown.add("part", torch.rand(50, 6))
+        assert unknown.usual_distance("part") is None
+
+    def test_usual_follows_the_bank(self):
+        images = textures(3)
+        bank = bank_of(images)
+        before = bank.usual_distance("part")
+        fill_bank(bank, "part", DESCRIBE, [0.5 * image for image in images], 1)
+        assert bank.usual_distance("part") == pytest.approx(before / 4, rel=0.05)
+
+
 class TestShots:
     def test_are_saved_packed_and_forgotten_with_their_bank(self, tmp_path):
         images = [textures(1, 16, 24)[0], textures(1, 32, 8, seed=1)[0]]
@@ -269,7 +327,7 @@ class TestStart:
         assert torch.equal(run(latents, starts=starts), run(mixed))
         assert not torch.equal(run(latents, starts=starts), run(latents))
 
-    def test_is_the_exemplar_where_pictures_are_kept_but_for_the_paper(self, tiny_pipeline, nuts):
+    def test_is_the_exemplar_where_pictures_are_kept_but_for_the_paper(self, tiny_pipeline, nuts, tested_nuts):
         pipe = tiny_pipeline
         pipe.add_category("hex_nut", nuts)
         assert [pipe.settings(p, "hex_nut").start for p in ("paper", "fast", "sota")] == [
@@ -277,18 +335,18 @@ class TestStart:
         ]
         assert pipe.settings("paper", "hex_nut", start="exemplar").start == "exemplar"
         with pytest.raises(ValueError, match="`start` must be one of 'image', 'exemplar', got 'noise'"):
-            pipe(nuts[0], category="hex_nut", start="noise")
-        zero_shot = [pipe(nuts[0], category="bottle", start=start).pred_scores for start in ("image", "exemplar")]
+            pipe(tested_nuts[-1], category="hex_nut", start="noise")
+        zero_shot = [pipe(tested_nuts[-1], category="bottle", start=start).pred_scores for start in ("image", "exemplar")]
         assert zero_shot[0] == zero_shot[1]
-        from_exemplar = pipe(nuts[0], category="hex_nut")
-        from_image = pipe(nuts[0], category="hex_nut", start="image")
+        from_exemplar = pipe(tested_nuts[-1], category="hex_nut")
+        from_image = pipe(tested_nuts[-1], category="hex_nut", start="image")
         assert from_exemplar.pred_scores != from_image.pred_scores
         pipe.bank.forget_shots("hex_nut")
-        before = pipe(nuts[0], category="hex_nut")
+        before = pipe(tested_nuts[-1], category="hex_nut")
         assert np.array_equal(before.anomaly_maps, from_image.anomaly_maps)
         assert pipe.settings("fast", "hex_nut").start == "image"
         with pytest.raises(ValueError, match="`start` 'exemplar' needs the normal pictures.*'hex_nut'"):
-            pipe(nuts[0], category="hex_nut", start="exemplar")
+            pipe(tested_nuts[-1], category="hex_nut", start="exemplar")
 
     def test_needs_other_noise_unless_a_call_or_the_part_says_how_much(self, nuts):
         own = {"noise_strength": 0.2, "num_inference_steps": 5}
@@ -306,39 +364,36 @@ class TestStart:
         with pytest.raises(ValueError, match="`noise_strength` must be a number above 0"):
             make_tiny_pipeline(preset_overrides={"exemplar": {"noise_strength": 2.0}})
 
-    def test_shows_the_picture_itself_where_nothing_differs(self, tiny_pipeline, nuts, tested_nuts):
-        pipe, picture = tiny_pipeline, tested_nuts[-1]
+    def test_is_the_picture_itself_as_far_as_normal_pictures_explain_it(self, tiny_pipeline, nuts, tested_nuts):
+        """What people see, and what is scored, by numpy and scipy from distances, exemplar and repainted picture."""
+        pipe, picture = tiny_pipeline, to_tensor(tested_nuts[-1], 64)[None]
         pipe.add_category("hex_nut", nuts)
-        out = pipe(picture, category="hex_nut")
-        far = pipe.bank.distances("hex_nut", pipe.extractor(to_tensor(picture, 64)[None]).detach())
-        far = gaussian_filter(resize(far, (64, 64))[0], smoothing_sigma(64), mode="reflect")
-        changed = np.abs(np.asarray(out.inpainted[0], dtype=int) - np.asarray(picture, dtype=int)).max(axis=2) > 0
-        assert not changed[far < 0.2 * far.max()].any() and changed[far > 0.5 * far.max()].mean() > 0.9
-        assert 0.1 < (far < 0.2 * far.max()).mean() < 0.9
-
-    def test_shows_the_latents_of_all_passes_decoded_at_once(self, tiny_pipeline, nuts, tested_nuts, monkeypatch):
-        """Pictures decoded apart would show seams where their masks meet."""
-        pipe = tiny_pipeline
-        pipe.add_category("hex_nut", nuts)
-        settings = pipe.settings("fast", "hex_nut", noise_strength=0.5, mask_scales=(4,), feature_weight=1.0)
-        inputs, masks, latents = pipe._inputs(tested_nuts[:1]), [], []
-
-        def watch(*arguments, on_step, **options):
-            masks.extend(arguments[5])
-            repainted = repaint(*arguments, on_step=lambda *given: kept.append(on_step(*given)) or kept[-1], **options)
-            latents.extend(kept[-1])
-            return repainted
-
-        kept: list[torch.Tensor] = []
-        monkeypatch.setattr(passes, "repaint", watch)
+        settings = pipe.settings("fast", "hex_nut", noise_strength=0.5, mask_scales=(4,), prototype_weight=0.0)
         with torch.no_grad():
-            found = pipe._score_maps(inputs, "hex_nut", settings)
-            joined = torch.full((4, 16, 16), torch.nan)
-            for mask, own in zip(masks, latents, strict=True):
-                joined = torch.where(mask[:, ::4, ::4] > 0.5, own, joined)
-            expected = keep_outside(inputs.squares, decode(pipe.vae, joined[None]), found.deviations)
-        assert len(masks) > 2
-        torch.testing.assert_close(found.repainted, expected, atol=1e-5, rtol=0)
+            found = pipe._score_maps(pipe._inputs(tested_nuts[-1:]), "hex_nut", settings)
+            far = pipe.bank.distances("hex_nut", pipe.extractor(picture))
+        far = gaussian_filter(resize(far, (64, 64))[0].numpy(), smoothing_sigma(64), mode="reflect")
+        shares = torch.from_numpy(np.maximum(0, 1 - (pipe.bank.usual_distance("hex_nut") / far) ** 2))
+        kept = (shares == 0).numpy()
+        assert 0.1 < kept.mean() < 0.9
+        assert np.array_equal(found.repainted[0].numpy()[:, kept], picture[0].numpy()[:, kept])
+
+        mixed = shares * found.exemplars + (1 - shares) * picture
+        with torch.no_grad():
+            arguments = (pipe.unet, pipe.vae, pipe.scheduler, picture, encode(pipe.vae, picture))
+            noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+            embeds = average_embedding(pipe.prompt_book.prompts("hex_nut"), pipe.tokenizer, pipe.text_encoder)
+            joined = arguments[-1]
+            for mask in multi_scale_masks(64, 64, (4,), "joined")[0].masks[:, None]:
+                schedule = {"noise_strength": 0.5, "num_inference_steps": settings.num_inference_steps}
+                painted = repaint(*arguments, mask, noise, embeds, **schedule, starts=encode(pipe.vae, mixed))
+                joined = torch.where(mask[..., ::4, ::4] > 0.5, painted, joined)
+            repainted = decode(pipe.vae, joined)
+            scored = pipe.perceptual.distance_map(*map(pipe.perceptual.features, (picture, repainted)), (64, 64))
+        torch.testing.assert_close(found.multi_scale, scored, atol=1e-6, rtol=1e-3)
+        proposed = found.prototype_masks[0, 0].numpy()  # where the pass of its own is shown
+        shown = (shares * repainted + (1 - shares) * picture)[0].numpy()
+        np.testing.assert_allclose(found.repainted[0].numpy()[:, ~proposed], shown[:, ~proposed], atol=1e-5)
 
     def test_a_score_does_not_depend_on_the_pictures_beside_it(self, tiny_pipeline, nuts, tested_nuts):
         tiny_pipeline.add_category("hex_nut", nuts)
@@ -346,12 +401,14 @@ class TestStart:
         alone = [tiny_pipeline(picture, category="hex_nut").pred_scores[0] for picture in tested_nuts]
         np.testing.assert_allclose(together, alone, rtol=1e-4)
 
-    def test_calibration_leaves_a_picture_out_of_the_exemplar_too(self, tiny_pipeline, nuts):
+    def test_calibration_leaves_a_picture_out_of_the_exemplar_too(self, tiny_pipeline, nuts, monkeypatch):
         pipe = tiny_pipeline
         pipe.add_category("hex_nut", nuts)
+        usual = pipe.bank.usual_distance("hex_nut")
         score = pipe.calibrate("hex_nut", nuts).scores[1]
         others = make_tiny_pipeline()
         others.add_category("hex_nut", [nuts[0], nuts[2]])
+        monkeypatch.setattr(others.bank, "usual_distance", lambda *_: usual)  # that stays the part's
         assert score == pytest.approx(others(nuts[1], category="hex_nut").pred_scores[0], rel=1e-4)
 
     def test_a_threshold_holds_for_the_start_it_was_set_with(self, tiny_pipeline, nuts):

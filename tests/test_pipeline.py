@@ -23,6 +23,7 @@ from scipy.spatial.distance import cdist
 from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.data.tensors import to_tensor
 from anomalysd_pipeline.method.calibration import prediction_threshold, threshold_between
+from anomalysd_pipeline.method.inpainting import decode, encode, repaint
 from anomalysd_pipeline.method.prompts import average_embedding
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.collection import collect_prototypes
@@ -108,6 +109,43 @@ class TestInspection:
         assert out.pred_scores[0] == pytest.approx(highest.mean(), rel=1e-3)
         maximum = pipe(nuts[2], category="hex_nut", **{**settings, "top_share": 0.0})
         np.testing.assert_allclose(maximum.pred_scores[0], expected.max(), rtol=1e-3)
+
+    def test_joined_passes_of_a_scale_are_one_repainted_picture(self, tiny_pipeline, nuts):
+        """Joined by numpy from what diffusers' own loop gives of each mask, then decoded and compared once."""
+        pipe = tiny_pipeline
+        pipe.add_category("hex_nut", nuts[:2])
+        settings = {"mask_scales": (2, 4), "mask_grouping": "joined", "start": "image", "output_type": "pt"}
+        settings |= {"prototype_weight": 0.3, "noise_strength": 0.4, "num_inference_steps": 5}
+        out = pipe(nuts[2], category="hex_nut", batch_size=3, **settings)
+        x = to_tensor(nuts[2], RESOLUTION)[None]
+        embeds = average_embedding(pipe.prompt_book.prompts("hex_nut"), pipe.tokenizer, pipe.text_encoder)
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            latents, reference = encode(pipe.vae, x), pipe.perceptual.features(x)
+
+        def difference(masks):
+            joined = latents.clone()
+            for mask in masks:
+                with torch.no_grad():
+                    schedule = {"noise_strength": 0.4, "num_inference_steps": 5}
+                    own = repaint(pipe.unet, pipe.vae, pipe.scheduler, x, latents, mask, noise, embeds, **schedule)
+                small = mask[:, :, ::4, ::4].numpy() > 0.5
+                joined = torch.from_numpy(np.where(small, own.numpy(), joined.numpy()))
+            with torch.no_grad():
+                features = pipe.perceptual.features(decode(pipe.vae, joined))
+                return pipe.perceptual.distance_map(reference, features, (64, 64))[0].numpy()
+
+        def cells(k):
+            kinds = np.arange(64) // (64 // k) % 2
+            each = [np.outer(kinds == i, kinds == j) for i in range(2) for j in range(2)]
+            return [torch.from_numpy(mask.astype(np.float32))[None, None] for mask in each]
+
+        by_scale = [difference(cells(k)) for k in (2, 4)]
+        proposed = out.prototype_masks[0].float().view(1, 1, 64, 64)
+        guided = proposed[0, 0].numpy() * difference([proposed])
+        fused = 0.7 * 2 / (1 / by_scale[0] + 1 / by_scale[1]) + 0.3 * guided
+        expected = gaussian_filter(fused, smoothing_sigma(RESOLUTION), mode="reflect")
+        np.testing.assert_allclose(out.anomaly_maps[0].numpy(), expected, rtol=1e-3, atol=1e-6)
 
     def test_same_seed_same_map_whatever_the_batch(self, tiny_pipeline, nuts):
         tiny_pipeline.add_category("hex_nut", nuts)
@@ -218,8 +256,12 @@ class TestInspection:
         def count(pipe, step, timestep, tensors):
             steps.append(step)
 
-        pipe(nuts[0], mask_scales=(1, 2, 4, 8), callback_on_step_end=count, batch_size=13)  # 13 passes of 2 steps
+        scales = {"mask_scales": (1, 2, 4, 8), "mask_grouping": "grouped"}
+        pipe(nuts[0], **scales, callback_on_step_end=count, batch_size=13)  # 13 passes of 2 steps
         assert steps == [0, 1, 0, 1, *range(10)]  # batches of 13 and 6 that failed, then 3, 3, 3, 3 and 1
+        steps.clear()
+        pipe(nuts[0], **{**scales, "mask_grouping": "joined"}, callback_on_step_end=count, batch_size=13)
+        assert steps == [0, 1]  # what is joined is compared after all steps
 
     def test_other_runtime_errors_are_not_taken_for_a_shortage(self, tiny_pipeline, nuts):
         def fail(pipe, step, timestep, tensors):

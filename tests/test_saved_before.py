@@ -42,10 +42,13 @@ def check_all(pipe, category=None):
     assert len(cases) == (4 if category is None else 2)
     for case in cases:
         picture = Image.open(SAVED / case["picture"])
-        output = pipe(picture, category=case["category"], feature_weight=0.0)
+        output = pipe(picture, category=case["category"], feature_weight=0.0, mask_grouping="grouped")
         check(case["paper"], output.pred_scores[0], output.anomaly_maps[0])
         with warnings_of() as said:
             output = pipe(picture, category=case["category"])
+        assert output.thresholds == [None] and "other settings (mask_grouping differ)" in said[0]
+        with warnings_of() as said:
+            output = pipe(picture, category=case["category"], mask_grouping="grouped")
         assert output.thresholds == output.pred_labels == [None] and np.isfinite(output.pred_scores).all()
         assert "calibrated for other settings (the version of the score differ)" in said[0]
         with pytest.raises(ValueError, match="was registered by an earlier version.*register it again"):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.tensors import to_pil, to_tensor
-from ..method.inpainting import draw_noise, encode, repaint
+from ..method.inpainting import decode, draw_noise, encode, repaint
 from ..method.prompts import average_embedding
 from ..method.settings import InspectionSettings
 from .base import Base
@@ -44,7 +44,7 @@ def validation_pictures(
     mask = torch.zeros_like(x[:, :1])  # [1, 1, R, R]
     mask[..., side // 4 : side - side // 4, side // 4 : side - side // 4] = 1
     latents = encode(vae, x)  # [1, 4, h, w]
-    repainted = repaint(
+    painted = repaint(
         unet,
         vae,
         copy.deepcopy(base.scheduler),  # the one in training keeps its own steps
@@ -56,7 +56,7 @@ def validation_pictures(
         noise_strength=settings.noise_strength,
         num_inference_steps=settings.num_inference_steps,
     )
-    return [to_pil(picture[0], (side, side)) for picture in (x, x * (mask < 0.5), repainted)]
+    return [to_pil(picture[0], (side, side)) for picture in (x, x * (mask < 0.5), decode(vae, painted))]
 
 
 def _with_decoder(vae, decoder: nn.Module) -> SimpleNamespace:

@@ -80,9 +80,11 @@ def overlay(
     pixels = _pixels(image)
     position = _scaled(anomaly_map, threshold, maximum)
     _check_same_size(pixels, position, "anomaly_map")
-    alpha = opacity * np.clip(position * 4 - 1, 0, 1)[..., None]  # [H, W, 1]: 0 at a quarter, full from the middle on
-    mixed = (1 - alpha) * pixels + alpha * _colors(position)
-    return Image.fromarray(np.rint(mixed).astype(np.uint8))
+    hot = position > 0.25  # [H, W]; most of a large picture is not
+    position = position[hot]  # [P]
+    alpha = opacity * np.clip(position * 4 - 1, 0, 1)[:, None]  # [P, 1]: 0 at a quarter, full from the middle on
+    pixels[hot] = np.rint((1 - alpha) * pixels[hot] + alpha * _colors(position)).astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def contour(
@@ -108,6 +110,8 @@ def contour(
     if mask.ndim != 2 or mask.dtype != bool:
         raise ValueError(f"`pred_mask` must be bool [H, W], but {mask.dtype} of shape {mask.shape} was given.")
     _check_same_size(pixels, mask, "pred_mask")
+    if not mask.any():
+        return Image.fromarray(pixels)
     # Padding counts as outside, so that a region cut by the border keeps a closed outline.
     inner = mask & _dilated(~np.pad(mask, width), width)[width:-width, width:-width]
     pixels[_dilated(mask, width) & ~mask] = (15, 15, 20)

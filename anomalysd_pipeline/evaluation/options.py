@@ -130,7 +130,7 @@ def _add_model(group) -> None:
     group.add_argument("--noise_strength", type=float, metavar="X", help="lambda, in (0, 1]")
     group.add_argument("--num_inference_steps", type=positive, metavar="N", help="length of the whole schedule")
     group.add_argument("--mask_scales", type=positive, nargs="+", metavar="K", help="1 alone: one full mask")
-    group.add_argument("--mask_grouping", choices=("none", "grouped"))
+    group.add_argument("--mask_grouping", choices=("none", "grouped", "joined"))
     group.add_argument("--prototype_weight", type=float, metavar="X", help="alpha, in [0, 1]; 0: no prototype mask")
     group.add_argument("--feature_weight", type=float, metavar="X", help="weight of the prototype distance")
     group.add_argument("--guidance_scale", type=float, metavar="X")

@@ -171,7 +171,7 @@ class ResultFolder:
     def add(self, picture: Picture, result: Inspection) -> None:
         """Keeps the result of a picture."""
         heat = result.overlay()
-        self._write(self.folder / "heatmaps" / f"{picture.name}.png", lambda path: heat.save(path, "PNG"))
+        self._write(self.folder / "heatmaps" / f"{picture.name}.png", lambda path: heat.save(path, "PNG", compress_level=1))
         if self._maps:
             self._write(self.folder / "maps" / f"{picture.name}.npy", lambda path: _save_map(path, result.anomaly_map))
         row = {"score": result.score, "threshold": result.threshold, "seconds": round(result.seconds, 2)}

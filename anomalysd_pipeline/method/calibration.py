@@ -14,8 +14,8 @@ from ..data.inputs import Inputs, first_alike
 from .scoring import NotFiniteError
 from .settings import InspectionSettings
 
-SCORE_VERSION = 2
-"""Of the feature term: a threshold of another version is in other units."""
+SCORE_VERSION = 3
+"""2: the feature term is in other units; 3: pictures are repainted from exemplars only as far as they differ."""
 
 MANY_SCORES = 20
 """Number of scores from which on their own order tells the threshold."""
@@ -105,7 +105,8 @@ def differing_settings(
     own = {"top_share": 0.0, "start": "image", "tile_size": 0, "tile_overlap": 0, **record["settings"]}
     own |= {**(usual or {}), **record.get("classes", {})}
     changed = [name for name, value in {**settings.to_dict(), **(classes or {})}.items() if own.get(name) != value]
-    if not changed and settings.feature_weight > 0 and record.get("version", 1) != SCORE_VERSION:
+    version = record.get("version", 1)
+    if not changed and (settings.feature_weight > 0 and version < 2 or settings.start == "exemplar" and version < 3):
         return ["the version of the score"]
     return changed
 

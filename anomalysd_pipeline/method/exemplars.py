@@ -25,9 +25,6 @@ _PASSES = 2
 _REACH = 2
 """Positions to every side that decide together."""
 
-_FADE = (0.2, 0.5)
-"""Shares of the largest distance between which pictures fade to repainted ones."""
-
 
 def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     """Copies normal patches to where the picture looks like them, and blends them.
@@ -67,22 +64,28 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     return fit(exemplar, tuple(picture.shape[1:]))
 
 
-def keep_outside(pictures: Tensor, repainted: Tensor, distances: Tensor) -> Tensor:
-    """Keeps pictures as they are where they look like their prototypes, for people: repainting blurs a little.
+def unexplained(distances: Tensor, usual: float | None) -> Tensor:
+    """Finds how much of what sets a picture apart from its prototypes normal pictures do not explain.
+
+    This is the gain of Wiener's filter, whose noise is what normal pictures differ by: 1 - (usual / E)^2, at least 0.
 
     Args:
-        pictures, repainted: `[N, 3, R, R]`.
-        distances: E of Eq. (14), brought to `[N, R, R]`.
+        distances: E of Eq. (14), brought to `[N, R, R]`; smoothed here as an anomaly map is.
+        usual: what E is in normal pictures, see `PrototypeBank.usual_distance`; None: its median in each picture, most
+            of which is normal.
 
     Returns:
-        `[N, 3, R, R]`: the picture where E is below a fifth of its largest value, the repainted picture where it is
-        above half of it, and between these a mixture.
+        `[N, R, R]` in [0, 1].
     """
-    low, high = _FADE
     distances = smooth(distances, smoothing_sigma(distances.shape[-1]))
-    share = distances / distances.amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(distances.dtype).tiny)
-    weight = ((share - low) / (high - low)).clamp(0, 1)[:, None]
-    return weight * repainted + (1 - weight) * pictures
+    if usual is None:
+        usual = distances.flatten(start_dim=1).median(dim=1).values[:, None, None]
+    return (1 - (usual / distances.clamp(min=torch.finfo(distances.dtype).tiny)).square()).clamp(0, 1)
+
+
+def mix(pictures: Tensor, others: Tensor, shares: Tensor) -> Tensor:
+    """Replaces shares `[N, R, R]` in [0, 1] of pictures by others, both `[N, 3, R, R]`."""
+    return torch.lerp(pictures, others, shares[:, None].to(pictures))
 
 
 def _scaled(picture: Tensor, scale: tuple[float, float]) -> Tensor:

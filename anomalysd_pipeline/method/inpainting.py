@@ -109,7 +109,7 @@ def repaint(
     starts: Tensor | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Repaints the masked part of each picture, Eq. (11) and the denoising after it.
+    """Repaints the masked part of each picture, Eq. (11) and the denoising after it; `decode` gives the picture.
 
     Args:
         images: `[N, 3, H, W]` in [-1, 1].
@@ -122,7 +122,7 @@ def repaint(
         on_step: called after each step with its index, timestep and latents; returns the latents to go on with.
 
     Returns:
-        float32 `[N, 3, H, W]` in [-1, 1].
+        `[N, 4, h, w]`.
     """
     dtype = unet.dtype
     timesteps = start_schedule(scheduler, num_inference_steps, noise_strength, images.device)
@@ -155,7 +155,7 @@ def repaint(
         latents = scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
         if on_step is not None:
             latents = on_step(index, timestep, latents)
-    return decode(vae, latents)
+    return latents
 
 
 def _generators(noise: Tensor) -> list[torch.Generator]:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .settings import GROUPINGS
+
 MASK_DESIGNS = ("foreground", "random", "detection")
 """How training masks are drawn; see `adaptation.samples.FewShotDataset`."""
 
@@ -31,8 +33,8 @@ def multi_scale_masks(
     Args:
         height, width: the picture's size in pixels; any size works, cell borders are rounded to whole pixels.
         scales: the k, each in [1, min(height, width)] and given once.
-        grouping: "none" gives each cell its own pass, 85 in all for the paper's scales; "grouped" lets cells of one
-            scale share a pass where they do not touch, not even at a corner: 1 + 4 + 4 + 4 passes.
+        grouping: "none" gives each cell its own pass, 85 in all for the paper's scales; "grouped" and "joined" let
+            cells of one scale share a pass where they do not touch, not even at a corner: 1 + 4 + 4 + 4 passes.
 
     Returns:
         One entry per scale, in the order of `scales`.
@@ -40,8 +42,8 @@ def multi_scale_masks(
     Raises:
         ValueError: the grouping is unknown, or the scales are none, repeated, or out of range.
     """
-    if grouping not in ("none", "grouped"):
-        raise ValueError(f'`grouping` is {grouping!r}; give "none" or "grouped".')
+    if grouping not in GROUPINGS:
+        raise ValueError(f"`grouping` is {grouping!r}; give one of {', '.join(map(repr, GROUPINGS))}.")
     if not scales or len(set(scales)) != len(scales):
         raise ValueError(f"`scales` is {tuple(scales)}; give one or more scales, each once, such as (1, 2, 4, 8).")
     for scale in scales:

@@ -25,7 +25,7 @@ class Repainting:
         differences: float32 `[N, K + 1, R, R]`: S^(k) of Eq. (18) for each scale, then S_pg of Eq. (20); 0 where a
             picture has no prototype mask.
         shown: `[N, 3, R, R]` in [-1, 1], for people: a coarse scale, and over it the pass of the prototype mask, which
-            knows where to look. From exemplars the passes' latents are joined and decoded once, without seams.
+            knows where to look.
     """
 
     differences: Tensor
@@ -58,6 +58,7 @@ def run_passes(
         latents, noise: `[N, 4, h, w]`, shared by all masks of a picture.
         work: the passes.
         prompt_embeds, negative_prompt_embeds: `[1, L, d]`.
+        settings: where they join passes, the latents that the passes of a scale repaint become one picture.
         batch_size: passes at once; halved when memory runs out. It does not change the result.
         mixed_precision: "no", "bf16" or "fp16", see `autocast`.
         starts: `[N, 4, h, w]`, latents of the pictures' exemplars, from which masks are repainted; None: `latents`.
@@ -69,7 +70,7 @@ def run_passes(
     device, side, scales = pictures.device, pictures.shape[-1], work.scales
     differences = torch.zeros(len(pictures), scales + 1, side, side, device=device)  # [N, K + 1, R, R]
     shown = torch.zeros_like(pictures)  # [N, 3, R, R]
-    joined = None if starts is None else latents.clone()  # [N, 4, h, w]
+    joined: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # of a picture and a row: latents and mask
     references: dict[int, list[Tensor]] = {}  # made when they are needed: too large to keep for all pictures
     steps = len(start_schedule(scheduler, settings.num_inference_steps, settings.noise_strength, device))
     finished = 0  # steps of finished batches
@@ -77,22 +78,20 @@ def run_passes(
 
     def run(jobs: range) -> None:
         nonlocal finished, pending
-        last = None  # [B, 4, h, w], latents after a step
         if update is not None and pending:
             update(-pending)
         pending = 0
         indices, masks, rows = work.select(jobs, device)  # [B], [B, 1, R, R], [B]
 
         def after_step(step: int, timestep: Tensor, current: Tensor) -> Tensor:
-            nonlocal pending, last
+            nonlocal pending
             pending += len(jobs)
             if update is not None:
                 update(len(jobs))
-            last = current if on_step is None else on_step(finished + step, timestep, current)
-            return last
+            return current if on_step is None else on_step(finished + step, timestep, current)
 
         with autocast(device, mixed_precision):
-            repainted = repaint(
+            painted = repaint(
                 unet,
                 vae,
                 scheduler,
@@ -107,11 +106,28 @@ def run_passes(
                 guidance_scale=settings.guidance_scale,
                 starts=None if starts is None else starts[indices],
                 on_step=after_step,
-            )  # [B, 3, R, R]
+            )  # [B, 4, h, w]
+        # Sums change last: a batch that ran out of memory is run again.
+        if settings.mask_grouping == "joined":
+            small = latent_mask(masks, *latents.shape[-2:]) > 0.5  # [B, 1, h, w]
+            for index, place in enumerate(zip(indices.tolist(), rows.tolist(), strict=True)):
+                before, covered = joined.get(place, (latents[place[0]], torch.zeros_like(masks[0])))
+                joined[place] = (
+                    torch.where(small[index], painted[index].to(before.dtype), before),
+                    covered + masks[index],
+                )
+        else:
+            compare(painted, masks, indices, rows)
+        finished += steps
+        pending = 0
+
+    def compare(painted: Tensor, masks: Tensor, indices: Tensor, rows: Tensor) -> None:
+        with autocast(device, mixed_precision):
+            repainted = decode(vae, painted)  # [B, 3, R, R]
             features = perceptual.features(repainted)
         for gone in [picture for picture in references if picture < indices.min()]:
             del references[gone]
-        distances = torch.empty(len(jobs), side, side, device=device)  # [B, R, R]
+        distances = torch.empty(len(painted), side, side, device=device)  # [B, R, R]
         for picture in indices.unique().tolist():
             if picture not in references:
                 with autocast(device, mixed_precision):
@@ -120,22 +136,19 @@ def run_passes(
             distances[own] = perceptual.distance_map(
                 references[picture], [level[own] for level in features], (side, side)
             )  # Eqs. (16), (17)
-        # Sums change last: a batch that ran out of memory is run again.
-        for index, picture in enumerate(indices.tolist()):
-            mask, result, row = masks[index], repainted[index], int(rows[index])
+        for index, (picture, row) in enumerate(zip(indices.tolist(), rows.tolist(), strict=True)):
+            mask = masks[index]
             differences[picture, row] += scale_map(mask[None], distances[index, None])  # Eqs. (18), (20)
-            if row not in (scales // 2, scales):
-                continue
-            if joined is not None:
-                inside = latent_mask(mask[None], *latents.shape[-2:])[0] > 0.5  # [1, h, w]
-                joined[picture] = torch.where(inside, last[index].to(joined.dtype), joined[picture])
-            else:
-                shown[picture] = torch.where(mask > 0.5, result, shown[picture])
-        finished += steps
-        pending = 0
+            if row in (scales // 2, scales):
+                shown[picture] = torch.where(mask > 0.5, repainted[index], shown[picture])
 
-    in_batches(run, len(work), batch_size)
-    if joined is not None:
-        with autocast(device, mixed_precision):
-            shown = torch.cat([decode(vae, part) for part in joined.split(batch_size)])
+    batch_size = in_batches(run, len(work), batch_size)
+    places = sorted(joined)
+
+    def compare_joined(chosen: range) -> None:
+        own = [places[number] for number in chosen]
+        painted, masks = (torch.stack(each) for each in zip(*(joined[place] for place in own), strict=True))
+        compare(painted, masks, *torch.tensor(own, device=device).T)
+
+    in_batches(compare_joined, len(places), batch_size)
     return Repainting(differences, shown)

@@ -19,7 +19,7 @@ class ScoreMaps:
 
     Attributes:
         multi_scale: S_ms, Eq. (19), float32 `[N, R, R]`.
-        guided: S_pg, Eq. (20), float32 `[N, R, R]`; None without normal pictures.
+        guided: S_pg, Eq. (20), float32 `[N, R, R]`; None without normal pictures, and where it has no weight.
         deviations: D, see `PrototypeBank.relative`, float32 `[N, R, R]`; None where they are not asked for.
         repainted: pictures to show to people, `[N, 3, R, R]` in [-1, 1].
         prototype_masks: M^(p), Eq. (15), bool `[N, 1, R, R]`; None without normal pictures.

@@ -10,11 +10,12 @@ from ..common.checks import require_kind, require_number, require_whole, shown
 from ..data.tiles import check_tiles
 
 STARTS = ("image", "exemplar")
+GROUPINGS = ("none", "grouped", "joined")
 
 _FAST = {
     "num_inference_steps": 20,
     "mask_scales": (1, 2, 4, 8),
-    "mask_grouping": "grouped",
+    "mask_grouping": "joined",
     "feature_weight": 0.0,
     "top_share": 0.0,
     "start": "exemplar",
@@ -66,7 +67,8 @@ class InspectionSettings:
     noise_strength: lambda, in (0, 1]: the share of the noise schedule that is added and removed again.
     num_inference_steps: length of the whole schedule; about `noise_strength` of it is run.
     mask_scales: the k of the multi-scale masks.
-    mask_grouping: "none" (a pass per cell) or "grouped" (cells that do not touch share a pass).
+    mask_grouping: "none" (a pass per cell), "grouped" (cells that do not touch share a pass) or "joined" (grouped, and
+        what the passes of a scale repaint is decoded and compared as one picture: Eqs. (16) and (17) once a scale).
     prototype_weight: alpha of Eq. (21), in [0, 1].
     feature_weight: weight of the prototypes' own finding in the score, see `PrototypeBank.relative`; 0 in the paper.
     guidance_scale: classifier-free guidance, 1 for none.
@@ -139,8 +141,9 @@ class InspectionSettings:
                 f"`mask_scales` must hold whole numbers of at least 1 such as (1, 2, 4, 8), each once and at most "
                 f"{MOST_CELLS}, got {shown(scales)}."
             )
-        if self.mask_grouping not in ("none", "grouped"):
-            raise ValueError(f"`mask_grouping` must be 'none' or 'grouped', got {self.mask_grouping!r}.")
+        if self.mask_grouping not in GROUPINGS:
+            known = ", ".join(map(repr, GROUPINGS))
+            raise ValueError(f"`mask_grouping` must be one of {known}, got {self.mask_grouping!r}.")
         require_number("prototype_weight", self.prototype_weight, 0, 1)
         require_number("feature_weight", self.feature_weight, 0, 1e6)
         require_number("guidance_scale", self.guidance_scale, 1, 1000)

@@ -19,6 +19,8 @@ MOST = 10**7
 """Prototypes of a part, and channels of each."""
 MOST_PIXELS = 2**31
 """Values of all normal pictures of a part."""
+_ASKED = 512
+"""Vectors of normal pictures whose distances tell what is usual."""
 _OLD_COLUMNS = 2
 """Of what earlier versions packed in one tensor with the prototypes: how much normal pictures differ."""
 
@@ -98,6 +100,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
             for count in counts:
                 require_whole(f"shots[{category!r}]", count, 1, MOST_PIXELS)
         self._search: tuple[Tensor, tuple, list[NeighborSearch]] | None = None
+        self._usual: tuple[Tensor, int, float | None] | None = None
         # Safetensors and `.to()` need a tensor even when there are no banks: it also holds the dtype and device.
         self.register_buffer("placeholder", torch.zeros(1))
         sizes = dict(sorted((sizes or {}).items()))
@@ -310,6 +313,35 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         mean = found[0] if len(found) == 1 else torch.stack(found).log().mean(dim=0).exp()
         return mean.view(n, h, w)
 
+    def usual_distance(self, category: str, parts: int = 1) -> float | None:
+        """Measures what E is where nothing is wrong: its median between normal pictures, each compared with the others'
+        prototypes. None where these are of one picture, or are not known to be of several.
+
+        Args:
+            category, parts: as of [`distances`].
+        """
+        bank, found = self[category], self._usual
+        if found is None or found[0] is not bank or found[1] != parts:
+            found = self._usual = bank, parts, self._measured(category, parts)
+        return found[2]
+
+    def _measured(self, category: str, parts: int) -> float | None:
+        bank, sources, shots = self[category], self.sources(category), self.shots(category)
+        if int(sources.max()) == int(sources.min()):
+            return None
+        own = torch.arange(len(bank), device=bank.device)
+        if shots is not None:  # as inspected pictures are: not turned
+            own = own[shots.places[:, 0] < len(shots.sizes)]
+        own = own[torch.linspace(0, len(own) - 1, min(len(own), _ASKED), device=bank.device).round().long()]
+        others = sources[own, None] != sources  # [Q, M]
+        logarithms = []
+        for vectors in bank.float().chunk(parts, dim=1):
+            vectors = vectors - vectors.mean(dim=0)
+            squares = vectors.square().sum(dim=1)
+            far = torch.addmm(squares, vectors[own], vectors.T, alpha=-2) + squares[own, None]
+            logarithms.append(torch.where(others, far, torch.inf).amin(dim=1).clamp(min=0).log())
+        return float(torch.stack(logarithms).mean(dim=0).median().exp())
+
     def compared(self, category: str, left_out: int | None) -> Tensor | None:
         """Tells which prototypes are looked at without a picture, bool [size]; None: all."""
         return None if left_out is None else self.sources(category) != left_out
@@ -340,4 +372,4 @@ class PrototypeBank(ModelMixin, ConfigMixin):
 
     def __getstate__(self) -> dict:
         # Copies and pickles leave out what can be prepared anew.
-        return {**self.__dict__, "_search": None}
+        return {**self.__dict__, "_search": None, "_usual": None}
