@@ -359,7 +359,7 @@ def main() -> None:
     if arguments.calls is not None:
         print(
             f"Extrapolated: {2 * max(1, arguments.calls // 2)} calls of the UNet in 2 passes a picture were measured; "
-            f"seconds and calls are those of all, the maps those of what ran. What takes at most {_FEW} calls ran whole."
+            f"seconds and calls are those of all, maps those of what ran. What takes at most {_FEW} calls ran whole."
         )
 
 

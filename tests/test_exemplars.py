@@ -336,7 +336,9 @@ class TestStart:
         assert pipe.settings("paper", "hex_nut", start="exemplar").start == "exemplar"
         with pytest.raises(ValueError, match="`start` must be one of 'image', 'exemplar', got 'noise'"):
             pipe(tested_nuts[-1], category="hex_nut", start="noise")
-        zero_shot = [pipe(tested_nuts[-1], category="bottle", start=start).pred_scores for start in ("image", "exemplar")]
+        zero_shot = [
+            pipe(tested_nuts[-1], category="bottle", start=start).pred_scores for start in ("image", "exemplar")
+        ]
         assert zero_shot[0] == zero_shot[1]
         from_exemplar = pipe(tested_nuts[-1], category="hex_nut")
         from_image = pipe(tested_nuts[-1], category="hex_nut", start="image")

@@ -314,7 +314,7 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         return mean.view(n, h, w)
 
     def usual_distance(self, category: str, parts: int = 1) -> float | None:
-        """Measures what E is where nothing is wrong: its median between normal pictures, each compared with the others'
+        """Measures what E is where nothing is wrong: its median between normal pictures, each beside the others'
         prototypes. None where these are of one picture, or are not known to be of several.
 
         Args:
