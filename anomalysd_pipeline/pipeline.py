@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
-import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import diffusers
 import torch
@@ -18,30 +14,15 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging
 from torch import Tensor
 
-from . import EMBEDDED
-from .adaptation.base import Base
-from .adaptation.folder import (
-    StoredAdaptation,
-    adaptation_base_of,
-    is_adaptation_folder,
-    read_adaptation,
-    write_adaptation,
-    write_part,
-)
 from .adaptation.records import MOST_ROTATIONS, check_records
-from .adaptation.registry import check_shots, default_name
-from .adaptation.settings import AdaptationSettings
 from .common.checks import require_kind, require_number, require_whole
-from .common.console import renaming
-from .common.files import disk_errors, recover, write_whole, written_into
-from .common.threads import alone, give_way, takes_turns
-from .data.depth import KEY
+from .common.threads import give_way
 from .data.images import load_pictures
 from .data.inputs import Inputs
-from .data.region import inside, pack_region, unpack_region
+from .data.region import inside, unpack_region
 from .data.tensors import stack
-from .knowledge import Knowledge
-from .method.calibration import Calibration, calibrate_threshold, check_rate, class_names, differing_settings
+from .data.tiles import TILES_AT_ONCE
+from .method.calibration import class_names
 from .method.comparison import Comparison, compare
 from .method.exemplars import mix, unexplained
 from .method.findings import Finding, findings, joined
@@ -49,19 +30,18 @@ from .method.inpainting import check_repainting, decode, draw_noise, encode, rep
 from .method.masks import multi_scale_masks
 from .method.passes import run_passes
 from .method.prompts import PromptBook, average_embedding, check_category
-from .method.scoring import ScoreMaps, check_finite, harmonic_mean, image_score
+from .method.scoring import ScoreMaps, check_finite, harmonic_mean
 from .method.settings import PRESETS, InspectionSettings, check_overrides, checkpoint_settings
 from .method.workload import Workload
-from .models.adapters import AdapterStore, merge_lora, switch_adapter, take_out_adapters
+from .mixins.adapting import AdaptingMixin
+from .mixins.learning import LearningMixin
+from .mixins.storing import StoringMixin
+from .mixins.turns import computes
+from .models.adapters import AdapterStore
 from .models.bank import PrototypeBank
-from .models.collection import fill_bank
-from .models.extractor import PrototypeExtractor, make_extractor, wants_extractor
-from .models.missing import made_networks
+from .models.extractor import PrototypeExtractor
 from .models.perceptual import PerceptualDistance
 from .output import AnomalySDPipelineOutput
-
-if TYPE_CHECKING:
-    from .adaptation.loop import AdaptationProgress, AdaptedWeights
 
 logger = logging.get_logger(__name__)
 
@@ -71,20 +51,14 @@ UNNAMED_CATEGORY = "part"
 AT_ONCE = 4
 """Pictures whose latents are computed together: fixed, so that no batch size can change their rounding."""
 
-TILES_AT_ONCE = 16
-"""Tiles of a picture whose maps are in memory together."""
-
 MOST_PIXELS = 4096
 """Side of a picture at which Stable Diffusion can be asked to repaint."""
 
 MOST_NAMED = 20
 """Parts in a `repr`."""
 
-_computes = takes_turns(lambda pipe: pipe.components.values())  # which other pipelines may hold too
-_learns = takes_turns(lambda pipe: [pipe])  # inspections go on meanwhile
 
-
-class AnomalySDPipeline(DiffusionPipeline):
+class AnomalySDPipeline(LearningMixin, AdaptingMixin, StoringMixin, DiffusionPipeline):
     """Few-shot, multi-class anomaly detection with a Stable Diffusion inpainting model.
 
     Its methods may be called from several threads, also of pipelines that share networks: one at a time computes, and
@@ -133,9 +107,6 @@ class AnomalySDPipeline(DiffusionPipeline):
     ]
     _exclude_from_cpu_offload = ["bank", "adapters"]
     _callback_tensor_inputs = ["latents"]
-
-    _chosen_adaptation: str | None = None
-    _warned_of_half = False
 
     mixed_precision: str = "no"
     """What repainting and the perceptual distance are computed in: "no" (the weights' own type), "bf16" or "fp16".
@@ -418,7 +389,7 @@ class AnomalySDPipeline(DiffusionPipeline):
             )
 
     @torch.no_grad()
-    @_computes
+    @computes
     def _score_maps(
         self,
         inputs: Inputs,
@@ -532,7 +503,7 @@ class AnomalySDPipeline(DiffusionPipeline):
         return None if packed is None else unpack_region(packed)
 
     @torch.no_grad()
-    @_computes
+    @computes
     def inpaint(
         self,
         images: Tensor,
@@ -595,760 +566,14 @@ class AnomalySDPipeline(DiffusionPipeline):
         finally:
             self.maybe_free_model_hooks()
 
-    # Learning without a gradient step
-
-    @property
-    def categories(self) -> list[str]:
-        """Names of the registered categories, alphabetically."""
-        return sorted(self.config.categories)
-
-    @property
-    def prompt_book(self) -> PromptBook:
-        """A copy of the prompts in use; `add_category` changes them."""
-        return PromptBook.from_dict(self.config.prompts)
-
-    @property
-    def knowledge(self) -> Knowledge:
-        """What was learned of the parts. Records and prompts are copies, to be changed and assigned; bank and adapters
-        are the pipeline's own."""
-        return Knowledge.of(self.config, self.bank, self.adapters)
-
-    @knowledge.setter
-    @_computes
-    def knowledge(self, known: Knowledge) -> None:
-        self.register_modules(bank=known.bank, adapters=known.adapters)
-        self.register_to_config(**known.config())
-        if self._chosen_adaptation not in known.adaptations:
-            self._chosen_adaptation = None
-
-    def _store_category(self, category: str, **facts) -> None:
-        known = self.knowledge
-        known.store(category, **facts)
-        self.knowledge = known
-
-    @torch.no_grad()
-    @_learns
-    @_computes
-    def add_category(
-        self,
-        category: str,
-        normal_images,
-        prompts=None,
-        noise_strength: float | None = None,
-        rotations: int | None = None,
-        bit_depth: int | None = None,
-        region=None,
-        tile_size: int | None = None,
-        tile_overlap: int | None = None,
-        callback: Callable[[int, int], object] | None = None,
-    ) -> None:
-        """Registers a part from its normal pictures, without a gradient step: prompts and the prototype bank of Eq.
-        (13).
-
-        A category of that name is replaced, and its calibration and adaptation forgotten. Of copies of one picture the
-        first counts, see `Inputs.alike`. On an error nothing is changed.
-
-        Args:
-            category: name of the part; it fills the generic prompts where the part has none of its own.
-            normal_images: 1 or more pictures of good parts, anything `load_image` takes.
-            prompts: T_c as `PromptBook.add` takes it; None keeps the part's own or the generic set.
-            noise_strength: lambda for this part; None: the checkpoint's.
-            rotations: number of rotated copies of each picture in the bank, evenly spaced; None: the checkpoint's.
-            bit_depth: bits in use in 16-bit gray of this part, from 8 to 16; None: what the files tell, else what
-                their largest value looks like, see `images.common_depth`. Further pictures of the part are read so.
-            region: the region of interest, see `set_region`; None keeps the part's own.
-            tile_size, tile_overlap: cut these pictures into tiles, as inspections of the part then are; see
-                `InspectionSettings`. None: pictures are looked at whole.
-            callback: called as `callback(done, total)` after each copy of a picture; an exception that it raises
-                cancels.
-
-        Raises:
-            ValueError: for a bad name, no or unreadable pictures, bad prompts, a strength outside (0, 1], a depth
-                or a tile out of its range or a bad region.
-        """
-        check_category(category)
-        packed = self.config.categories.get(category, {}).get("region")
-        if region is not None:
-            with renaming({"mask": "region"}):
-                packed = pack_region(region)
-        known = self.knowledge
-        known.prompts.add(category, prompts)
-        if noise_strength is not None:
-            self.settings(noise_strength=noise_strength)
-        tiling = self.settings(tile_size=tile_size or 0, tile_overlap=tile_overlap)
-        loaded = load_pictures(normal_images, "normal_images", bit_depth)
-        if bit_depth is None:  # pictures that were read before keep theirs
-            bit_depth = max((picture.info[KEY] for picture in loaded if KEY in picture.info), default=None)
-        counts = None if packed is None else unpack_region(packed)
-        inputs = self._inputs(loaded, counts, tiling)
-        device = self._execution_device
-        rotations = self.config.rotations if rotations is None else rotations
-        # Copies say nothing twice, and could not be left out of each other's comparison.
-        kept = sorted(set(inputs.alike()))
-        digests, marks = inputs.digests(), inputs.fingerprints()
-        if inputs.tiles is None:
-            shaped, regions, sources = [inputs.shaped[index] for index in kept], [counts] * len(kept), None
-        else:
-            tiles = [inputs.tiles[index].inputs for index in kept]
-            shaped = [tile for own in tiles for tile in own.shaped]
-            sources = [number for number, own in enumerate(tiles) for _ in own.shaped]
-            regions = [] if counts is None else [one[0] for own in tiles for one in own.regions]
-        shaped = [picture.to(device) for picture in shaped]
-        regions = None if counts is None else regions
-        if len(kept) < len(inputs):
-            logger.warning(
-                f"{len(inputs) - len(kept)} of the {len(inputs)} normal pictures of {category!r} are copies of "
-                "others, and count once with these."
-            )
-        between = None if callback is None else functools.partial(give_way, callback)
-        fill_bank(self.bank.to(device), category, self.extractor, shaped, rotations, regions, sources, between)
-        known.store(
-            category,
-            shots=len(kept),
-            digests=[digests[index] for index in kept],
-            fingerprints=[marks[index] for index in kept],
-            rotations=rotations,
-            noise_strength=noise_strength,
-            bit_depth=bit_depth,
-            adaptation=None,
-            prompt_design="hierarchical",
-            calibration=None,
-        )
-        known.set_facts(category, region=packed, tile_size=tiling.tile_size, tile_overlap=tiling.tile_overlap)
-        known.drop_unused_adaptations()
-        self.knowledge = known
-
-    @torch.no_grad()
-    @_learns
-    @_computes
-    def set_region(self, category: str, mask) -> None:
-        """Sets a part's region of interest: outside of it nothing counts, in learning and in inspection.
-
-        Its prototypes are taken anew from the kept normal pictures, without cells that lie outside, and its threshold
-        is forgotten: call `calibrate` next. Maps are 0 outside; score, verdict and mask are of what lies inside. What
-        lies outside stays visible to the networks, as surroundings. Fine-tuning looks at whole pictures.
-
-        Args:
-            category: a part registered by `add_category`.
-            mask: a picture that is bright inside and dark outside, or a bool array `[H, W]`, for pictures of the same
-                view whatever their size; or a polygon, 3 or more points (x, y) as shares of width and height in
-                [0, 1]. None: the whole picture.
-
-        Raises:
-            ValueError: for a part that is not registered or whose normal pictures are not kept, or a bad mask.
-        """
-        shots = self.bank.shots(category)
-        if category not in self.config.categories or shots is None or self.settings(category=category).tile_size:
-            raise ValueError(
-                f"`category` must be a part whose normal pictures are kept, and whole, got {category!r}; register it "
-                "by `add_category`, which takes a `region` too."
-            )
-        packed = None if mask is None else pack_region(mask)
-        known, device = self.knowledge, self._execution_device
-        pictures = [shots.copy(number).to(device) for number in range(len(shots.sizes))]  # not turned
-        regions = None if packed is None else [unpack_region(packed)] * len(pictures)
-        fill_bank(self.bank.to(device), category, self.extractor, pictures, int(shots.rotations), regions)
-        known.store(category, calibration=None)
-        known.set_facts(category, region=packed)
-        self.knowledge = known
-
-    @_learns
-    @_computes
-    def remove_category(self, category: str) -> None:
-        """Forgets a registered part: its bank, settings and calibration.
-
-        Raises:
-            ValueError: if it is not registered.
-        """
-        known = self.knowledge
-        known.remove(category)
-        self.knowledge = known
-
-    @torch.no_grad()
-    @_learns
-    def calibrate(
-        self,
-        category: str,
-        normal_images,
-        false_alarm_rate: float = 0.05,
-        seed: int = 0,
-        defective_images=None,
-        callback: Callable[[int, int], object] | None = None,
-        **settings,
-    ) -> Calibration:
-        """Sets a part's threshold from normal pictures, alone or with a few known defective ones; see
-        `calibration.calibrate_threshold`.
-
-        Called again with further pictures of good parts, the threshold follows; those of earlier calls with the same
-        settings count on until the part is registered anew.
-
-        Args:
-            category: a part registered by `add_category`.
-            normal_images: 1 or more pictures of good parts; those given to `add_category` will do, because each is
-                compared with the others alone. From one of these alone the threshold is a guess.
-            false_alarm_rate: share of good parts that may exceed the threshold.
-            seed: of the noise, and of the copies where there is one picture.
-            defective_images: pictures of defective parts, none of them normal; None: none are known. The threshold is
-                then where as large a share of good parts is expected above it as of defective ones below it, with a
-                warning where that is more than `false_alarm_rate`.
-            callback: called as `callback(done, total)` after each picture; an exception that it raises cancels.
-            **settings: the settings of `__call__` (`preset`, `noise_strength`, ...) at which the part will be
-                inspected. The threshold applies to inspections with the same settings.
-
-        Returns:
-            The stored record: threshold, the scores it rests on, the settings.
-
-        Raises:
-            ValueError: for a part that is not registered, unreadable pictures or bad settings.
-        """
-        if category not in self.config.categories:
-            raise ValueError(
-                f"`category` must be registered by `add_category` before it is calibrated, got {category!r}."
-            )
-        chosen = self.settings(category=category, **settings)
-        check_rate(false_alarm_rate)
-        record = self.config.categories[category]
-        if "digests" not in record:
-            raise ValueError(
-                f"`category` {category!r} was registered by an earlier version, which did not note its pictures; "
-                "register it again by `add_category`."
-            )
-        region = self._region(category)
-        loaded = load_pictures(normal_images, "normal_images", record.get("bit_depth"))
-        inputs = self._inputs(loaded, region, chosen)
-        defective = None
-        if defective_images is not None:
-            loaded = load_pictures(defective_images, "defective_images", record.get("bit_depth"))
-            defective = self._inputs(loaded, region, chosen)
-
-        def score(picture: Inputs, left_out: int | None) -> float:
-            noise = torch.Generator().manual_seed(seed)
-            parts = [picture] if picture.tiles is None else picture.tiles[0].inputs.chunks(TILES_AT_ONCE)
-            scores = []
-            for part in parts:
-                found = self._score_maps(part, category, chosen, left_out, generator=noise)
-                maps = found.fused(chosen.prototype_weight, chosen.feature_weight)
-                scores += image_score(maps, chosen.top_share, found.regions).tolist()
-            return max(scores)
-
-        before = record["calibration"]
-        if before is not None and self._differing(before, chosen):
-            before = None
-        try:
-            calibration = calibrate_threshold(
-                score,
-                inputs,
-                record["digests"],
-                chosen,
-                false_alarm_rate,
-                seed,
-                before,
-                record.get("fingerprints", ()),
-                defective,
-                callback,
-            )
-        finally:
-            self.maybe_free_model_hooks()
-        for doubt in calibration.doubts(category):
-            logger.warning(doubt)
-        names = class_names(self.scheduler, self.vae).items()
-        others = {part: name for part, name in names if name != self._usual_classes[part]}
-        calibration = replace(calibration, classes=others)
-        self._store_category(category, calibration=calibration.to_dict())
-        return calibration
-
-    # Fine-tuning
-
-    @property
-    def adaptations(self) -> list[str]:
-        """Names of the adaptations kept beside the base, alphabetically."""
-        return sorted(self.config.adaptations)
-
-    def adaptation_settings(self, **given) -> AdaptationSettings:
-        """The settings that `adapt` would use with these arguments: call, then checkpoint, then the paper's.
-
-        Raises:
-            TypeError: for a name that is no setting.
-            ValueError: for a value out of its range.
-        """
-        return AdaptationSettings.resolve([self.config.adaptation, given])
-
-    @_learns
-    def adapt(
-        self,
-        normal_images: Mapping[str, object],
-        steps: int | None = None,
-        method: str | None = None,
-        decoder_steps: int | None = None,
-        name: str | None = None,
-        prompts: Mapping[str, object] | None = None,
-        calibrate: bool = True,
-        false_alarm_rate: float = 0.05,
-        callback: Callable[[AdaptationProgress], None] | None = None,
-        **settings,
-    ) -> AdaptedWeights:
-        """Fine-tunes the denoiser and the decoder on a few normal pictures, then registers and calibrates the parts.
-
-        All or nothing: until it has succeeded, and after an error or a cancellation, the pipeline is as it was.
-
-        Args:
-            normal_images: category to 1 or more pictures of good parts, anything `load_image` takes.
-            steps, decoder_steps: optimizer steps of the denoiser and of the decoder; None: the checkpoint's own.
-            method: "lora": the learned weights are kept beside the base, and inspections of these categories use them,
-                so that many adaptations share one base. "full": the base itself is replaced in this pipeline.
-            name: of the adaptation; None: the categories' names. One of that name is replaced, if no other categories
-                rest on it.
-            prompts: category to T_c, as `PromptBook.add` takes it; None keeps the part's own or the generic set.
-            calibrate: whether thresholds are set from the same pictures.
-            false_alarm_rate: see `calibrate`.
-            callback: called with an `AdaptationProgress` after every step; an exception that it raises cancels.
-            **settings: others of `AdaptationSettings`, such as `learning_rate`, `train_decoder`, `rank`, `seed`.
-
-        Returns:
-            The learned weights, with the loss of every step.
-
-        Raises:
-            ValueError: for bad names, pictures, prompts or settings.
-        """
-        from .adaptation.loop import fine_tune, in_memory_accelerator
-
-        shots = check_shots(normal_images, prompts)
-        chosen = self.adaptation_settings(steps=steps, method=method, decoder_steps=decoder_steps, **settings)
-        self.check_adaptable(name or default_name(shots), chosen.method, shots)
-        check_rate(false_alarm_rate)
-        self._check_hooks("adapt")
-        with in_memory_accelerator(self.device, chosen) as accelerator:
-            weights = fine_tune(self.base, shots, chosen, accelerator, prompts=prompts, callback=callback)
-        self.learn(shots, weights, name, prompts, calibrate, false_alarm_rate)
-        return weights
-
-    @_learns
-    def learn(
-        self,
-        normal_images: Mapping[str, object],
-        weights: AdaptedWeights,
-        name: str | None = None,
-        prompts: Mapping[str, object] | None = None,
-        calibrate: bool = True,
-        false_alarm_rate: float = 0.05,
-    ) -> None:
-        """Takes in the result of `fine_tune`, and registers and calibrates its categories; all or nothing.
-
-        Arguments and errors are those of `adapt`.
-        """
-        shots = check_shots(normal_images, prompts)
-        name = name or default_name(shots)
-        full = weights.settings.method == "full"
-        self.check_adaptable(name, weights.settings.method, shots)
-        with self._undone_on_error():
-            if full:
-                self._replace_weights(weights)
-            for category, images in shots.items():
-                self.add_category(category, images, (prompts or {}).get(category))
-                # Inspected with the prompts that it was trained with.
-                design = weights.settings.prompt_design
-                self._store_category(category, adaptation=None if full else name, prompt_design=design)
-            if not full:
-                # In half precision, as it will be saved: inspections now equal those after a reload.
-                state = {
-                    part: {key: value.half() for key, value in own.items()}
-                    for part, own in (("denoiser", weights.denoiser), ("decoder", weights.decoder))
-                    if own is not None
-                }
-                # After the categories: they drop the adaptation that this one replaces.
-                with alone(self.components.values()):
-                    known = self.knowledge
-                    known.add_adaptation(name, {"settings": weights.settings.to_dict()}, state)
-                    self.knowledge = known
-            if calibrate:
-                for category, images in shots.items():
-                    self.calibrate(category, images, false_alarm_rate)
-
-    def check_adaptable(self, name: str, method: str, categories: Collection[str] | None = None) -> None:
-        """Checks what can be told to be wrong with an adaptation before it is trained.
-
-        Args:
-            name: of the adaptation.
-            method: "lora" or "full".
-            categories: those it is for.
-
-        Raises:
-            ValueError: for a bad name, one on which other categories rest, or a method that would change the base of
-                other adaptations.
-        """
-        try:
-            check_category(name)
-        except ValueError as error:
-            raise ValueError(str(error).replace("`category`", "`name`")) from error
-        if method == "full":
-            self._check_base("`method` 'full'")
-        others = [c for c in self.knowledge.categories_of(name) if categories is not None and c not in categories]
-        if others:
-            raise ValueError(
-                f"`name` {name!r} is that of an adaptation on which {', '.join(map(repr, others))} rest; give another "
-                "name, or remove it with `remove_adaptation` first."
-            )
-
-    @_learns
-    @_computes
-    def remove_adaptation(self, name: str) -> None:
-        """Forgets an adaptation and the categories that rest on it.
-
-        Raises:
-            ValueError: if there is none of that name.
-        """
-        self._check_adaptation(name)
-        known = self.knowledge
-        for category in known.categories_of(name):
-            known.remove(category)
-        known.drop_unused_adaptations()
-        self.knowledge = known
-
-    def set_adaptation(self, name: str | None) -> None:
-        """Chooses the adaptation that direct calls of `inpaint` use; None, as at first: the base. An inspection
-        switches by itself, to the adaptation of its category.
-
-        Raises:
-            ValueError: if there is none of that name.
-        """
-        if name is not None:
-            self._check_adaptation(name)
-        self._chosen_adaptation = name
-
-    @_computes
-    def use_adaptation(self, name: str | None) -> None:
-        """Switches the denoiser and the decoder to an adaptation or to the base. Called before every run: another
-        pipeline may share them and have switched them since."""
-        if self.unet.dtype == torch.float16 and self._execution_device.type == "cpu" and not self._warned_of_half:
-            self._warned_of_half = True
-            logger.warning(
-                "float16 is slow and inaccurate on a CPU; call `pipe.to(torch.float32)`, and for speed set "
-                "`pipe.mixed_precision = 'bf16'` where the CPU computes in it, or move the pipeline to a GPU."
-            )
-        for module, part in ((self.unet, "denoiser"), (self.vae, "decoder")):
-            switch_adapter(module, None if name is None else self.adapters.adapter(name, part), self)
-
-    def use_adaptation_of(self, category: str | None) -> None:
-        """Switches to the adaptation of a category; to the base for one that has none."""
-        self.use_adaptation(self.config.categories.get(category, {}).get("adaptation"))
-
-    @property
-    def base(self) -> Base:
-        """The networks that adaptations rest on, with a copy of the prompts."""
-        names = ("unet", "vae", "scheduler", "tokenizer", "text_encoder", "extractor", "perceptual")
-        return Base(
-            **{name: getattr(self, name) for name in names},
-            prompts=self.prompt_book,
-            resolution=self.config.resolution,
-            vae_scale_factor=self.vae_scale_factor,
-            name_or_path=self.name_or_path,
-        )
-
-    def adaptation_base(self) -> dict:
-        """A few weights of each network, by which an adaptation finds its base again."""
-        return self.base.fingerprint()
-
-    # Loading and saving
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path=None,
-        *,
-        timm_model: str | None = None,
-        timm_checkpoint: str | None = None,
-        alexnet_checkpoint: str | None = None,
-        lpips_checkpoint: str | None = None,
-        **kwargs,
-    ):
-        """Loads a saved pipeline, or any Stable Diffusion inpainting checkpoint, from the Hub or from disk; or an
-        adaptation's folder, along with its base.
-
-        A bare inpainting checkpoint lacks the networks that look for defects; they are made: an ImageNet model by timm
-        for the prototypes, and AlexNet LPIPS for the distance.
-
-        Args:
-            pretrained_model_name_or_path: Hub id or folder; None: the embedded checkpoint (`EMBEDDED`).
-            timm_model: the extractor, also in place of the checkpoint's own: a timm name such as
-                "vit_small_patch14_dinov2.lvd142m". None: the checkpoint's own, or "tf_efficientnet_b6" where it has
-                none.
-            timm_checkpoint: its weights as a local file; None: timm downloads them, unless the checkpoint's own
-                extractor is a `timm_model` already.
-            alexnet_checkpoint, lpips_checkpoint: torchvision's AlexNet and LPIPS' layer weights as local files (None:
-                torchvision downloads the first, the second lies in the `lpips` package).
-            **kwargs: those of `DiffusionPipeline.from_pretrained`, such as `dtype`, `variant`, `cache_dir`,
-                `local_files_only`, and components to use in place of the stored ones.
-
-        Raises:
-            ValueError: for a UNet without 9 input channels, a weights file that does not fit, or is neither here nor
-                to be downloaded, or a `timm_model` other than that of the prototypes which the checkpoint holds.
-        """
-        if kwargs.get("torch_dtype") is None:
-            # Said aloud, because transformers would otherwise keep a text encoder in the precision it is stored in.
-            kwargs["dtype"] = kwargs.get("dtype") or torch.float32
-        kwargs.setdefault("use_safetensors", True)  # no pickles, unless a caller insists
-        path = pretrained_model_name_or_path or EMBEDDED
-        if path == EMBEDDED and not os.path.isdir(path):
-            raise ValueError(
-                "`pretrained_model_name_or_path` must be a folder or a Hub id where a published pipeline.py stands "
-                "for the package: the embedded checkpoint comes with the installed package anomalysd-pipeline."
-            )
-        recover(path)
-        if is_adaptation_folder(path):
-            base, resolution = adaptation_base_of(path)
-            pipe = cls.from_pretrained(
-                base,
-                timm_model=timm_model,
-                timm_checkpoint=timm_checkpoint,
-                alexnet_checkpoint=alexnet_checkpoint,
-                lpips_checkpoint=lpips_checkpoint,
-                **{"resolution": resolution, **kwargs},
-            )
-            pipe.load_adaptation(path)
-            return pipe
-        folder = path if os.path.isdir(path) else cls.download(path, **kwargs)
-        from .hub.components import class_of, own_components, readable
-
-        with readable(path, folder):
-            pipe = super().from_pretrained(path, **kwargs, **own_components(folder, kwargs))
-            # Thresholds in the folder are of its own components, not of those a caller gives.
-            given = {part: class_of(folder, part) for part in pipe._usual_classes if part in kwargs}
-        pipe._usual_classes |= {part: name for part, name in given.items() if name}
-        wanted = kwargs.get("extractor") is None and wants_extractor(
-            pipe.extractor, pipe.bank.categories, timm_model, timm_checkpoint
-        )
-        made = made_networks(
-            path,
-            (lambda: make_extractor(timm_model, timm_checkpoint, pipe.config.resolution)) if wanted else None,
-            None
-            if pipe.perceptual is not None
-            else lambda: PerceptualDistance.from_files(alexnet_checkpoint, lpips_checkpoint),
-        )
-        # Assignment would leave those unregistered that were registered as missing.
-        made = {name: module.to(pipe.unet.dtype, memory_format=torch.channels_last) for name, module in made.items()}
-        pipe.register_modules(**made)
-        return pipe
-
-    @_learns
-    @_computes
-    def load_lora_weights(self, pretrained_model_name_or_path_or_dict, lora_scale: float = 1.0, **kwargs) -> None:
-        """Merges LoRA weights into denoiser and text encoder for good, such as an LCM-LoRA, which needs few steps.
-
-        Thresholds are forgotten: call `calibrate` next. Networks that other pipelines share stay as they are there.
-
-        Args:
-            pretrained_model_name_or_path_or_dict: Hub id, folder, file or weights by name.
-            lora_scale: factor of what the weights add.
-            **kwargs: those of diffusers' `load_lora_weights`, such as `weight_name`.
-
-        Raises:
-            ValueError: if adaptations rest on the networks as they are, or these are no LoRA weights.
-        """
-        self._check_base("`load_lora_weights`")
-        self._check_hooks("load_lora_weights")
-        source = pretrained_model_name_or_path_or_dict
-        self.register_modules(**merge_lora(self.unet, self.text_encoder, source, lora_scale, **kwargs))
-        self._forget_thresholds()
-
-    @_computes
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """As `DiffusionPipeline.save_pretrained`; adaptations, banks, prompts and thresholds included.
-
-        By its `pipeline.py` diffusers loads the folder where this package is not installed.
-
-        The files appear when all of them are on disk; other files of the folder stay.
-
-        Raises:
-            ValueError: if the folder cannot be written; it is then as before.
-        """
-        # Their weights are in the store, so the modules can be written as they were loaded.
-        take_out_adapters(self.unet)
-        take_out_adapters(self.vae)
-        folder = Path(os.path.abspath(save_directory))
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", folder.name)
-        if class_names(self.scheduler, self.vae) != self._usual_classes:  # which the folder will not tell any more
-            known = self.knowledge
-            known.note_classes(self._usual_classes)
-            self.knowledge = known
-        from .hub.bundle import bundle_source
-
-        with disk_errors("save_directory", folder), written_into(folder) as partial:
-            (partial / "pipeline.py").write_text(bundle_source(), encoding="utf-8", newline="\n")
-            super().save_pretrained(partial, *args, **kwargs)
-
-    def save_adaptation(self, save_directory, adaptation: str | None = None, exemplars: bool = True) -> None:
-        """Writes what was learned of parts, without the base: LoRA weights, banks, prompts, thresholds and the
-        normal pictures that were registered, a few MB.
-
-        Args:
-            save_directory: folder, made if missing and replaced as a whole if it holds an adaptation; or a file that
-                ends in ".safetensors", as the app and `anomalysd detect` write it.
-            adaptation: its name, or that of a part without a fine-tuning; None: the only one there is.
-            exemplars: False leaves the normal pictures out. Whoever loads it then repaints from the image itself
-                (`start`), and has to calibrate anew.
-
-        Raises:
-            ValueError: if there is none of that name, or several and none is named, or it cannot be written.
-        """
-        known = self.knowledge
-        bare = [category for category in self.categories if known.record(category).get("adaptation") is None]
-        names = self.adaptations or bare
-        if adaptation is None:
-            if len(names) != 1:
-                raise ValueError(f"`adaptation` must name one of {', '.join(names) or 'none: call `adapt` first'}.")
-            adaptation = names[0]
-        if adaptation not in bare:
-            self._check_adaptation(adaptation)
-        stored, path = known.pack_adaptation(adaptation, exemplars), Path(save_directory)
-        if path.suffix != ".safetensors":
-            return write_adaptation(stored, self.base, path)
-        with disk_errors("save_directory", path):
-            write_whole(path, lambda unfinished: write_part(stored, self.base, unfinished))
-
-    def read_adaptation(self, pretrained_adaptation_name_or_path, **hub) -> StoredAdaptation:
-        """Reads an adaptation and checks that it fits, without taking it in; arguments and errors are those of
-        `load_adaptation`."""
-        return read_adaptation(pretrained_adaptation_name_or_path, self.base, self.settings, **hub)
-
-    @_learns
-    @_computes
-    def load_adaptation(self, pretrained_adaptation_name_or_path, overwrite: bool = False, **hub) -> list[str]:
-        """Takes in an adaptation that `save_adaptation` wrote, from a folder, a file or the Hub; all or nothing.
-
-        Args:
-            pretrained_adaptation_name_or_path: folder, also that of a fine-tuning which holds it, file or Hub id.
-            overwrite: whether categories of the same names may be replaced.
-            **hub: `revision`, `token`, `cache_dir`, `local_files_only`, as of `huggingface_hub.snapshot_download`.
-
-        Returns:
-            The categories it brought.
-
-        Raises:
-            ValueError: if it is missing, damaged or made for another base, or its categories are registered already,
-                or others rest on an adaptation of its name.
-        """
-        found = self.read_adaptation(pretrained_adaptation_name_or_path, **hub)
-        registered = [category for category in found.categories if category in self.config.categories]
-        if registered and not overwrite:
-            raise ValueError(
-                f"`pretrained_adaptation_name_or_path` brings {', '.join(map(repr, registered))}, which this pipeline "
-                "knows already; give `overwrite=True`, or remove them with `remove_category` first."
-            )
-        others = sorted(set(self.knowledge.categories_of(found.name)) - set(found.categories))
-        if others and found.state:
-            raise ValueError(
-                f"`pretrained_adaptation_name_or_path` brings an adaptation {found.name!r}, and on one of that name "
-                f"{', '.join(map(repr, others))} rest here; remove it with `remove_adaptation` first."
-            )
-        with self._undone_on_error():
-            known = self.knowledge
-            known.unpack_adaptation(found)
-            self.knowledge = known
-        return list(found.categories)
-
-    def push_to_hub(self, repo_id: str, **kwargs) -> str:
-        """Publishes the pipeline, or one of its adaptations, on the Hub, with a model card.
-
-        Args:
-            repo_id: "user/name"; made if it does not exist.
-            **kwargs: those of `publishing.push_to_hub`: `adaptation` (a name; None: the whole pipeline), `private`,
-                `create_pr`, `token`, `figures` (measured ones, for the card), `license`, `commit_message`, `revision`,
-                `exemplars` (False leaves the registered normal pictures out).
-
-        Returns:
-            The address of the commit or of the pull request.
-
-        Raises:
-            ValueError: for a bad name, or if the Hub cannot be reached or refuses.
-        """
-        from .hub.publishing import push_to_hub
-
-        return push_to_hub(self, repo_id, **kwargs)
-
-    # Parts of the above
-
     def to(self, *args, **kwargs) -> AnomalySDPipeline:
         """As of `DiffusionPipeline`, without its warning for each network in float16 on a CPU: ours comes once."""
         return super().to(*args, **{"silence_dtype_warnings": True, **kwargs})
 
-    @_computes
+    @computes
     def maybe_free_model_hooks(self) -> None:
         """As of `DiffusionPipeline`, between the computations of other threads."""
         super().maybe_free_model_hooks()
-
-    def _threshold(self, category: str | None, settings: InspectionSettings) -> float | None:
-        if category is not None and self.categories and category not in self.categories:
-            logger.warning(
-                f"`category` {category!r} is not registered, so there is no verdict and nothing to compare with; "
-                f"registered are {', '.join(map(repr, self.categories))}."
-            )
-        record = self.config.categories.get(category, {}).get("calibration")
-        if record is None:
-            return None
-        changed = self._differing(record, settings)
-        if changed:
-            logger.warning(
-                f"{category!r} is calibrated for other settings ({', '.join(changed)} differ), so its threshold does "
-                "not apply; call `calibrate` with these settings."
-            )
-            return None
-        return record["threshold"]
-
-    def _differing(self, record: Mapping, settings: InspectionSettings) -> list[str]:
-        return differing_settings(record, settings, class_names(self.scheduler, self.vae), self._usual_classes)
-
-    def _replace_weights(self, weights: AdaptedWeights) -> None:
-        """Puts fully trained weights in new modules: the old ones may be another pipeline's too."""
-        if weights.denoiser is not None:
-            unet = copy.deepcopy(self.unet)
-            take_out_adapters(unet)  # of adaptations that are gone, or of another pipeline
-            unet.load_state_dict(weights.denoiser)
-            self.register_modules(unet=unet)
-        if weights.decoder is not None:
-            vae = copy.deepcopy(self.vae)
-            take_out_adapters(vae)
-            vae.load_state_dict(weights.decoder, strict=False)
-            self.register_modules(vae=vae)
-        self._forget_thresholds()
-
-    def _forget_thresholds(self) -> None:
-        """Forgets the thresholds that were set with other weights."""
-        known = self.knowledge
-        for category in known.categories:
-            known.store(category, calibration=None)
-        self.knowledge = known
-
-    @contextlib.contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        """Lets a block change knowledge and weights; after an error all is as it was."""
-        known, modules, chosen = self.knowledge, {"unet": self.unet, "vae": self.vae}, self._chosen_adaptation
-        self.knowledge = known.copy()  # the originals can then simply be put back
-        try:
-            yield
-        except BaseException:
-            self.register_modules(**modules)
-            self.knowledge = known
-            self._chosen_adaptation = chosen
-            raise
-
-    def _check_base(self, cause: str) -> None:
-        if self.adaptations:
-            raise ValueError(
-                f"{cause} would change the base that {', '.join(map(repr, self.adaptations))} rest on; remove them "
-                "with `remove_adaptation`, or use a pipeline that is loaded anew."
-            )
-
-    def _check_hooks(self, method: str) -> None:
-        if getattr(self, "_all_hooks", None):
-            raise ValueError(
-                f"`{method}` needs the pipeline on one device, but parts of it are offloaded; call "
-                "`pipe.remove_all_hooks()` and `pipe.to(...)` first."
-            )
-
-    def _check_adaptation(self, name: str) -> None:
-        if name not in self.config.adaptations:
-            raise ValueError(f"`adaptation` must be one of {', '.join(self.adaptations) or 'none yet'}, got {name!r}.")
 
 
 # Here `DiffusionPipeline.from_pretrained` looks for the class that a saved folder names.

@@ -32,7 +32,7 @@ def make_tiny_pipeline(**kwargs):
 
 
 @contextlib.contextmanager
-def warnings_of(name="anomalysd_pipeline.pipeline"):
+def warnings_of(name="anomalysd_pipeline"):
     """Collects what a logger of the package says."""
     said = []
     handler = logging.Handler()

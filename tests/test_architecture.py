@@ -15,7 +15,9 @@ LEVELS = (
     ("models",),
     ("adaptation",),
     ("knowledge",),
-    ("output", "pipeline"),
+    ("output",),
+    ("mixins",),
+    ("pipeline",),
     ("inspection",),
     ("training", "evaluation"),
     ("app",),
@@ -90,6 +92,7 @@ def test_nothing_below_the_pipeline_names_its_class():
 def test_no_file_has_a_second_subject():
     lengths = {name_of(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
     assert {name for name, length in lengths.items() if length > 500} <= {"pipeline"}
+    assert lengths["pipeline"] <= 620
     assert all(lengths[door] <= 60 for door in ("detect", "train", "evaluate"))
 
 

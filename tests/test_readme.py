@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from anomalysd_pipeline import pipeline
+from anomalysd_pipeline import AnomalySDPipeline
+from anomalysd_pipeline.mixins import storing
 from anomalysd_pipeline.synthetic import normal_images
 
 from .tiny_adaptations import quick_pipeline
@@ -25,9 +26,9 @@ def place(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / name)
     quick_pipeline().save_pretrained(tmp_path / "base")
-    monkeypatch.setattr(pipeline, "EMBEDDED", str(tmp_path / "base"))
+    monkeypatch.setattr(storing, "EMBEDDED", str(tmp_path / "base"))
     for name in set(re.findall(r'load_adaptation\("([^"/]+)"\)', text)):
-        other = pipeline.AnomalySDPipeline.from_pretrained()
+        other = AnomalySDPipeline.from_pretrained()
         other.adapt({name: normal_images("gear", 2, seed=5, size=64)})
         other.save_adaptation(tmp_path / name)
     monkeypatch.setattr("PIL.ImageShow.show", lambda *args, **options: True)

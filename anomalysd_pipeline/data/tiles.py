@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..common.checks import require_whole
 
+TILES_AT_ONCE = 16
+"""Tiles of a picture whose maps are in memory together."""
 MOST = 2**15
 """Pixels of a tile's side."""
 

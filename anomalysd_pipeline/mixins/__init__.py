@@ -1,0 +1,1 @@
+"""Base classes of `AnomalySDPipeline`, one for each thing it does besides inspecting."""
