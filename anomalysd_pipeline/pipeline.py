@@ -480,7 +480,8 @@ class AnomalySDPipeline(LearningMixin, AdaptingMixin, StoringMixin, DiffusionPip
         if resized is not None and settings.feature_weight > 0:
             deviations = self.bank.relative(category, resized, self.extractor.parts)
         if shares is not None:
-            shown = mix(pictures, shown, shares)
+            # What is half replaced fades sooner here, so that no ghost of a defect comes back.
+            shown = mix(pictures, shown, 1 - (1 - shares).square())
         if inputs.regions is not None:
             shown = torch.where(inputs.regions, shown, pictures)
         return ScoreMaps(

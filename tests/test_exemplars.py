@@ -394,7 +394,8 @@ class TestStart:
             scored = pipe.perceptual.distance_map(*map(pipe.perceptual.features, (picture, repainted)), (64, 64))
         torch.testing.assert_close(found.multi_scale, scored, atol=1e-6, rtol=1e-3)
         proposed = found.prototype_masks[0, 0].numpy()  # where the pass of its own is shown
-        shown = (shares * repainted + (1 - shares) * picture)[0].numpy()
+        fading = 1 - (1 - shares) ** 2
+        shown = (fading * repainted + (1 - fading) * picture)[0].numpy()
         np.testing.assert_allclose(found.repainted[0].numpy()[:, ~proposed], shown[:, ~proposed], atol=1e-5)
 
     def test_a_score_does_not_depend_on_the_pictures_beside_it(self, tiny_pipeline, nuts, tested_nuts):

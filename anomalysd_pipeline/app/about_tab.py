@@ -15,14 +15,15 @@ drawn parts alone and shows the method at work; it repaints softly, misses faint
 paper's accuracy, for which Stable Diffusion and a GPU are needed.
 """
 METHOD = """
-**How it works.** The picture is cut into cells at four scales. The model repaints one group of cells after another as
-a normal part would look, guided by the surroundings and by a description of the part. Where the picture and its
-repainted self differ, a defect is likely. A few pictures of good parts add prototypes, to which the embedded model
-gives most of the weight: what the picture has and they have not, and the other way round. They also give the
-threshold, which makes a verdict out of a score.
+**How it works.** The picture is cut into cells. The model repaints one group of cells after another as a normal part
+would look, guided by the surroundings and by a description of the part. Where the picture and its repainted self
+differ, a defect is likely. A few pictures of good parts say what the part should look like: where the picture is
+unlike them, it is repainted from their patches, and how unlike it is counts in the score, most of it in the embedded
+model. They also give the threshold, which makes a verdict out of a score.
 
-**What the score means.** It is the highest value of the map and keeps one scale for each part: nothing is stretched to
-the range of a picture. Half of the colors lie below the threshold, half above it.
+**What the score means.** It is the mean of the map's highest values, its highest hundredth in the embedded model, and
+keeps one scale for each part: nothing is stretched to the range of a picture. Half of the colors lie below the
+threshold, half above it.
 
 **Yours alone.** What you upload and teach is seen by no other visitor. It is deleted ten minutes after you leave,
 and after an hour without use in any case.
