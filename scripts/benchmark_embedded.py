@@ -47,7 +47,7 @@ def run_own(arguments, adapted: bool, seed: int, category: str, normals: list, t
     else:
         pipe.add_category(category, normals)
     times = {"adapt_seconds": time.perf_counter() - began}
-    figures, times["seconds"] = evaluate(pipe, category, tests, pipe.settings(category=category))
+    figures, times["seconds"] = evaluate(pipe, category, tests, pipe.settings(category=category, start=arguments.start))
     suffix = ", adapted" if adapted else ""
     return {f"{SCORES[name]}{suffix}": {**found, **times} for name, found in figures.items()}
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None, help="test pictures of each label (drawn parts: 12)")
     parser.add_argument("--rows", nargs="+", choices=("not adapted", "adapted", *FLOORS), default=None)
     parser.add_argument("--model", default=None, help="folder of a pipeline; default: the embedded checkpoint")
+    parser.add_argument("--start", choices=("image", "exemplar"), default=None, help="default: the checkpoint's own")
     parser.add_argument("--max_train_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
     parser.add_argument("--max_decoder_steps", type=int, default=None, help="of adapting; default: the checkpoint's")
     parser.add_argument("--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto")

@@ -384,12 +384,15 @@ class TestTogether:
 
         calls, pipe = [], load_pipeline(base, "cpu")
         pipe.__class__ = Counting
+        batches = []
+        pipe.unet.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
         load_part(pipe, "ring", whole / "part.safetensors")
         folder, listing = ResultFolder(tmp_path / "out"), gather([parts / "test"], tmp_path / "out")
         folder.begin({}, {})
         detect_run.inspect_pictures(pipe, listing.deal(), folder, "ring", at_once=3)
         folder.close()
         assert calls == [3, 1]  # of five files one is no picture
+        assert batches == [4, 4, 4, 4, 2, 4, 2]  # 1 + 4 masks and that of the prototypes, 4 at once on a CPU
         expected = {row["file"]: row["score"] for row in rows_of(whole) if "score" in row}
         found = {row["file"]: row["score"] for row in rows_of(tmp_path / "out") if "score" in row}
         assert found == pytest.approx(expected, rel=1e-5) and len(found) == 4
