@@ -47,7 +47,9 @@ def run_own(arguments, adapted: bool, seed: int, category: str, normals: list, t
     else:
         pipe.add_category(category, normals)
     times = {"adapt_seconds": time.perf_counter() - began}
-    figures, times["seconds"] = evaluate(pipe, category, tests, pipe.settings(category=category, start=arguments.start))
+    figures, times["seconds"] = evaluate(
+        pipe, category, tests, pipe.settings(category=category, start=arguments.start)
+    )
     suffix = ", adapted" if adapted else ""
     return {f"{SCORES[name]}{suffix}": {**found, **times} for name, found in figures.items()}
 

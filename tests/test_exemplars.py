@@ -224,6 +224,15 @@ class TestUnexplained:
         unknown.add("part", torch.rand(50, 6))
         assert unknown.usual_distance("part") is None
 
+    def test_usual_is_that_of_turned_copies_where_no_others_are_left(self):
+        bank = bank_of(textures(3), rotations=4)
+        packed = bank.packed("part")
+        turned = packed["places"][:, 0] >= 3
+        kept = {name: packed[name][turned] for name in ("bank", "sources", "places")}
+        other = PrototypeBank()
+        other.add_packed("part", {**packed, **kept})
+        assert other.usual_distance("part") == pytest.approx(bank.usual_distance("part"), rel=0.1)
+
     def test_usual_follows_the_bank(self):
         images = textures(3)
         bank = bank_of(images)

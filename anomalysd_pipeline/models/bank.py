@@ -330,8 +330,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         if int(sources.max()) == int(sources.min()):
             return None
         own = torch.arange(len(bank), device=bank.device)
-        if shots is not None:  # as inspected pictures are: not turned
-            own = own[shots.places[:, 0] < len(shots.sizes)]
+        if shots is not None and (straight := shots.places[:, 0] < len(shots.sizes)).any():
+            own = own[straight]  # as inspected pictures are: not turned
         own = own[torch.linspace(0, len(own) - 1, min(len(own), _ASKED), device=bank.device).round().long()]
         others = sources[own, None] != sources  # [Q, M]
         logarithms = []
