@@ -80,10 +80,11 @@ def test_a_floor_fills_its_row(tmp_path, monkeypatch, capsys):
     assert "| color patches | " in capsys.readouterr().out
 
 
-def test_rows_of_our_own_are_those_of_inspections():
+@pytest.mark.parametrize("start", [None, "image"])
+def test_rows_of_our_own_are_those_of_inspections(start):
     """The three ways of scoring come from one run; each equals that of a call with its settings."""
     normals, tests = drawn("gear", 1, 0, 2)
-    arguments = argparse.Namespace(model=None, mixed_precision="no")
+    arguments = argparse.Namespace(model=None, mixed_precision="no", start=start)
     found = benchmark_embedded.run_own(arguments, False, 0, "gear", normals, tests)
     pipe = AnomalySDPipeline.from_pretrained()
     pipe.add_category("gear", normals)
@@ -91,6 +92,6 @@ def test_rows_of_our_own_are_those_of_inspections():
         "AnomalySD": {},
         "AnomalySD, the paper's score": {"feature_weight": 0.0, "top_share": 0.0},
     }.items():
-        output = pipe([image for image, _, _ in tests], category="gear", **options)
+        output = pipe([image for image, _, _ in tests], category="gear", start=start, **options)
         own = judge(output.anomaly_maps, output.pred_scores, tests)
         assert {key: found[name][key] for key in own} == pytest.approx(own, abs=1e-6)
