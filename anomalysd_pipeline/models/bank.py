@@ -336,10 +336,8 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         others = sources[own, None] != sources  # [Q, M]
         logarithms = []
         for vectors in bank.float().chunk(parts, dim=1):
-            vectors = vectors - vectors.mean(dim=0)
-            squares = vectors.square().sum(dim=1)
-            far = torch.addmm(squares, vectors[own], vectors.T, alpha=-2) + squares[own, None]
-            logarithms.append(torch.where(others, far, torch.inf).amin(dim=1).clamp(min=0).log())
+            far = torch.cdist(vectors[own], vectors).square()  # [Q, M]
+            logarithms.append(torch.where(others, far, torch.inf).amin(dim=1).log())
         return float(torch.stack(logarithms).mean(dim=0).median().exp())
 
     def compared(self, category: str, left_out: int | None) -> Tensor | None:
