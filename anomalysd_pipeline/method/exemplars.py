@@ -22,16 +22,23 @@ PATCHES = 32
 _PASSES = 2
 """Rounds in which a position may take over its neighbors' offsets."""
 
-_REACH = 2
-"""Positions to every side that decide together."""
+_REACH = 5
+"""Positions to every side that may decide together."""
+
+_ENOUGH = 6
+"""Positions that look normal and are enough to decide together; further ones are asked only while there are fewer."""
+
+_AGREEING = 3
+"""Patches to every side that move together."""
 
 
 def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     """Copies normal patches to where the picture looks like them, and blends them.
 
     Neighbors decide together, most those that look normal, so that their patches continue over a defect: `_choose`.
-    Each patch is then moved by up to half a patch's distance to where it fits best, because features are coarser than
-    pixels; last the exemplar takes over the picture's median color, because lamps differ.
+    Patches are then moved by up to half their distance to where they fit best, because features are coarser than
+    pixels: those that look normal by themselves, others as the patches that they continue: `_agreed`. Last the
+    exemplar takes over the picture's median color, because lamps differ.
 
     Args:
         picture: float `[3, H, W]` in [-1, 1].
@@ -45,7 +52,8 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     cell = max(1, round(picture.shape[1] / height))  # pixels
     scale = (height * cell / picture.shape[1], width * cell / picture.shape[2])
     places = shots.places.long()  # [M, 3]
-    found = places[_choose(distances, places)]  # [h, w, 3]
+    normality = _normality(distances)  # [h, w]
+    found = places[_choose(distances, places, normality)]  # [h, w, 3]
     step = max(1, round((height * width) ** 0.5 / PATCHES))  # cells from patch to patch
     shift = found[..., 1:] - _grid(height, width, found.device)  # [h, w, 2], in cells
     down, across = (
@@ -56,6 +64,7 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
         canvas,
         found[down][:, across, 0],
         shift[down][:, across] * cell,
+        normality[down][:, across],
         step * cell,
         lambda number: _scaled(shots.copy(number), scale),
     )
@@ -92,17 +101,31 @@ def _scaled(picture: Tensor, scale: tuple[float, float]) -> Tensor:
     return fit(picture, tuple(round(length * s) for length, s in zip(picture.shape[1:], scale, strict=True)))
 
 
-def _choose(distances: Tensor, places: Tensor) -> Tensor:
+def _normality(distances: Tensor) -> Tensor:
+    """Tells how normal positions look, (median E / E)^2 and at most 1, from distances `[h, w, M]`: `[h, w]`.
+
+    E is the distance of each to its own nearest prototype. Its median in the picture itself is what half of the
+    positions are above, so that there are always some that decide.
+    """
+    nearest = distances.amin(dim=2)
+    # Distances below a millionth of the mean are rounding.
+    nearest = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    return (nearest.median() / nearest).square().clamp(max=1)
+
+
+def _choose(distances: Tensor, places: Tensor, normality: Tensor) -> Tensor:
     """Chooses a prototype for every position such that its surroundings fit the position's.
 
     Begins with the nearest, and lets positions take over the prototype that continues a neighbor's choice
-    (propagation of PatchMatch, Barnes et al. 2009) where that costs less. The cost is the mean distance of the 5 x 5
-    positions around to the prototypes that lie so around the chosen one, weighted by 1 / E^2, E the distance of each
-    position to its own nearest: positions that look like nothing normal have no say.
+    (propagation of PatchMatch, Barnes et al. 2009) where that costs less. The cost is the mean distance of the
+    positions around to the prototypes that lie so around the chosen one, weighted by how normal each looks: positions
+    that look like nothing normal have no say. Around are the 3 x 3 positions, and larger squares until the positions
+    in them count as much as `_ENOUGH` normal ones: in the midst of a large defect those beyond it decide.
 
     Args:
         distances: float32 `[h, w, M]`.
         places: int64 `[M, 3]`, copy, row and column of the prototypes.
+        normality: `[h, w]` in (0, 1].
 
     Returns:
         int64 `[h, w]`.
@@ -116,23 +139,24 @@ def _choose(distances: Tensor, places: Tensor) -> Tensor:
     copy, row, column = places.unbind(dim=1)
     table[copy, row + border, column + border] = torch.arange(len(places), device=device)
 
-    around = _grid(2 * _REACH + 1, 2 * _REACH + 1, device).view(-1, 1, 2) - _REACH  # [25, 1, 2]
-    neighbors = _grid(height, width, device).view(-1, 2) + around  # [25, P, 2]
+    around = _grid(2 * _REACH + 1, 2 * _REACH + 1, device).view(-1, 1, 2) - _REACH  # [A, 1, 2]
+    neighbors = _grid(height, width, device).view(-1, 2) + around  # [A, P, 2]
     top = torch.tensor([height - 1, width - 1], device=device)
-    inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [25, P]
+    inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [A, P]
     neighbors = neighbors.clamp(min=0).minimum(top)
-    neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [25, P]
-    nearest, best = distances.min(dim=1)  # [P]
-    # Distances below a millionth of the mean are rounding.
-    weights = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny ** 0.25) ** -2
-    weights = torch.where(inside, weights[neighbors], 0)  # [25, P]
+    neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [A, P]
+    weights = torch.where(inside, normality.flatten()[neighbors], 0)  # [A, P]
+    rings = around.abs().amax(dim=2)  # [A, 1]
+    sums = torch.stack([torch.where(rings <= ring, weights, 0).sum(dim=0) for ring in range(1, _REACH)])  # [R, P]
+    weights = torch.where(rings <= 1 + (sums < _ENOUGH).sum(dim=0), weights, 0)
 
     def cost(chosen: Tensor) -> Tensor:
         copy, row, column = places[chosen].unbind(dim=1)
-        beside = table[copy, row + around[..., 0] + border, column + around[..., 1] + border]  # [25, P]
+        beside = table[copy, row + around[..., 0] + border, column + around[..., 1] + border]  # [A, P]
         share = torch.where(beside >= 0, weights, 0)
         return (distances[neighbors, beside.clamp(min=0)] * share).sum(dim=0) / share.sum(dim=0)
 
+    best = distances.argmin(dim=1)  # [P]
     least = cost(best)
     for _ in range(_PASSES):
         for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
@@ -154,14 +178,20 @@ def _grid(height: int, width: int, device) -> Tensor:
 
 
 def _assemble(
-    canvas: Tensor, numbers: Tensor, offsets: Tensor, distance: int, copy: Callable[[int], Tensor]
+    canvas: Tensor,
+    numbers: Tensor,
+    offsets: Tensor,
+    normality: Tensor,
+    distance: int,
+    copy: Callable[[int], Tensor],
 ) -> Tensor:
-    """Blends patches of three times their distance, each moved to where it fits the canvas best.
+    """Blends patches of three times their distance, moved to where they fit the canvas best.
 
     Args:
         canvas: `[3, H, W]`.
         numbers: int64 `[a, b]`, the copy that each patch is taken from.
         offsets: int64 `[a, b, 2]`, from the patch's own place to the place in the copy, in pixels.
+        normality: `[a, b]` in (0, 1], of the patches' own places.
         distance: of neighboring patches, in pixels.
         copy: gives the copy of a number.
     """
@@ -178,7 +208,9 @@ def _assemble(
 
     gray = {number: picture.mean(dim=0, keepdim=True) for number, picture in copies.items()}
     around = _cut(gray, numbers.flatten(), corners - reach, side + 2 * reach)[:, 0]
-    shifts = _fitting_shifts(around, wanted.view(-1, side, side)) - reach  # [P, 2]
+    costs = _differences(around, wanted.view(-1, side, side)).view(down, across, -1)  # [a, b, (2 reach + 1)^2]
+    best = _agreed(costs, numbers, offsets, normality).flatten(end_dim=1).argmin(dim=1)  # [P]
+    shifts = torch.stack([best // (2 * reach + 1), best % (2 * reach + 1)], dim=1) - reach  # [P, 2]
     patches = _cut(copies, numbers.flatten(), corners + shifts, side)  # [P, 3, side, side]
     fade = torch.hann_window(side + 2, device=canvas.device, dtype=canvas.dtype)[1:-1]
     fade = fade[:, None] * fade
@@ -205,13 +237,42 @@ def _cut(copies: Mapping[int, Tensor], numbers: Tensor, corners: Tensor, side: i
     return patches
 
 
-def _fitting_shifts(around: Tensor, wanted: Tensor) -> Tensor:
-    """Finds for each of wanted `[P, m, m]` the corner in around `[P, n, n]` where it differs least: int64 `[P, 2]`."""
-    count, side, shifts = len(around), wanted.shape[-1], around.shape[-1] - wanted.shape[-1] + 1
-    products = F.conv2d(around[None], wanted[:, None], groups=count)[0]  # [P, shifts, shifts]
+def _differences(around: Tensor, wanted: Tensor) -> Tensor:
+    """Finds how much wanted `[P, m, m]` differ from around `[P, n, n]` at every corner, squared and summed:
+    `[P, n - m + 1, n - m + 1]`."""
+    count, side = len(around), wanted.shape[-1]
+    products = F.conv2d(around[None], wanted[:, None], groups=count)[0]
     squares = F.avg_pool2d(around.square()[:, None], side, stride=1)[:, 0] * side**2
-    best = (squares - 2 * products).flatten(start_dim=1).argmin(dim=1)
-    return torch.stack([best // shifts, best % shifts], dim=1)
+    return squares - 2 * products + wanted.square().sum(dim=(1, 2))[:, None, None]
+
+
+def _agreed(costs: Tensor, numbers: Tensor, offsets: Tensor, normality: Tensor) -> Tensor:
+    """Takes a patch's own costs as far as it looks normal; for the rest the mean of the patches around that are of the
+    same copy and offset, weighted by how normal each looks.
+
+    Args:
+        costs: `[a, b, S]`, of S shifts.
+        numbers, offsets, normality: as of `_assemble`.
+
+    Returns:
+        `[a, b, S]`.
+    """
+    down, across = numbers.shape
+    around = 2 * _AGREEING + 1
+    places = torch.cat([numbers[..., None], offsets], dim=2)  # [a, b, 3]
+    places, shares = (
+        F.pad(x, (0, 0, *(_AGREEING,) * 4)) for x in (places, normality[..., None])
+    )  # nothing in the border counts
+    own = slice(_AGREEING, _AGREEING + down), slice(_AGREEING, _AGREEING + across)
+    padded = F.pad(costs, (0, 0, *(_AGREEING,) * 4))
+    total, counted = torch.zeros_like(costs), torch.zeros_like(normality)[..., None]
+    for row in range(around):
+        for column in range(around):
+            beside = slice(row, row + down), slice(column, column + across)
+            share = shares[beside] * (places[beside] == places[own]).all(dim=2, keepdim=True)
+            total += padded[beside] * share
+            counted += share
+    return torch.lerp(total / counted, costs, normality[..., None])
 
 
 def _mirrored(picture: Tensor, pad: tuple[int, int, int, int]) -> Tensor:
