@@ -22,11 +22,8 @@ PATCHES = 32
 _PASSES = 2
 """Rounds in which a position may take over its neighbors' offsets."""
 
-_REACH = 5
-"""Positions to every side that may decide together."""
-
-_ENOUGH = 6
-"""Positions that look normal and are enough to decide together; further ones are asked only while there are fewer."""
+_REACH = 2
+"""Positions to every side that decide together."""
 
 _AGREEING = 3
 """Patches to every side that move together."""
@@ -52,8 +49,7 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     cell = max(1, round(picture.shape[1] / height))  # pixels
     scale = (height * cell / picture.shape[1], width * cell / picture.shape[2])
     places = shots.places.long()  # [M, 3]
-    normality = _normality(distances)  # [h, w]
-    found = places[_choose(distances, places, normality)]  # [h, w, 3]
+    found = places[_choose(distances, places)]  # [h, w, 3]
     step = max(1, round((height * width) ** 0.5 / PATCHES))  # cells from patch to patch
     shift = found[..., 1:] - _grid(height, width, found.device)  # [h, w, 2], in cells
     down, across = (
@@ -64,7 +60,7 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
         canvas,
         found[down][:, across, 0],
         shift[down][:, across] * cell,
-        normality[down][:, across],
+        _normality(distances)[down][:, across],
         step * cell,
         lambda number: _scaled(shots.copy(number), scale),
     )
@@ -113,19 +109,17 @@ def _normality(distances: Tensor) -> Tensor:
     return (nearest.median() / nearest).square().clamp(max=1)
 
 
-def _choose(distances: Tensor, places: Tensor, normality: Tensor) -> Tensor:
+def _choose(distances: Tensor, places: Tensor) -> Tensor:
     """Chooses a prototype for every position such that its surroundings fit the position's.
 
     Begins with the nearest, and lets positions take over the prototype that continues a neighbor's choice
-    (propagation of PatchMatch, Barnes et al. 2009) where that costs less. The cost is the mean distance of the
-    positions around to the prototypes that lie so around the chosen one, weighted by how normal each looks: positions
-    that look like nothing normal have no say. Around are the 3 x 3 positions, and larger squares until the positions
-    in them count as much as `_ENOUGH` normal ones: in the midst of a large defect those beyond it decide.
+    (propagation of PatchMatch, Barnes et al. 2009) where that costs less. The cost is the mean distance of the 5 x 5
+    positions around to the prototypes that lie so around the chosen one, weighted by 1 / E^2, E the distance of each
+    position to its own nearest: positions that look like nothing normal have no say.
 
     Args:
         distances: float32 `[h, w, M]`.
         places: int64 `[M, 3]`, copy, row and column of the prototypes.
-        normality: `[h, w]` in (0, 1].
 
     Returns:
         int64 `[h, w]`.
@@ -139,24 +133,23 @@ def _choose(distances: Tensor, places: Tensor, normality: Tensor) -> Tensor:
     copy, row, column = places.unbind(dim=1)
     table[copy, row + border, column + border] = torch.arange(len(places), device=device)
 
-    around = _grid(2 * _REACH + 1, 2 * _REACH + 1, device).view(-1, 1, 2) - _REACH  # [A, 1, 2]
-    neighbors = _grid(height, width, device).view(-1, 2) + around  # [A, P, 2]
+    around = _grid(2 * _REACH + 1, 2 * _REACH + 1, device).view(-1, 1, 2) - _REACH  # [25, 1, 2]
+    neighbors = _grid(height, width, device).view(-1, 2) + around  # [25, P, 2]
     top = torch.tensor([height - 1, width - 1], device=device)
-    inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [A, P]
+    inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [25, P]
     neighbors = neighbors.clamp(min=0).minimum(top)
-    neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [A, P]
-    weights = torch.where(inside, normality.flatten()[neighbors], 0)  # [A, P]
-    rings = around.abs().amax(dim=2)  # [A, 1]
-    sums = torch.stack([torch.where(rings <= ring, weights, 0).sum(dim=0) for ring in range(1, _REACH)])  # [R, P]
-    weights = torch.where(rings <= 1 + (sums < _ENOUGH).sum(dim=0), weights, 0)
+    neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [25, P]
+    nearest, best = distances.min(dim=1)  # [P]
+    # Distances below a millionth of the mean are rounding.
+    weights = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny ** 0.25) ** -2
+    weights = torch.where(inside, weights[neighbors], 0)  # [25, P]
 
     def cost(chosen: Tensor) -> Tensor:
         copy, row, column = places[chosen].unbind(dim=1)
-        beside = table[copy, row + around[..., 0] + border, column + around[..., 1] + border]  # [A, P]
+        beside = table[copy, row + around[..., 0] + border, column + around[..., 1] + border]  # [25, P]
         share = torch.where(beside >= 0, weights, 0)
         return (distances[neighbors, beside.clamp(min=0)] * share).sum(dim=0) / share.sum(dim=0)
 
-    best = distances.argmin(dim=1)  # [P]
     least = cost(best)
     for _ in range(_PASSES):
         for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
