@@ -235,7 +235,8 @@ def _differences(around: Tensor, wanted: Tensor) -> Tensor:
     `[P, n - m + 1, n - m + 1]`."""
     count, side = len(around), wanted.shape[-1]
     products = F.conv2d(around[None], wanted[:, None], groups=count)[0]
-    squares = F.avg_pool2d(around.square()[:, None], side, stride=1)[:, 0] * side**2
+    squares = F.avg_pool2d(around.square()[:, None], (side, 1), stride=1)  # one axis at a time is several times faster
+    squares = F.avg_pool2d(squares, (1, side), stride=1)[:, 0] * side**2
     return squares - 2 * products + wanted.square().sum(dim=(1, 2))[:, None, None]
 
 
