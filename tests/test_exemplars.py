@@ -13,7 +13,7 @@ from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
 from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
 from anomalysd_pipeline.hub.publishing import export, push
 from anomalysd_pipeline.knowledge import PackedPart
-from anomalysd_pipeline.method.exemplars import _agreed, _choose, _normality, build_exemplar, unexplained
+from anomalysd_pipeline.method.exemplars import _agreed, _choose, _nearest, _normality, build_exemplar, unexplained
 from anomalysd_pipeline.method.inpainting import decode, encode, repaint
 from anomalysd_pipeline.method.masks import multi_scale_masks
 from anomalysd_pipeline.method.prompts import average_embedding
@@ -94,7 +94,8 @@ class TestBuildExemplar:
         psi[:, :, 3:5, 3:5] = DESCRIBE(images[0][None])[:, :, :2, :2] + 0.5
         bank.distances("part", psi, total=total)
         places = bank.shots("part").places.long()
-        rows = _choose(total.view(8, 8, 256), places)
+        distances = total.view(8, 8, 256)
+        rows = _choose(distances, places, *_nearest(distances))
         positions = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), dim=-1)
         assert torch.equal(places[rows], torch.cat([torch.full((8, 8, 1), 2), positions], dim=-1))
         assert (places[total.argmin(dim=1)][:, 0] != 2).any()  # the nearest are of others
@@ -104,10 +105,10 @@ class TestBuildExemplar:
         distances[0, 0, 3] = 0
         nearest = distances.min(-1)
         expected = np.minimum((np.median(nearest) / np.maximum(nearest, 1e-6 * distances.mean())) ** 2, 1)
-        found = _normality(torch.from_numpy(distances))
+        found = _normality(_nearest(torch.from_numpy(distances))[0])
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert found[0, 0] == 1 and found.min() > 0
-        assert torch.equal(_normality(torch.zeros(3, 5, 7)), torch.ones(3, 5))
+        assert torch.equal(_normality(_nearest(torch.zeros(3, 5, 7))[0]), torch.ones(3, 5))
 
     def test_the_cost_of_a_choice(self):
         """Equal to a search over all prototypes by numpy, where every position is asked by all of its neighbors."""
@@ -129,7 +130,8 @@ class TestBuildExemplar:
                         share += weight
             return total / share
 
-        rows = _choose(torch.from_numpy(distances), torch.from_numpy(places)).numpy()
+        asked = torch.from_numpy(distances)
+        rows = _choose(asked, torch.from_numpy(places), *_nearest(asked)).numpy()
         first = distances.argmin(-1)
         for y in range(height):
             for x in range(width):

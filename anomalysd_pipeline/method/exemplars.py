@@ -49,7 +49,8 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
     cell = max(1, round(picture.shape[1] / height))  # pixels
     scale = (height * cell / picture.shape[1], width * cell / picture.shape[2])
     places = shots.places.long()  # [M, 3]
-    found = places[_choose(distances, places)]  # [h, w, 3]
+    nearest, first = _nearest(distances)  # [h, w]
+    found = places[_choose(distances, places, nearest, first)]  # [h, w, 3]
     step = max(1, round((height * width) ** 0.5 / PATCHES))  # cells from patch to patch
     shift = found[..., 1:] - _grid(height, width, found.device)  # [h, w, 2], in cells
     down, across = (
@@ -60,7 +61,7 @@ def build_exemplar(picture: Tensor, distances: Tensor, shots: Shots) -> Tensor:
         canvas,
         found[down][:, across, 0],
         shift[down][:, across] * cell,
-        _normality(distances)[down][:, across],
+        _normality(nearest)[down][:, across],
         step * cell,
         lambda number: _scaled(shots.copy(number), scale),
     )
@@ -97,19 +98,24 @@ def _scaled(picture: Tensor, scale: tuple[float, float]) -> Tensor:
     return fit(picture, tuple(round(length * s) for length, s in zip(picture.shape[1:], scale, strict=True)))
 
 
-def _normality(distances: Tensor) -> Tensor:
-    """Tells how normal positions look, (median E / E)^2 and at most 1, from distances `[h, w, M]`: `[h, w]`.
-
-    E is the distance of each to its own nearest prototype. Its median in the picture itself is what half of the
-    positions are above, so that there are always some that decide.
-    """
-    nearest = distances.amin(dim=2)
+def _nearest(distances: Tensor) -> tuple[Tensor, Tensor]:
+    """Finds E, the distance of each position to its nearest prototype, and that, from `[h, w, M]`: both `[h, w]`."""
+    nearest, first = distances.min(dim=2)
     # Distances below a millionth of the mean are rounding.
-    nearest = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny)
+    least = 1e-6 * distances.mean()
+    return nearest.clamp(min=least).clamp(min=torch.finfo(torch.float32).tiny ** 0.25), first
+
+
+def _normality(nearest: Tensor) -> Tensor:
+    """Tells how normal positions look, (median E / E)^2 and at most 1, from E `[h, w]`: `[h, w]`.
+
+    The median is that of the picture itself, which half of the positions are below, so that there are always some
+    that decide.
+    """
     return (nearest.median() / nearest).square().clamp(max=1)
 
 
-def _choose(distances: Tensor, places: Tensor) -> Tensor:
+def _choose(distances: Tensor, places: Tensor, nearest: Tensor, first: Tensor) -> Tensor:
     """Chooses a prototype for every position such that its surroundings fit the position's.
 
     Begins with the nearest, and lets positions take over the prototype that continues a neighbor's choice
@@ -120,6 +126,7 @@ def _choose(distances: Tensor, places: Tensor) -> Tensor:
     Args:
         distances: float32 `[h, w, M]`.
         places: int64 `[M, 3]`, copy, row and column of the prototypes.
+        nearest, first: `[h, w]`, as of `_nearest`.
 
     Returns:
         int64 `[h, w]`.
@@ -139,9 +146,7 @@ def _choose(distances: Tensor, places: Tensor) -> Tensor:
     inside = ((neighbors >= 0) & (neighbors <= top)).all(dim=2)  # [25, P]
     neighbors = neighbors.clamp(min=0).minimum(top)
     neighbors = neighbors[..., 0] * width + neighbors[..., 1]  # [25, P]
-    nearest, best = distances.min(dim=1)  # [P]
-    # Distances below a millionth of the mean are rounding.
-    weights = nearest.clamp(min=1e-6 * distances.mean()).clamp(min=torch.finfo(torch.float32).tiny ** 0.25) ** -2
+    weights, best = nearest.flatten() ** -2, first.flatten()  # [P]
     weights = torch.where(inside, weights[neighbors], 0)  # [25, P]
 
     def cost(chosen: Tensor) -> Tensor:
