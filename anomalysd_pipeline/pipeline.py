@@ -24,7 +24,7 @@ from .data.tensors import stack
 from .data.tiles import TILES_AT_ONCE
 from .method.calibration import class_names
 from .method.comparison import Comparison, compare
-from .method.exemplars import mix, unexplained
+from .method.exemplars import mix
 from .method.findings import Finding, findings, joined
 from .method.inpainting import check_repainting, decode, draw_noise, encode, repaint, start_schedule
 from .method.masks import multi_scale_masks
@@ -422,14 +422,11 @@ class AnomalySDPipeline(LearningMixin, AdaptingMixin, StoringMixin, DiffusionPip
         negative_embeds = average_embedding([""], *text) if settings.guidance_scale > 1 else None  # [1, L, d]
 
         # 4. Distances to the prototypes and the mask that follows, Eqs. (12) to (15)
-        compared, resized, shares = Comparison(), None, None
+        compared = Comparison()
         if category in self.bank:
             exemplars = settings.start == "exemplar"
             compared = compare(inputs, self.extractor, self.bank.to(device), category, side, exemplars, left_out)
-            resized = compared.resized(side, inputs.regions)  # [N, R, R]
-        if compared.exemplars is not None:
-            usual = self.bank.usual_distance(category, self.extractor.parts)
-            shares = unexplained(resized, usual)  # [N, R, R]
+        far, shares = compared.distances, compared.shares  # [N, R, R] each
 
         # 5. Multi-scale masks, latents and noise
         masks = multi_scale_masks(side, side, settings.mask_scales, settings.mask_grouping)
@@ -470,6 +467,7 @@ class AnomalySDPipeline(LearningMixin, AdaptingMixin, StoringMixin, DiffusionPip
                 batch_size or (16 if device.type == "cuda" else 4),
                 self.mixed_precision,
                 starts,
+                shares,
                 update=functools.partial(between_steps, progress.update),
                 on_step=None if callback is None else on_step,
             )
@@ -477,11 +475,8 @@ class AnomalySDPipeline(LearningMixin, AdaptingMixin, StoringMixin, DiffusionPip
         # 7. Fuse: harmonic mean, prototype map, deviations; `ScoreMaps.fused` weighs and smooths, Eqs. (19) and (21)
         deviations, shown = None, painted.shown
         check_finite("repainting", painted.differences)
-        if resized is not None and settings.feature_weight > 0:
-            deviations = self.bank.relative(category, resized, self.extractor.parts)
-        if shares is not None:
-            # What is half replaced fades sooner here, so that no ghost of a defect comes back.
-            shown = mix(pictures, shown, 1 - (1 - shares).square())
+        if far is not None and settings.feature_weight > 0:
+            deviations = self.bank.relative(category, far, self.extractor.parts)
         if inputs.regions is not None:
             shown = torch.where(inputs.regions, shown, pictures)
         return ScoreMaps(

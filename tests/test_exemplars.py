@@ -13,9 +13,17 @@ from anomalysd_pipeline.data.tensors import resize, rotate, to_tensor
 from anomalysd_pipeline.hub.exemplars import count_exemplars, without_exemplars
 from anomalysd_pipeline.hub.publishing import export, push
 from anomalysd_pipeline.knowledge import PackedPart
-from anomalysd_pipeline.method.exemplars import _agreed, _choose, _nearest, _normality, build_exemplar, unexplained
+from anomalysd_pipeline.method.exemplars import (
+    _choose,
+    _copied,
+    _nearest,
+    _normality,
+    build_exemplar,
+    unexplained,
+)
 from anomalysd_pipeline.method.inpainting import decode, encode, repaint
 from anomalysd_pipeline.method.masks import multi_scale_masks
+from anomalysd_pipeline.method.patches import _agreed
 from anomalysd_pipeline.method.prompts import average_embedding
 from anomalysd_pipeline.method.scoring import smoothing_sigma
 from anomalysd_pipeline.models.bank import PrototypeBank
@@ -41,12 +49,27 @@ def bank_of(images, rotations=1):
     return bank
 
 
-def exemplar(bank, picture, left_out=None, describe=DESCRIBE):
-    psi = describe(picture[None])
-    shots = bank.shots("part", left_out)
-    total = torch.zeros(psi[0, 0].numel(), len(shots.places))
-    bank.distances("part", psi, left_out=left_out, total=total)
-    return build_exemplar(picture, total.view(*psi.shape[2:], -1), shots)
+def searches(bank, left_out=None, describe=DESCRIBE):
+    """Gives a function that measures the distances of a picture to all prototypes."""
+
+    def search(picture):
+        psi = describe(picture[None])
+        total = torch.zeros(psi[0, 0].numel(), len(bank.shots("part", left_out).places))
+        bank.distances("part", psi, left_out=left_out, total=total)
+        return total.view(*psi.shape[2:], -1)
+
+    return search
+
+
+def exemplar(bank, picture, left_out=None, describe=DESCRIBE, shares=None):
+    search = searches(bank, left_out, describe)
+    shares = torch.zeros(picture.shape[1:]) if shares is None else shares
+    return build_exemplar(picture, search(picture), bank.shots("part", left_out), shares, search)
+
+
+def copied(bank, picture, distances, shares):
+    shots = bank.shots("part")
+    return _copied(picture, distances, _nearest(distances), shots.places.long(), shares, shots.copy)
 
 
 def mean_difference(a, b, border=0):
@@ -95,7 +118,7 @@ class TestBuildExemplar:
         bank.distances("part", psi, total=total)
         places = bank.shots("part").places.long()
         distances = total.view(8, 8, 256)
-        rows = _choose(distances, places, *_nearest(distances))
+        rows = _choose(distances, places, _nearest(distances))
         positions = torch.stack(torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij"), dim=-1)
         assert torch.equal(places[rows], torch.cat([torch.full((8, 8, 1), 2), positions], dim=-1))
         assert (places[total.argmin(dim=1)][:, 0] != 2).any()  # the nearest are of others
@@ -105,10 +128,10 @@ class TestBuildExemplar:
         distances[0, 0, 3] = 0
         nearest = distances.min(-1)
         expected = np.minimum((np.median(nearest) / np.maximum(nearest, 1e-6 * distances.mean())) ** 2, 1)
-        found = _normality(_nearest(torch.from_numpy(distances))[0])
+        found = _normality(_nearest(torch.from_numpy(distances)))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         assert found[0, 0] == 1 and found.min() > 0
-        assert torch.equal(_normality(_nearest(torch.zeros(3, 5, 7))[0]), torch.ones(3, 5))
+        assert torch.equal(_normality(_nearest(torch.zeros(3, 5, 7))), torch.ones(3, 5))
 
     def test_the_cost_of_a_choice(self):
         """Equal to a search over all prototypes by numpy, where every position is asked by all of its neighbors."""
@@ -131,7 +154,7 @@ class TestBuildExemplar:
             return total / share
 
         asked = torch.from_numpy(distances)
-        rows = _choose(asked, torch.from_numpy(places), *_nearest(asked)).numpy()
+        rows = _choose(asked, torch.from_numpy(places), _nearest(asked)).numpy()
         first = distances.argmin(-1)
         for y in range(height):
             for x in range(width):
@@ -197,6 +220,66 @@ class TestBuildExemplar:
         assert mean_difference(exemplar(bank, images[1], left_out=1), images[1]) > 0.1
         others = bank_of([images[0], images[2]], rotations=4)
         assert torch.equal(exemplar(bank, images[1], left_out=1), exemplar(others, images[1]))
+
+    def test_what_it_mends_is_compared_again(self):
+        """The second exemplar is that of the picture that the first has mended, and replaces the first by as much."""
+        shots, generator = textures(3), torch.Generator().manual_seed(0)
+        bank, picture = bank_of(shots), textures(1, seed=1)[0]
+        kept, shares = bank.shots("part"), torch.rand(64, 64, generator=generator)
+        search, asked = searches(bank), []
+        distances = search(picture)
+        found = build_exemplar(picture, distances, kept, shares, lambda mended: asked.append(mended) or search(mended))
+
+        first = copied(bank, picture, distances, shares)
+        mended = shares * first + (1 - shares) * picture
+        # How normal positions look is not asked again.
+        places, nearest = kept.places.long(), _nearest(distances)
+        second = _copied(mended, search(mended), nearest, places, shares, kept.copy)
+        (seen,) = asked
+        torch.testing.assert_close(seen, mended, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found, shares * second + (1 - shares) * first, atol=1e-5, rtol=0)
+        assert mean_difference(first, second) > 0.01
+        # Nothing to mend: the first stays.
+        none = torch.zeros(64, 64)
+        assert torch.equal(exemplar(bank, picture, shares=none), copied(bank, picture, distances, none))
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_features_that_see_a_defect_beside_them_see_it_no_more(self, seed):
+        def wide(pictures):  # 3 x 3 cells
+            padded = torch.nn.functional.pad(DESCRIBE(pictures), (1, 1, 1, 1), mode="replicate")
+            return torch.nn.functional.avg_pool2d(padded, 3, stride=1)
+
+        shots = textures(3, 128, 128, seed=seed, detail=8)
+        bank, inside = PrototypeBank(), (slice(None), slice(40, 72), slice(48, 80))
+        fill_bank(bank, "part", wide, shots, 1)
+        defective, shares = shots[1].clone(), torch.zeros(128, 128)
+        defective[inside] = torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+        shares[32:80, 40:88] = 1
+        distances = searches(bank, describe=wide)(defective)
+        once = copied(bank, defective, distances, shares)
+        twice = exemplar(bank, defective, describe=wide, shares=shares)
+        difference = (defective - shots[1])[inside].square().mean()
+        left = [((found - shots[1])[inside].square().mean() / difference).item() for found in (once, twice)]
+        assert left[0] > 0.01 > 0.001 > left[1]
+
+    def test_patches_move_to_what_others_have_mended(self):
+        """Patches that a defect covers in part fit badly at first."""
+        left = []
+        for rounds in (1, 2):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("anomalysd_pipeline.method.exemplars._ROUNDS", rounds)
+                total = 0.0
+                for seed in range(4):
+                    shots = textures(3, 128, 128, seed=seed, detail=8)
+                    defective, shares = shots[1].clone(), torch.zeros(128, 128)
+                    defective[:, 40:72, 48:80] = torch.tensor([1.0, -1.0, 1.0])[:, None, None]
+                    shares[32:80, 40:88] = 1
+                    bank = bank_of(shots)
+                    distances = searches(bank)(defective)
+                    found = copied(bank, defective, distances, shares)
+                    total += (found - shots[1])[:, 40:72, 48:80].square().mean().item()
+                left.append(total)
+        assert left[1] < 0.3 * left[0]
 
     def test_takes_over_the_light(self):
         (image,) = textures(1)
@@ -445,12 +528,12 @@ class TestStart:
                 schedule = {"noise_strength": 0.5, "num_inference_steps": settings.num_inference_steps}
                 painted = repaint(*arguments, mask, noise, embeds, **schedule, starts=encode(pipe.vae, mixed))
                 joined = torch.where(mask[..., ::4, ::4] > 0.5, painted, joined)
-            repainted = decode(pipe.vae, joined)
+            fading = 1 - (1 - shares) ** 2
+            repainted = fading * decode(pipe.vae, joined) + (1 - fading) * picture
             scored = pipe.perceptual.distance_map(*map(pipe.perceptual.features, (picture, repainted)), (64, 64))
         torch.testing.assert_close(found.multi_scale, scored, atol=1e-6, rtol=1e-3)
         proposed = found.prototype_masks[0, 0].numpy()  # where the pass of its own is shown
-        fading = 1 - (1 - shares) ** 2
-        shown = (fading * repainted + (1 - fading) * picture)[0].numpy()
+        shown = repainted[0].numpy()
         np.testing.assert_allclose(found.repainted[0].numpy()[:, ~proposed], shown[:, ~proposed], atol=1e-5)
 
     def test_a_score_does_not_depend_on_the_pictures_beside_it(self, tiny_pipeline, nuts, tested_nuts):

@@ -147,12 +147,14 @@ class TestInspection:
         expected = gaussian_filter(fused, smoothing_sigma(RESOLUTION), mode="reflect")
         np.testing.assert_allclose(out.anomaly_maps[0].numpy(), expected, rtol=1e-3, atol=1e-6)
 
-    def test_same_seed_same_map_whatever_the_batch(self, tiny_pipeline, nuts):
+    def test_same_seed_same_map_whatever_the_batch(self, tiny_pipeline, nuts, tested_nuts):
         tiny_pipeline.add_category("hex_nut", nuts)
 
         def maps(batch_size, seed=7):
             generator = torch.Generator().manual_seed(seed)
-            return tiny_pipeline(nuts, category="hex_nut", generator=generator, batch_size=batch_size).anomaly_maps
+            return tiny_pipeline(
+                tested_nuts, category="hex_nut", generator=generator, batch_size=batch_size
+            ).anomaly_maps
 
         np.testing.assert_allclose(maps(1), maps(16), rtol=1e-4, atol=1e-6)
         assert np.array_equal(maps(5), maps(5))
@@ -365,14 +367,15 @@ class TestCategories:
         setattr(pipe, part, own)
         assert thresholds(pipe) == [None]
 
-    def test_nothing_is_marked_in_a_picture_that_is_normal_as_a_whole(self, tiny_pipeline, nuts):
+    def test_nothing_is_marked_in_a_picture_that_is_normal_as_a_whole(self, tiny_pipeline, nuts, tested_nuts):
         """With the mean of the whole map for a score, some pixels are always above it."""
         tiny_pipeline.add_category("hex_nut", nuts)
         record = tiny_pipeline.calibrate("hex_nut", nuts, top_share=1.0)
-        for threshold, defective in ((record.scores[0] / 2, True), (1.05 * record.scores[0], False)):
+        score = float(tiny_pipeline(tested_nuts[-1], category="hex_nut", top_share=1.0).pred_scores[0])
+        for threshold, defective in ((score / 2, True), (1.05 * score, False)):
             changed = {**record.to_dict(), "threshold": threshold}
             tiny_pipeline._store_category("hex_nut", calibration=changed)
-            out = tiny_pipeline(nuts[0], category="hex_nut", top_share=1.0)
+            out = tiny_pipeline(tested_nuts[-1], category="hex_nut", top_share=1.0)
             above = out.anomaly_maps > threshold
             assert above.any() and out.pred_labels == [defective]
             assert np.array_equal(out.pred_masks, above & defective)
@@ -490,12 +493,12 @@ class TestCategories:
         assert tiny_pipeline.settings(category="hex_nut", noise_strength=0.6).noise_strength == 0.6
         assert tiny_pipeline.settings(category="other").noise_strength == 0.4
 
-    def test_custom_prompts_reach_the_embedding(self, tiny_pipeline, nuts):
+    def test_custom_prompts_reach_the_embedding(self, tiny_pipeline, nuts, tested_nuts):
         tiny_pipeline.add_category("hex_nut", nuts, prompts=["a shiny thing."])
         assert tiny_pipeline.prompt_book.prompts("hex_nut") == ["a shiny thing."]
-        first = tiny_pipeline(nuts[0], category="hex_nut").pred_scores
+        first = tiny_pipeline(tested_nuts[-1], category="hex_nut").pred_scores
         tiny_pipeline.add_category("hex_nut", nuts, prompts=["zebra."])
-        assert tiny_pipeline(nuts[0], category="hex_nut").pred_scores != first
+        assert tiny_pipeline(tested_nuts[-1], category="hex_nut").pred_scores != first
 
     def test_failed_registration_changes_nothing(self, tiny_pipeline, nuts, tmp_path):
         tiny_pipeline.add_category("hex_nut", nuts)

@@ -199,6 +199,20 @@ class TestParts:
         np.testing.assert_allclose(bank.distances("bottle", psi, 2, left_out), expected, rtol=1e-4)
         assert torch.equal(bank.distances("bottle", psi, 2), before)
 
+    @pytest.mark.parametrize("left_out", [None, 1])
+    @pytest.mark.parametrize("parts", [1, 2, 5])
+    def test_distances_to_all_prototypes(self, parts, left_out):
+        """By scipy, in all channels, and as those that the nearest are found among."""
+        bank, features, sources = self.bank()
+        psi = vectors(2, 10, 3, 4, seed=9)
+        queries = psi.permute(0, 2, 3, 1).flatten(0, 2).numpy()
+        expected = cdist(queries, features[sources != left_out], "sqeuclidean").reshape(2, 3, 4, -1)
+        found = bank.all_distances("bottle", psi, parts, left_out)
+        np.testing.assert_allclose(found, expected, rtol=1e-4)
+        total = torch.zeros(24, expected.shape[-1])
+        bank.distances("bottle", psi, parts, left_out, total=total)
+        np.testing.assert_allclose(found.flatten(end_dim=2), total, rtol=1e-4)
+
     def test_there_must_be_another_picture(self):
         bank, _, _ = self.bank(pictures=1)
         with pytest.raises(ValueError, match="`left_out` must leave prototypes of another picture, got 0"):

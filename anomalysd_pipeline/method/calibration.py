@@ -14,8 +14,9 @@ from ..data.inputs import Inputs, first_alike
 from .scoring import NotFiniteError
 from .settings import InspectionSettings
 
-SCORE_VERSION = 3
-"""2: the feature term is in other units; 3: pictures are repainted from exemplars only as far as they differ."""
+SCORE_VERSION = 4
+"""2: the feature term is in other units; 3: pictures are repainted from exemplars only as far as they differ; 4: what
+does not differ is the picture itself when both are compared."""
 
 MANY_SCORES = 20
 """Number of scores from which on their own order tells the threshold."""
@@ -106,7 +107,7 @@ def differing_settings(
     own |= {**(usual or {}), **record.get("classes", {})}
     changed = [name for name, value in {**settings.to_dict(), **(classes or {})}.items() if own.get(name) != value]
     version = record.get("version", 1)
-    if not changed and (settings.feature_weight > 0 and version < 2 or settings.start == "exemplar" and version < 3):
+    if not changed and (settings.feature_weight > 0 and version < 2 or settings.start == "exemplar" and version < 4):
         return ["the version of the score"]
     return changed
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.devices import autocast
+from .exemplars import mix
 from .inpainting import decode, repaint, start_schedule
 from .masks import latent_mask
 from .scoring import scale_map
@@ -47,6 +48,7 @@ def run_passes(
     batch_size: int,
     mixed_precision: str = "no",
     starts: Tensor | None = None,
+    shares: Tensor | None = None,
     update: Callable[[int], None] | None = None,
     on_step: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> Repainting:
@@ -62,6 +64,8 @@ def run_passes(
         batch_size: passes at once; halved when memory runs out. It does not change the result.
         mixed_precision: "no", "bf16" or "fp16", see `autocast`.
         starts: `[N, 4, h, w]`, latents of the pictures' exemplars, from which masks are repainted; None: `latents`.
+        shares: `[N, R, R]` in [0, 1], how much of the pictures is replaced; None: all. The rest is not what decoding
+            makes of it, but the picture itself, in what is compared and in what is shown.
         update: called after each step with the number of passes that moved on by a step; negative when a batch that
             ran out of memory starts again.
         on_step: called as `on_step(step, timestep, latents)` after each denoising step; returns the latents to go on
@@ -124,6 +128,9 @@ def run_passes(
     def compare(painted: Tensor, masks: Tensor, indices: Tensor, rows: Tensor) -> None:
         with autocast(device, mixed_precision):
             repainted = decode(vae, painted)  # [B, 3, R, R]
+            if shares is not None:
+                # What is half replaced fades sooner, so that no ghost of a defect comes back.
+                repainted = mix(pictures[indices], repainted, 1 - (1 - shares[indices]).square())
             features = perceptual.features(repainted)
         for gone in [picture for picture in references if picture < indices.min()]:
             del references[gone]

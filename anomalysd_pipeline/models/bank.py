@@ -313,6 +313,26 @@ class PrototypeBank(ModelMixin, ConfigMixin):
         mean = found[0] if len(found) == 1 else torch.stack(found).log().mean(dim=0).exp()
         return mean.view(n, h, w)
 
+    def all_distances(self, category: str, psi: Tensor, parts: int = 1, left_out: int | None = None) -> Tensor:
+        """Measures the squared distances of every position to all prototypes that are looked at.
+
+        Args:
+            category, psi, parts, left_out: as of [`distances`], which adds the same to its `total`; `parts` changes
+                nothing but what is prepared.
+
+        Returns:
+            float32 [N, h, w, M], with the errors of cancellation.
+        """
+        searches = self._searches(category, parts, left_out)
+        n, _, h, w = psi.shape
+        queries = psi.float().permute(0, 2, 3, 1).flatten(end_dim=2).chunk(len(searches), dim=1)
+        queries = [part - search.center for part, search in zip(queries, searches, strict=True)]
+        total = sum(part.square().sum(dim=1, keepdim=True) for part in queries)  # [N h w, 1]
+        total = total + sum(search.squares for search in searches)
+        for part, search in zip(queries, searches, strict=True):
+            total.addmm_(part, search.vectors.T, alpha=-2)
+        return total.view(n, h, w, -1)
+
     def usual_distance(self, category: str, parts: int = 1) -> float | None:
         """Measures what E is where nothing is wrong: its median between normal pictures, each beside the others'
         prototypes. None where these are of one picture, or are not known to be of several.
