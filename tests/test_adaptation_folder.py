@@ -13,7 +13,7 @@ from anomalysd_pipeline import AnomalySDPipeline
 from anomalysd_pipeline.adaptation.folder import FACTS, WEIGHTS
 from anomalysd_pipeline.data.shots import SHOT_NAMES
 
-from .tiny_adaptations import Standing, adapted_to, drawn, inspected, learned, pictures, quick_pipeline
+from .tiny_adaptations import Standing, adapted_to, defective, drawn, inspected, learned, pictures, quick_pipeline
 
 ODD_NAMES = ["Öse 5 µm", 'the "big" one', "v1.2.json", "ring, flat", "$HOME {name} %s"]
 
@@ -59,7 +59,7 @@ class TestSaveAndLoad:
         assert pipe.config.adaptations == source.config.adaptations
         assert pipe.prompt_book.to_dict() == source.prompt_book.to_dict()
         for part in ("ring", "nut"):
-            ours, theirs = (each(pictures(part)[0], category=part) for each in (pipe, source))
+            ours, theirs = (each(defective(part), category=part) for each in (pipe, source))
             assert (ours.anomaly_maps == theirs.anomaly_maps).all() and ours.anomaly_maps.any()
             assert ours.thresholds == theirs.thresholds and (ours.thresholds != [None]) == (part == "nut")
             assert torch.equal(pipe.bank[part], source.bank[part])

@@ -96,7 +96,7 @@ def pictures(tmp_path_factory):
     Image.fromarray(sample.image[:, :80]).save(folder / "defective.png")
     (folder / "notes.png").write_text("not a picture")
     with zipfile.ZipFile(folder / "more.zip", "w") as archive:
-        archive.write(folder / "normal_1.png", "line/one.png")
+        archive.write(folder / "defective.png", "line/one.png")
         archive.write(folder / "normal_0.png", "../../evil.png")
     return folder
 

@@ -17,7 +17,7 @@ from anomalysd_pipeline.app.turns import Turns
 from anomalysd_pipeline.app.uploads import expand
 from anomalysd_pipeline.knowledge import KEYS
 
-from .tiny_adaptations import adapted_to, drawn, inspected, learned, pictures, quick_pipeline
+from .tiny_adaptations import adapted_to, defective, drawn, inspected, learned, pictures, quick_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +185,11 @@ class TestKeptThreshold:
     def test_verdicts_follow_it_until_another_picture_is_accepted(self, session):
         taught(session)
         record, score = session.pipe.config.categories["nut"], None
-        for factor, defective in ((0.5, True), (2.0, False)):
-            score = work.inspect_one(session, Turns(), "nut", pictures("nut")[0]).result.score
+        for factor, expected in ((0.5, True), (2.0, False)):
+            score = work.inspect_one(session, Turns(), "nut", defective("nut")).result.score
             work.keep_threshold(session, "nut", factor * score)
-            found = work.inspect_one(session, Turns(), "nut", pictures("nut")[0]).result
-            assert (found.threshold, found.is_defective) == (factor * score, defective)
+            found = work.inspect_one(session, Turns(), "nut", defective("nut")).result
+            assert (found.threshold, found.is_defective) == (factor * score, expected)
         kept = session.pipe.config.categories["nut"]
         calibration = {**record["calibration"], "threshold": 2 * score}
         assert kept == {**record, "calibration": calibration}

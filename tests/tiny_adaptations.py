@@ -4,9 +4,10 @@ import dataclasses
 import functools
 
 import torch
+from PIL import Image
 
 from anomalysd_pipeline.adaptation.loop import AdaptedWeights
-from anomalysd_pipeline.synthetic import normal_images
+from anomalysd_pipeline.synthetic import normal_images, test_samples
 
 from .conftest import make_tiny_pipeline
 from .tiny import tiny_components
@@ -27,6 +28,13 @@ FAMILIES = {"nut": "hex_nut", "ring": "ring", "gear": "gear"}
 def pictures(part: str) -> tuple:
     """Two normal pictures of a part, 64 px."""
     return tuple(normal_images(FAMILIES[part], 2, seed=5, size=64))
+
+
+@functools.cache
+def defective(part: str) -> Image.Image:
+    """A defective picture of a part, 64 px: normal ones that a pipeline has learned differ from nothing."""
+    (sample,) = test_samples(FAMILIES[part], 0, 1, seed=5, size=64)
+    return Image.fromarray(sample.image)
 
 
 def quick_pipeline(seed: int = 0, **components):
@@ -64,9 +72,9 @@ def adapted_to(*parts: str, pipe=None):
     return pipe
 
 
-def inspected(pipe, category, part: str = "nut") -> torch.Tensor:
-    """The anomaly map `[1, 64, 64]` of a part's first picture, inspected as a category."""
-    return pipe(pictures(part)[0], category=category, output_type="pt").anomaly_maps
+def inspected(pipe, category, part: str = "nut", **settings) -> torch.Tensor:
+    """The anomaly map `[1, 64, 64]` of a defective picture of a part, inspected as a category."""
+    return pipe(defective(part), category=category, output_type="pt", **settings).anomaly_maps
 
 
 def weights_of(module) -> dict[str, torch.Tensor]:
