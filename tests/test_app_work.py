@@ -107,8 +107,8 @@ class TestInspect:
 
     def test_equals_the_pipeline(self, session):
         taught(session)
-        found = work.inspect_one(session, Turns(), "nut", pictures("nut")[0])
-        out = session.pipe(pictures("nut")[0], category="nut")
+        found = work.inspect_one(session, Turns(), "nut", defective("nut"))
+        out = session.pipe(defective("nut"), category="nut")
         assert found.result.score == pytest.approx(float(out.pred_scores[0]))
         assert found.result.threshold == out.thresholds[0] and "× the threshold" in found.sentence
         assert found.values()["times_threshold"] == pytest.approx(found.result.score / out.thresholds[0])
@@ -117,7 +117,7 @@ class TestInspect:
     def test_another_thoroughness_has_no_threshold(self, session):
         taught(session)
         session.pipe.register_to_config(preset_overrides={"paper": {"num_inference_steps": 3, "mask_scales": [1, 2]}})
-        found = work.inspect_one(session, Turns(), "nut", pictures("nut")[0], preset="paper")
+        found = work.inspect_one(session, Turns(), "nut", defective("nut"), preset="paper")
         assert found.result.threshold is None and "Fast" in found.remedy
 
     @pytest.mark.parametrize(
@@ -312,14 +312,14 @@ class TestTeach:
     def test_gives_way_to_inspections_and_neither_disturbs_the_other(self, base, store):
         other = store.get(None)
         taught(other, "standard", name="mine")
-        expected = work.inspect_one(other, Turns(), "mine", pictures("nut")[0]).result
+        expected = work.inspect_one(other, Turns(), "mine", defective("nut")).result
         alone = store.get(None)
         taught(alone, "standard")
         session, turns, found = store.get(None), Turns(), []
 
         def inspect_often():
             for _ in range(6):
-                found.append(work.inspect_one(other, turns, "mine", pictures("nut")[0]).result)
+                found.append(work.inspect_one(other, turns, "mine", defective("nut")).result)
 
         thread, during = threading.Thread(target=inspect_often), 0
         for state in work.teach(session, turns, Lesson("nut", pictures("nut"), length="standard"), threading.Event()):

@@ -7,7 +7,7 @@ import pytest
 
 from anomalysd_pipeline.common.threads import alone, give_way
 
-from .tiny_adaptations import drawn, inpainted, inspected, pictures, quick_pipeline
+from .tiny_adaptations import defective, drawn, inpainted, inspected, pictures, quick_pipeline
 
 PARTS = ("nut", "ring", "gear")
 THREADS = 4
@@ -80,7 +80,7 @@ def test_inspections_while_others_learn_save_and_repaint(tmp_path):
 def test_a_callback_may_wait_for_another_thread_that_inspects():
     pipe = taught()
     expected = {part: inspected(pipe, part) for part in PARTS}
-    picture = pictures("nut")[0]
+    picture = defective("nut")
 
     def other(*_) -> dict:
         # Other steps of the scheduler and another adaptation, in the middle of a repainting.
