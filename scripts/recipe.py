@@ -188,7 +188,7 @@ DEFAULTS = {
             "num_inference_steps": 4,
             "mask_scales": [4],
             "prototype_weight": 0.0,
-            "feature_weight": 30.0,
+            "feature_weight": 80.0,
             "top_share": 0.01,
         },
         # An exemplar needs no invention: with more noise the denoiser smears it. One step, from little noise.
